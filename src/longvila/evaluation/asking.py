@@ -131,6 +131,8 @@ class Asking:
         self.settings, self.seed = dict(settings), seed
         self.place = place or Place()
         self.progress = progress
+        #: Keys of all questions of all ranks that were asked here or found, each once.
+        self.asked: dict[str, None] = {}
 
     def key(self, question: Question) -> str:
         """Return the key of a question: equal if the answer must be."""
@@ -162,6 +164,7 @@ class Asking:
         union: dict[str, Question] = {}
         for part in gather(list(zip(mine, questions, strict=True)), place.ranks):
             union.update((key, question) for key, question in part if key not in union)
+        self.asked.update(dict.fromkeys(union))
         found = {key: record for key in union if (record := self.answers.find(key)) is not None}
         known = gather([found], place.ranks)[0][0]
         open_keys = [key for key in union if key not in known]

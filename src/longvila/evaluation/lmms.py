@@ -9,7 +9,8 @@ share a sequence (`longvila.evaluation.asking`), however lmms-eval dealt them.
 Model arguments: ``pretrained`` (folder or hub id), ``num_frames`` (a number, or ``paper`` for each
 benchmark's own), ``fps``, ``device``, ``dtype``, ``log`` (folder of answers: what a run that was
 interrupted goes on from, and where frames, prompt, answer and parse of every question are),
-``seq_parallel_size`` and ``seq_parallel_ring_type`` under torchrun, ``seed``.
+``seq_parallel_size`` and ``seq_parallel_ring_type`` under torchrun, ``seed``, and ``keep`` to hold
+the model when lmms-eval is done with it.
 
 lmms-eval's own ``--use_cache`` may leave ranks without questions, which then wait for others:
 on several ranks use ``log`` instead. Likelihoods are not asked of chat models; rounds of several
@@ -76,8 +77,10 @@ class LongVILA(lmms):  # type: ignore[misc]
         seed: int = 0,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
+        keep: bool = False,
     ) -> None:
         super().__init__()
+        self.keep = keep
         if num_frames != "paper" and int(num_frames) < 1:
             raise ValueError(f"num_frames must be a positive number or paper, got {num_frames}")
         if batch_size not in (None, 1, "1"):
@@ -198,7 +201,9 @@ class LongVILA(lmms):  # type: ignore[misc]
         raise NotImplementedError("tasks of several rounds are not supported by this plug-in")
 
     def clean(self) -> None:
-        """Free the model, for a judge that lmms-eval may start next."""
+        """Free the model, for a judge that lmms-eval may start next; not if it is to be kept."""
+        if self.keep:
+            return
         self.engine.close()
         model: Any = self.engine.model
         model.to("cpu")

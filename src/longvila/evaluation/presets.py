@@ -84,6 +84,9 @@ class Preset:
         official: Whether lmms-eval's own metric is computed too.
         ours: Whether the task ships with this package.
         frames_as_video: Whether several pictures of a question are frames of one video.
+        data: Patterns of the file of questions in a folder given by the user; the first that is
+            there counts. Empty where lmms-eval alone knows where data are.
+        note: What a user should know.
     """
 
     name: str
@@ -96,6 +99,7 @@ class Preset:
     official: bool = True
     ours: bool = False
     frames_as_video: bool = False
+    data: tuple[str, ...] = ()
     note: str = field(default="", compare=False)
 
     def grade(self, sample: Sample, answer: str) -> Grade:
@@ -282,6 +286,7 @@ PRESETS: tuple[Preset, ...] = (
         sample=_videomme,
         aliases=("lmms-videomme-256",),
         ours=True,
+        data=("**/*.parquet", "*.json", "*.jsonl"),
         note="without subtitles",
     ),
     Preset(
@@ -291,6 +296,7 @@ PRESETS: tuple[Preset, ...] = (
         sample=_videomme,
         aliases=("lmms-videomme_w_subtitle-256",),
         ours=True,
+        data=("**/*.parquet", "*.json", "*.jsonl"),
         note="subtitles that are on screen with a sampled frame",
     ),
     Preset(
@@ -300,6 +306,7 @@ PRESETS: tuple[Preset, ...] = (
         sample=_vnbench,
         aliases=("vnbench_val", "vnbench_val-128"),
         ours=True,
+        data=("VNBench*4try*.json", "*.json", "*.jsonl"),
         note="needs --data vnbench=FOLDER; also by its rule of four rotations",
     ),
     Preset(
@@ -337,6 +344,7 @@ PRESETS: tuple[Preset, ...] = (
         sample=_eventbench,
         aliases=("eventbench_val", "eventbench_val-32"),
         ours=True,
+        data=("**/*.parquet", "*.json", "*.jsonl"),
     ),
     Preset(
         name="longvideobench_val_v",
@@ -378,6 +386,7 @@ PRESETS: tuple[Preset, ...] = (
         kind="words",
         new_tokens=16,
         ours=True,
+        data=("needles.jsonl", "*.jsonl", "*.json"),
         note="needs --data needle=FOLDER",
     ),
 )
