@@ -86,6 +86,7 @@ class Preset:
         frames_as_video: Whether several pictures of a question are frames of one video.
         data: Patterns of the file of questions in a folder given by the user; the first that is
             there counts. Empty where lmms-eval alone knows where data are.
+        axes: What a judge grades answers by, if one must.
         note: What a user should know.
     """
 
@@ -100,6 +101,7 @@ class Preset:
     ours: bool = False
     frames_as_video: bool = False
     data: tuple[str, ...] = ()
+    axes: tuple[str, ...] = ()
     note: str = field(default="", compare=False)
 
     def grade(self, sample: Sample, answer: str) -> Grade:
@@ -205,6 +207,16 @@ def _needle(doc: Doc) -> Sample:
 
 def _activitynetqa(doc: Doc) -> Sample:
     return Sample(str(doc["answer"]), video=str(doc["video_name"]), category=_text(doc.get("type")))
+
+
+def _videochatgpt(doc: Doc) -> Sample:
+    # The consistency part asks the same twice; what pairs the two is video and answer.
+    paired = "question_1" in doc
+    return Sample(
+        str(doc["answer"]),
+        video=str(doc["video_name"]),
+        group=f"{doc['video_name']}\n{doc['answer']}" if paired else None,
+    )
 
 
 def _egoschema(doc: Doc) -> Sample:
@@ -317,7 +329,25 @@ PRESETS: tuple[Preset, ...] = (
         kind="open",
         aliases=("lmms-activitynetqa", "lmms-activitynetqa-32"),
         official=False,
+        axes=("match",),
         note="scored by longvila judge",
+    ),
+    *(
+        Preset(
+            name=f"videochatgpt_{part}",
+            task=f"videochatgpt_{part}",
+            frames=32,
+            sample=_videochatgpt,
+            kind="open",
+            official=False,
+            axes=axes,
+            note="scored by longvila judge",
+        )
+        for part, axes in (
+            ("gen", ("correctness", "detail", "context")),
+            ("temporal", ("temporal",)),
+            ("consistency", ("consistency",)),
+        )
     ),
     Preset(
         name="egoschema_test",
