@@ -1,15 +1,16 @@
 """Have free answers graded by a judge: an endpoint, a local model, or a recording.
 
 Examples:
-    longvila judge runs/mine --endpoint http://localhost:8000/v1 --judge-model qwen3 --out graded
+    longvila judge runs/mine --endpoint http://localhost:8000/v1 --judge-model qwen3
     longvila judge answers.jsonl --endpoint https://api.openai.com/v1 --judge-model gpt-4o-mini \\
         --key-env OPENAI_API_KEY --axes correctness,detail,context --out graded
-    longvila judge runs/mine --local CHECKPOINT --out graded
-    longvila judge runs/mine --replay graded/judged.jsonl --out again
+    longvila judge runs/mine --local CHECKPOINT
+    longvila judge answers.jsonl --replay graded/judged.jsonl --out again
 
 Answers are the folder of a run of longvila eval, whose benchmarks say by what they are graded, or a
 file of objects with question, answer and prediction. Axes: correctness, detail, context, temporal,
 consistency (0 to 5 each), and match (right or wrong). The same command again goes on where it was.
+Without --out the grades go into the run's folder, and its page shows them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from longvila.errors import LongVILAError
 from longvila.evaluation.answers import Answers, write_lines
 from longvila.evaluation.judge import AxisScore, axis_scores, grade_all, read_items
 from longvila.evaluation.judge_models import EndpointJudge, Judge, LocalJudge, Recording
+from longvila.evaluation.runs import refresh
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Options:
 
     answers: Annotated[Path, tyro.conf.Positional]
     """Folder of a run, or a .jsonl or .json file of answers."""
-    out: Path
-    """Folder of the grades; begun again, the command goes on there."""
+    out: Path | None = None
+    """Folder of the grades; begun again, the command goes on there. A run's own, if absent."""
     axes: str = "correctness,detail,context,temporal"
     """What to grade by, separated by commas, where the answers do not say."""
     endpoint: str | None = None
@@ -75,7 +77,12 @@ def main(argv: list[str]) -> int:
     axes = tuple(axis.strip() for axis in options.axes.split(",") if axis.strip())
     items = read_items(options.answers)[: options.limit]
     judge = judge_of(options)
-    kept = Answers(options.out / "answers", "grades")
+    out = options.out
+    if out is None:
+        if not options.answers.is_dir():
+            raise LongVILAError("--out is needed: the folder of the grades")
+        out = options.answers / "judged"
+    kept = Answers(out / "answers", "grades")
     records = grade_all(
         items,
         axes,
@@ -85,11 +92,14 @@ def main(argv: list[str]) -> int:
         attempts=options.attempts,
         parallel=options.parallel,
     )
-    write_lines(options.out / "judged.jsonl", records)
+    write_lines(out / "judged.jsonl", records)
     scores = axis_scores(records)
     content = {axis: asdict(score) for axis, score in scores.items()}
-    (options.out / "scores.json").write_text(json.dumps(content, indent=2) + "\n")
+    (out / "scores.json").write_text(json.dumps(content, indent=2) + "\n")
     print(table(scores, judge.name))
+    if options.out is None:
+        refresh(options.answers)
+        print(f"\nwrote {options.answers / 'report.html'}")
     return 0
 
 

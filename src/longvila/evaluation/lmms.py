@@ -149,7 +149,7 @@ class LongVILA(lmms):  # type: ignore[misc]
             request: lmms-eval's.
             seen: How often each document was asked before; counted on.
         """
-        _, to_messages, options, doc_id, task, split = request.args
+        _, _, options, doc_id, task, split = request.args
         doc = self.task_dict[task][split][doc_id]
         preset = self.preset_of(request)
         repeat = seen[task, split, doc_id]
@@ -158,12 +158,14 @@ class LongVILA(lmms):  # type: ignore[misc]
             options, preset.new_tokens if preset is not None else None
         )
         joined = preset is not None and preset.frames_as_video
+        messages, missing = shown_by(request, doc)
         return Question(
             task=task,
             split=split,
             doc_id=int(doc_id),
             repeat=repeat,
-            messages=tuple(normal_messages(to_messages(doc), frames_as_video=joined)),
+            messages=tuple(normal_messages(messages, frames_as_video=joined)),
+            missing=missing,
             frames=self.frames_of(preset),
             options=generation,
             until=until,
@@ -212,6 +214,24 @@ class LongVILA(lmms):  # type: ignore[misc]
 
     def _report(self, done: int, total: int) -> None:
         _LOG.info("group %d: %d of %d videos", self.asking.place.group, done, total)
+
+
+def shown_by(request: Instance, doc: Mapping[str, Any]) -> tuple[list[Any], str]:
+    """Return the messages of a request, or its words alone and why its video is not there.
+
+    Args:
+        request: lmms-eval's.
+        doc: Its document.
+
+    Returns:
+        Messages, and what is missing.
+    """
+    try:
+        return request.args[1](doc), ""
+    # Tasks of lmms-eval end the whole process, and all ranks with it, over one missing video.
+    except (FileNotFoundError, AssertionError, SystemExit) as fault:
+        words = [{"role": "user", "content": str(request.args[0])}]
+        return words, f"FileNotFoundError: {fault or request.metadata['task']}"
 
 
 def generation_options(

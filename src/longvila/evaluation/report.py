@@ -10,7 +10,9 @@
    error of its own, far smaller than the two runs' errors suggest.
 5. `page` writes one HTML file without scripts or links.
 
-Cost: passes over the records. Not done: judging free text (`longvila.evaluation.judge`).
+Free text is graded elsewhere (`longvila.evaluation.judge`); what a judge gave is shown.
+
+Cost: passes over the records.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from longvila.evaluation.judge import AxisScore
 from longvila.evaluation.metrics import clustered_mean, wilson_interval
 from longvila.evaluation.presets import PRESETS, find_preset
 
@@ -72,6 +75,7 @@ class Summary:
         mean_of_categories: Mean over kinds, each counting alike.
         groups: Questions that count as one: how many, and the share of which all are right.
         official: lmms-eval's own numbers, if it computed some.
+        judged: What a judge gave, by axis, if one was asked.
     """
 
     benchmark: str
@@ -85,6 +89,7 @@ class Summary:
     mean_of_categories: float | None = None
     groups: tuple[int, float] | None = None
     official: Mapping[str, float] = field(default_factory=dict)
+    judged: Mapping[str, AxisScore] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,13 +131,16 @@ def score(records: Sequence[Record]) -> Score:
 
 
 def summarise(
-    records: Iterable[Record], official: Mapping[str, Mapping[str, float]] | None = None
+    records: Iterable[Record],
+    official: Mapping[str, Mapping[str, float]] | None = None,
+    judged: Mapping[str, Mapping[str, AxisScore]] | None = None,
 ) -> dict[str, Summary]:
     """Count the benchmarks of a run.
 
     Args:
         records: Its answers; those of tasks without a preset are left out.
         official: lmms-eval's numbers, by benchmark.
+        judged: What a judge gave, by benchmark and axis.
 
     Returns:
         A summary a benchmark, in the order of the presets.
@@ -142,10 +150,20 @@ def summarise(
         if record["benchmark"] is not None:
             parts[record["benchmark"]].append(record)
     order = [preset.name for preset in PRESETS if preset.name in parts]
-    return {name: _summary(name, parts[name], (official or {}).get(name, {})) for name in order}
+    return {
+        name: _summary(
+            name, parts[name], (official or {}).get(name, {}), (judged or {}).get(name, {})
+        )
+        for name in order
+    }
 
 
-def _summary(name: str, records: Sequence[Record], official: Mapping[str, float]) -> Summary:
+def _summary(
+    name: str,
+    records: Sequence[Record],
+    official: Mapping[str, float],
+    judged_by: Mapping[str, AxisScore],
+) -> Summary:
     seen = [len(medium["frames"]) for r in records for medium in r["media"] if "frames" in medium]
     judged = [record for record in records if record["correct"] is not None]
     groups: dict[str, list[bool]] = defaultdict(list)
@@ -169,6 +187,7 @@ def _summary(name: str, records: Sequence[Record], official: Mapping[str, float]
         ),
         groups=(len(groups), sum(map(all, groups.values())) / len(groups)) if groups else None,
         official=dict(official),
+        judged=dict(judged_by),
     )
 
 
@@ -268,6 +287,19 @@ def percent(part: Score | None) -> str:
     return f"{100 * part.accuracy:.1f}{error}"
 
 
+def graded(given: AxisScore) -> str:
+    """Return what a judge gave: the share that is right, or the mean of 0 to 5.
+
+    Args:
+        given: The score of an axis.
+    """
+    if given.accuracy is not None:
+        return f"{100 * given.accuracy:.1f} right"
+    if given.mean is None:
+        return "not graded"
+    return f"{given.mean:.2f} of 5" + ("" if given.error is None else f" ± {given.error:.2f}")
+
+
 def table(summaries: Mapping[str, Summary]) -> str:
     """Return the text that a run ends with."""
     rows = [("benchmark", "score", "questions", "videos", "unparsable", "failed", "frames")]
@@ -287,6 +319,9 @@ def table(summaries: Mapping[str, Summary]) -> str:
         parts = [(f"  {part}", s) for part, s in one.by_duration.items()]
         for label, s in parts:
             rows.append((label, percent(s), str(s.questions), "", str(s.unparsable), "", ""))
+        for axis, given in one.judged.items():
+            counted = (f"  {axis}", graded(given), str(given.graded + given.ungraded))
+            rows.append((*counted, "", str(given.ungraded), "", ""))
         if one.groups is not None:
             share = f"{100 * one.groups[1]:.1f}"
             rows.append(("  all rotations right", share, str(one.groups[0]), "", "", "", ""))
@@ -398,6 +433,16 @@ def _benchmark(runs: Sequence[Run], name: str) -> str:
     ]  # fmt: skip
     keep = [i for i in range(len(header)) if i < 7 or any(row[i] for row in rows)]
     parts.append(_rows([header[i] for i in keep], [[row[i] for i in keep] for row in rows]))
+    axes = list(dict.fromkeys(axis for run in have for axis in run.summaries[name].judged))
+    if axes:
+        by_axis = [
+            [
+                html.escape(axis),
+                *(_judged(run.summaries[name].judged.get(axis)) for run in have),
+            ]
+            for axis in axes
+        ]
+        parts.append(_rows(["judged", *(html.escape(run.name) for run in have)], by_axis))
     for label, attribute in (("length", "by_duration"), ("kind", "by_category")):
         found = {part: None for run in have for part in getattr(run.summaries[name], attribute)}
         if found:
@@ -418,6 +463,13 @@ def _benchmark(runs: Sequence[Run], name: str) -> str:
             )
     parts.append(_unread(have, name))
     return "\n".join(parts)
+
+
+def _judged(given: AxisScore | None) -> str:
+    if given is None:
+        return ""
+    rest = f", {given.ungraded} ungraded" if given.ungraded else ""
+    return f"{graded(given)} <span class='note'>of {given.graded + given.ungraded}{rest}</span>"
 
 
 def _of(part: Score | None) -> str:

@@ -5,6 +5,7 @@
     results.json            scores, and lmms-eval's own
     report.html, report.txt the page, and its tables as text
     NAME_submission.csv     for benchmarks that keep their answers to themselves
+    judged/                 grades of free answers, where a judge was asked (`longvila judge`)
 
 Everything but the versions in ``run.json`` follows from model, data, settings and seed: two runs
 leave equal files. Needs no lmms-eval.
@@ -20,6 +21,8 @@ from typing import Any
 
 from longvila.errors import LongVILAError
 from longvila.evaluation.answers import Record, read_lines, write_lines
+from longvila.evaluation.judge import AxisScore, axis_scores
+from longvila.evaluation.presets import preset_of_task
 from longvila.evaluation.report import Run, Summary, page, summarise, table, write_submission
 
 
@@ -55,7 +58,7 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
 
 
 def write_results(
-    out: Path, records: Sequence[Record], official: Mapping[str, Mapping[str, float]]
+    out: Path, records: Sequence[Mapping[str, Any]], official: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Summary]:
     """Write what a run comes to.
 
@@ -69,7 +72,7 @@ def write_results(
     """
     ordered = sorted(records, key=lambda r: (r["task"], r["split"], r["doc_id"], r["repeat"]))
     write_lines(out / "samples.jsonl", ordered)
-    summaries = summarise(ordered, official)
+    summaries = summarise(ordered, official, judged_scores(out))
     _write_json(out / "results.json", {name: asdict(one) for name, one in summaries.items()})
     for preset_name in summaries:
         mine = [record for record in ordered if record["benchmark"] == preset_name]
@@ -97,7 +100,36 @@ def read_run(folder: Path) -> Run:
     settings.update(settings.pop("versions", {}))
     results = json.loads((folder / "results.json").read_text())
     official = {name: one["official"] for name, one in results.items()}
-    return Run(folder.name, summarise(records, official), records, settings)
+    summaries = summarise(records, official, judged_scores(folder))
+    return Run(folder.name, summaries, records, settings)
+
+
+def judged_scores(folder: Path) -> dict[str, dict[str, AxisScore]]:
+    """Return what a judge gave to a run, by benchmark and axis.
+
+    Args:
+        folder: The run's.
+    """
+    parts: dict[str, list[Record]] = {}
+    for record in read_lines(folder / "judged" / "judged.jsonl"):
+        preset = preset_of_task(record["doc_id"].partition("/")[0])
+        if preset is not None:
+            parts.setdefault(preset.name, []).append(record)
+    return {name: axis_scores(records) for name, records in parts.items()}
+
+
+def refresh(folder: Path) -> dict[str, Summary]:
+    """Write the scores and the page of a finished run again, with what a judge gave since.
+
+    Args:
+        folder: The run's.
+
+    Returns:
+        A summary a benchmark.
+    """
+    run = read_run(folder)
+    official = {name: one.official for name, one in run.summaries.items()}
+    return write_results(folder, run.records, official)
 
 
 def _write_json(file: Path, value: Any) -> None:

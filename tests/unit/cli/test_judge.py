@@ -10,6 +10,7 @@ import pytest
 from longvila.cli.main import main
 from longvila.evaluation.answers import Answers, write_lines
 from longvila.evaluation.judge import grade_all, read_items
+from longvila.evaluation.runs import begin, refresh, write_results
 
 
 class Kind:
@@ -49,6 +50,50 @@ def test_a_recording_is_replayed_to_equal_files(
     scores = json.loads((one / "scores.json").read_text())
     assert (scores["temporal"]["graded"], scores["temporal"]["ungraded"]) == (3, 1)
     assert scores["correctness"]["counts"] == [0, 0, 0, 0, 0, 3]
+
+
+def test_grades_of_a_run_are_on_its_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {
+            "key": str(i), "task": "activitynetqa", "benchmark": "activitynetqa", "split": "test",
+            "doc_id": i, "repeat": 0, "media": [], "prompt": f"Q{i}", "answer": f"said {i}",
+            "parsed": f"said {i}", "gold": "a", "correct": None, "error": None, "video": f"v{i}",
+            "duration": None, "category": None, "group": None,
+        }
+        for i in range(4)
+    ]  # fmt: skip
+    run = tmp_path / "run"
+    begin(run, {"model": "m"}, {})
+    write_results(run, rows, {})
+    assert "not judged" in (run / "report.txt").read_text()
+
+    class Half(Kind):
+        def reply(self, messages: list[dict[str, str]]) -> str:
+            right = "yes" if "said 1" in messages[1]["content"] else "no"
+            return json.dumps({"match": right, "score": 3})
+
+    records = grade_all(read_items(run), (), Half(), Answers(None, None))
+    write_lines(tmp_path / "judged.jsonl", records)
+    assert main(["judge", str(run), f"--replay={tmp_path}/judged.jsonl"]) == 0
+    assert "25.0 %" in capsys.readouterr().out
+    assert "match" in (run / "report.txt").read_text()
+    assert "25.0 right" in (run / "report.html").read_text()
+    scores = json.loads((run / "results.json").read_text())
+    assert scores["activitynetqa"]["judged"]["match"]["accuracy"] == 0.25
+    before = (run / "samples.jsonl").read_bytes()
+    refresh(run)
+    assert (run / "samples.jsonl").read_bytes() == before
+
+
+def test_a_file_of_answers_needs_a_folder_for_its_grades(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_answers(tmp_path)
+    write_lines(tmp_path / "judged.jsonl", [])
+    assert main(["judge", str(file), f"--replay={tmp_path}/judged.jsonl"]) == 1
+    assert "--out is needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
