@@ -20,8 +20,11 @@ from longvila.train.lora import adapter_of, complete_adapter, load_in_full, tune
 from longvila.train.parts import tune
 from longvila.train.stages import Adapter, Rates, StageError
 
-# PEFT asks transformers by a name that is on its way out.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    # PEFT asks transformers by a name that is on its way out, and the hub for a model without name.
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file in.*:UserWarning"),
+]
 LORA: dict[str, Any] = {"lora_enable": True, "lora_r": 2, "lora_alpha": 4}
 
 
