@@ -33,11 +33,11 @@ import transformers
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests/integration"), str(ROOT / "tests/unit/sp")]
 
-import test_attention
-import test_mmsp_parity
+import test_attention  # noqa: E402
+import test_mmsp_parity  # noqa: E402
 
-from longvila.errors import RankError
-from longvila.testing.ranks import run_ranks
+from longvila.errors import RankError  # noqa: E402
+from longvila.testing.ranks import run_ranks  # noqa: E402
 
 CHUNK = 22
 Chunk = tuple[str, int, list[Any]]
@@ -87,10 +87,16 @@ def run_chunk(name: str, world: int, cells: list[Any]) -> list[str]:
         return failures
 
 
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    """What all lanes have written, of runs before too."""
+    files = out.parent.glob(f"{out.stem}.*.jsonl")
+    return [json.loads(line) for file in files for line in file.open()]
+
+
 def run_lane(out: Path, lane: int, lanes: int, until: float) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     path = out.with_suffix(f".{lane}.jsonl")
-    done = {json.loads(line)["chunk"] for line in path.open()} if path.exists() else set()
+    done = {line["chunk"] for line in lines_of(out)}
     for number, (name, world, cells) in enumerate(chunks()):
         if number % lanes != lane or number in done:
             continue
@@ -102,12 +108,9 @@ def run_lane(out: Path, lane: int, lanes: int, until: float) -> None:
             stream.write(json.dumps(line) + "\n")
 
 
-def collect(out: Path, lanes: int, seconds: float, commit: str) -> bool:
+def collect(out: Path, seconds: float, commit: str) -> bool:
     """Write the record; return whether every cell has run and passed."""
-    lines: list[dict[str, Any]] = []
-    for lane in range(lanes):
-        path = out.with_suffix(f".{lane}.jsonl")
-        lines += [json.loads(line) for line in path.open()] if path.exists() else []
+    lines = lines_of(out)
     meant, ran, failed = Counter[str](), Counter[str](), Counter[str]()
     for name, _, cells in chunks():
         meant[name] += len(cells)
@@ -161,7 +164,7 @@ def main() -> int:
     codes = [lane.wait() for lane in lanes]
     if any(codes):
         print(f"lanes ended with {codes}", file=sys.stderr)
-    whole = collect(options.out, options.lanes, time.time() - started, options.commit)
+    whole = collect(options.out, time.time() - started, options.commit)
     return 0 if whole and not any(codes) else 1
 
 
