@@ -320,11 +320,13 @@ def progress_bars() -> Iterator[Any]:
         disable=not console.is_terminal,
     )
     tasks: dict[str, Any] = {}
+    last: dict[str, int] = {}
 
     def advance(stage: str, done: int, total: int) -> None:
-        if stage not in tasks or done <= 1:
+        if done <= last.get(stage, done):  # begins anew
             tasks[stage] = bars.add_task(stage, total=total)
         bars.update(tasks[stage], completed=done, total=total)
+        last[stage] = done
 
     with bars:
         yield advance

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from longvila.inference.positions import TextRuns
 from longvila.sp.layout import SequenceLayout
 from longvila.sp.mesh import SPMesh
 
@@ -264,6 +265,7 @@ class ShardedCache(Cache):
         held: Tokens of each rank, the same list on every rank.
         input_ids: ``(B, S)`` ids of the tokens in it, where whoever fills it keeps them.
         logits: ``(B, V)`` of the last token, likewise.
+        text_runs: Where text has which positions; None for models that count tokens.
     """
 
     def __init__(self, num_layers: int, *, mesh: SPMesh | None = None) -> None:
@@ -276,6 +278,7 @@ class ShardedCache(Cache):
         self.held = [0] * self.num_ranks
         self.input_ids: Tensor | None = None
         self.logits: Tensor | None = None
+        self.text_runs: TextRuns | None = None
         self._arrivals: list[_Dealt | _Given] = []
         self._arriving: _Dealt | _Given | None = None
 
@@ -392,6 +395,7 @@ class ShardedCache(Cache):
         other.layers = list(other.shards)
         other.held, other._arrivals = list(self.held), list(self._arrivals)
         other.input_ids, other.logits = self.input_ids, self.logits
+        other.text_runs = self.text_runs
         return other
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -411,6 +415,8 @@ class ShardedCache(Cache):
                 f"crop takes minus the tokens to forget, of {sum(self.held)}; got "
                 f"{tokens_to_remove}"
             )
+        if self.text_runs is not None:
+            self.text_runs = self.text_runs.cut(sum(self.held) - remove)
         before = self.held[self.rank]
         while remove:
             last = self._arrivals.pop()
@@ -437,6 +443,7 @@ class ShardedCache(Cache):
         super().reset()
         self.held, self._arrivals = [0] * self.num_ranks, []
         self.input_ids = self.logits = None
+        self.text_runs = None if self.text_runs is None else TextRuns()
 
     @property
     def local_bytes(self) -> int:

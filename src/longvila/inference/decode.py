@@ -27,7 +27,7 @@ dim, V vocabulary, R ranks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -223,6 +223,7 @@ def read_embeds(
     *,
     position_ids: Tensor | None = None,
     split_tokens: int | None = None,
+    further: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Run the text model on new tokens that follow a cache, and keep their keys and values.
 
@@ -231,8 +232,9 @@ def read_embeds(
         family: Where its parts are.
         cache: What came before; extended.
         embeds: ``(B, T, M)`` embeddings of the new tokens, the same on every rank.
-        position_ids: ``(B, T)``; None for positions that count tokens.
+        position_ids: ``(B, T)`` or ``(3, B, T)``; None for those of text.
         split_tokens: As for `attend_segment`.
+        further: Keywords of the text model for rows that feed deeper layers.
 
     Returns:
         ``(B, T, M)`` last hidden states.
@@ -244,6 +246,10 @@ def read_embeds(
     """
     text = family.text_model(model)
     tokens = embeds.shape[1]
+    if position_ids is None and cache.text_runs is not None:
+        first = cache.get_seq_length() + cache.text_runs.offset
+        position_ids = torch.arange(first, first + tokens, device=embeds.device)
+        position_ids = position_ids.expand(3, embeds.shape[0], -1)
     with cache.appending(tokens) as owner:
         step = ReadStep(cache, tokens, owner, split_tokens)
         hidden: Tensor = text(
@@ -253,6 +259,7 @@ def read_embeds(
             past_key_values=cache,
             use_cache=True,
             sp_context=step,
+            **(further or {}),
         ).last_hidden_state
         check_calls(
             step.calls,
@@ -284,7 +291,7 @@ def shared_logits(logits: Tensor, cache: ShardedCache, source: int = 0) -> Tenso
 # ---- the model's forward ---------------------------------------------------------------------
 
 _TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
-_IGNORED = {"use_cache", "return_dict", "logits_to_keep", "cache_position"}
+_IGNORED = {"use_cache", "return_dict", "logits_to_keep", "cache_position", "mm_token_type_ids"}
 
 
 class CacheForward:
@@ -333,10 +340,16 @@ class CacheForward:
             raise ValueError(
                 "attention_mask hides tokens; a ShardedCache holds whole rows: leave padding out"
             )
+        positions = given.get("position_ids")
+        if cache.text_runs is not None:
+            # What generate makes of a prefix whose media it has not seen is not their 3-D positions.
+            positions = None
         hidden = read_embeds(
             self.model, self.family, cache, embeds,
-            position_ids=given.get("position_ids"), split_tokens=self.split_tokens,
+            position_ids=positions, split_tokens=self.split_tokens,
         )  # fmt: skip
+        if cache.text_runs is not None:
+            cache.text_runs = cache.text_runs.count(embeds.shape[1])
         keep = given.get("logits_to_keep") or 0
         kept = hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
         logits = shared_logits(self.model.get_output_embeddings()(kept), cache)
