@@ -342,7 +342,7 @@ class CacheForward:
             )
         positions = given.get("position_ids")
         if cache.text_runs is not None:
-            # What generate makes of a prefix whose media it has not seen is not their 3-D positions.
+            # generate has not seen the prefix's media, and makes positions that count tokens.
             positions = None
         hidden = read_embeds(
             self.model, self.family, cache, embeds,

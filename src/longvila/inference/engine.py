@@ -28,7 +28,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from longvila.errors import ContextLengthError
 from longvila.inference.cache import ShardedCache
 from longvila.inference.decode import CacheForward, set_attention
+from longvila.inference.frames import FrameSource
 from longvila.inference.positions import TextRuns
 from longvila.inference.prefill import (
     ReadTimes,
@@ -45,9 +46,13 @@ from longvila.inference.prefill import (
     prefill_chunks,
     prefill_ranks,
 )
+from longvila.inference.ranks import prefill_rank_chunks
 from longvila.parallel.families import Family, find_family
 from longvila.parallel.mmsp import TwoStageForward, TwoStageOptions
 from longvila.sp.mesh import SPMesh
+
+#: So few tokens of text behind a cache are read by every rank: dealing them out costs more.
+_FEW_TOKENS = 512
 
 
 class CacheEngine(Protocol):
@@ -227,11 +232,18 @@ class Engine:
             cache.text_runs = TextRuns() if self.places_in_3d else None
         self.check_context(cache.get_seq_length() + ids.shape[1])
         positions = self._positions(cache, batch)
-        if self._two_stage is not None and onto is None:
+        path = self._path(batch, onto)
+        if path == "one pass":
+            assert self._two_stage is not None
             cache.logits = prefill_ranks(self._two_stage, cache, ids, rest)
             if positions is not None and cache.text_runs is not None:
                 is_media = media_mask(self.model, self.family, ids[0])
                 cache.text_runs = cache.text_runs.read(positions, is_media)
+        elif path == "over ranks":
+            cache.logits = prefill_rank_chunks(
+                self.model, self.family, cache, ids, rest,
+                chunk_tokens=self.chunk_tokens, positions=positions, times=times,
+            )  # fmt: skip
         else:
             cache.logits = prefill_chunks(
                 self.model, self.family, cache, ids, rest,
@@ -395,6 +407,24 @@ class Engine:
     def _device(self) -> torch.device:
         device: torch.device = self.model.get_output_embeddings().weight.device
         return device
+
+    def _path(
+        self, batch: Mapping[str, Any], onto: ShardedCache | None
+    ) -> Literal["alone", "one pass", "over ranks"]:
+        """How a prompt is read; the same on every rank, since it follows from what all have."""
+        if self._two_stage is None:
+            return "alone"
+        tokens = batch["input_ids"].shape[1]
+        kinds = [
+            kind for kind in self.family.media
+            if batch.get(kind.pixels) is not None or batch.get(f"local_{kind.pixels}") is not None
+        ]  # fmt: skip
+        if onto is not None and not kinds and tokens <= _FEW_TOKENS:
+            return "alone"
+        streamed = any(isinstance(batch.get(kind.pixels), FrameSource) for kind in kinds)
+        if onto is None and not streamed and tokens <= self.chunk_tokens * self.num_ranks:
+            return "one pass"
+        return "over ranks"
 
     def _positions(self, cache: ShardedCache, batch: Mapping[str, Any]) -> Tensor | None:
         """``(3, S)`` positions of a prompt that follows a cache; None where tokens are counted."""

@@ -39,7 +39,7 @@ ToPixels = Callable[[NDArray[np.uint8]], Tensor]
 _AHEAD = 2
 
 
-class MissingFrames(LongVILAError):  # noqa: N818  # says what there is, is always handled
+class MissingFrames(LongVILAError):  # says what there is, is always handled
     """Frames that a prompt counts on cannot be decoded.
 
     Args:
@@ -267,7 +267,7 @@ def in_background(pieces: Iterable[Tensor], ahead: int) -> Iterator[Tensor]:
                     break
             else:
                 put(done)
-        except BaseException as error:  # noqa: BLE001  # raised by the reader
+        except BaseException as error:  # raised by the reader
             put(_Failed(error))
         finally:
             if hasattr(pieces, "close"):

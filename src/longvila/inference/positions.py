@@ -13,6 +13,7 @@ A cut inside media has no next position and is refused.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,7 @@ class TextRuns:
         offsets = (positions[0] - index).masked_fill(is_media, torch.iinfo(torch.int64).min)
         edges = [0, *((offsets[1:] != offsets[:-1]).nonzero().flatten() + 1).tolist(), len(index)]
         runs = list(self.runs)
-        for a, b in zip(edges[:-1], edges[1:], strict=True):
+        for a, b in itertools.pairwise(edges):
             if a < b and not bool(is_media[a]):
                 offset = int(offsets[a])
                 if runs[-1][1] == start + a and runs[-1][2] == offset:

@@ -226,28 +226,54 @@ def open_streams(
     Raises:
         ValueError: If placeholders and rows differ in number, or counts are missing.
     """
-    streams = []
+    return [
+        (where, RowStream(model, kind, inputs[kind.pixels], items, times))
+        for kind, where, items in describe_items(model, family, input_ids, inputs)
+    ]
+
+
+def describe_items(
+    model: PreTrainedModel, family: Family, input_ids: Tensor, inputs: Mapping[str, Any]
+) -> list[tuple[MediaKind, Tensor, list[Any]]]:
+    """Match the media of a prompt with its placeholders, from what describes them alone.
+
+    Args:
+        model: The model.
+        family: Its family.
+        input_ids: ``(S,)`` on the host.
+        inputs: Pixels, or under ``local_...`` a rank's, and counts.
+
+    Returns:
+        For each kind that there is: which tokens are its placeholders ``(S,)``, and its items.
+
+    Raises:
+        ValueError: If placeholders and rows differ in number, or counts are missing.
+    """
+    found = []
     for kind in family.media:
         where = input_ids == kind.token_id(model.config)
         pixels, counts = inputs.get(kind.pixels), inputs.get(kind.counts)
+        own = inputs.get(f"local_{kind.pixels}")
+        if own is not None and counts is None:
+            raise ValueError(f"local_{kind.pixels} needs {kind.counts}, the frames of all items")
         if pixels is not None and counts is None:
             if not isinstance(pixels, Tensor):
                 raise ValueError(f"{kind.pixels} in pieces need {kind.counts}")
             counts = kind.default_counts(pixels.shape[0])
-        stream = None
-        if pixels is not None:
-            items = torch.as_tensor(counts).tolist()
-            items = [tuple(n) if isinstance(n, list) else n for n in items]
-            stream = RowStream(model, kind, pixels, items, times)
-        wanted, given = int(where.sum()), 0 if stream is None else stream.num_rows
+        items: list[Any] = []
+        if pixels is not None or own is not None:
+            listed = torch.as_tensor(counts).tolist()
+            items = [tuple(n) if isinstance(n, list) else n for n in listed]
+        given = kind.units(model.config, items).slots.numel() if items else 0
+        wanted = int(where.sum())
         if wanted != given:
             raise ValueError(
                 f"input_ids have {wanted} {kind.name} placeholders but the {kind.name} media give "
                 f"{given} rows; the prompt was cut, or expanded for other media"
             )
-        if stream is not None and wanted:
-            streams.append((where, stream))
-    return streams
+        if wanted:
+            found.append((kind, where, items))
+    return found
 
 
 def prefill_chunks(

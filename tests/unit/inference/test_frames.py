@@ -31,7 +31,7 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def source(path: Path, indices: list[int], **options: Any) -> VideoFrames:
     return VideoFrames(
-        str(path), path.name, np.asarray(indices), lambda frames: torch.from_numpy(frames),
+        str(path), path.name, np.asarray(indices), torch.from_numpy,
         size=(16, 24), device=torch.device("cpu"), **options,
     )  # fmt: skip
 
