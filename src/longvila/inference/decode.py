@@ -163,6 +163,19 @@ def _attend_chunks(
 
 # ---- all shards ------------------------------------------------------------------------------
 
+# Renamed in torch 2.13, which warns of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def gather_equal(x: Tensor, cache: ShardedCache) -> Tensor:
+    """Return ``(R, *x.shape)`` of all ranks, whose tensors have one shape.
+
+    Comm: One all-gather of ``x.numel()`` elements a rank.
+    """
+    gathered = x.new_empty((cache.num_ranks, *x.shape))
+    _all_gather(gathered.flatten(0, 1), x.contiguous(), group=cache.group)
+    return gathered
+
 
 class ReadStep(AttentionStep):
     """One pass of new tokens over a cache; travels to the attention function as ``sp_context``.
@@ -207,10 +220,7 @@ class ReadStep(AttentionStep):
         out, lse = results[0] if len(results) == 1 else merge_many(*zip(*results, strict=True))
         if cache.num_ranks > 1:
             packed = torch.cat([out.to(lse.dtype), lse.transpose(1, 2).unsqueeze(-1)], dim=-1)
-            gathered = packed.new_empty((cache.num_ranks, *packed.shape))
-            dist.all_gather_into_tensor(
-                gathered.flatten(0, 1), packed.contiguous(), group=cache.group
-            )
+            gathered = gather_equal(packed, cache)
             out, _ = merge_stacked(gathered[..., :-1], gathered[..., -1])
         return out.to(q.dtype)
 

@@ -37,7 +37,12 @@ from transformers import PreTrainedModel
 
 from longvila.errors import RankError
 from longvila.inference.cache import ShardedCache
-from longvila.inference.decode import attend_segment, merge_stacked, shared_logits
+from longvila.inference.decode import (
+    attend_segment,
+    gather_equal,
+    merge_stacked,
+    shared_logits,
+)
 from longvila.inference.frames import FrameSource, MissingFrames, TensorFrames
 from longvila.inference.prefill import ReadTimes, describe_items, media_mask, place_media
 from longvila.ops.attention import attention_forward
@@ -79,11 +84,10 @@ class ChunkStep(AttentionStep):
 
         Memory: The chunk's q, k, v and twice its partial results.
         """
-        cache, ranks = self.cache, self.cache.num_ranks
+        cache = self.cache
         heads, kv_heads = q.shape[2], k.shape[2]
         packed = torch.cat([q[0], k[0], v[0]], dim=1)
-        gathered = packed.new_empty((ranks, *packed.shape))
-        dist.all_gather_into_tensor(gathered.flatten(0, 1), packed, group=cache.group)
+        gathered = gather_equal(packed, cache)
         parts = []
         if self.has_past:
             parts.append(self._visit(layer, gathered[:, :, :heads], kv_heads, softmax_scale))
