@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import threading
@@ -64,6 +65,8 @@ class Running:
     engine: Engine
     processor: Any
     root: Path
+    loop: asyncio.AbstractEventLoop
+    oracle: tuple[Engine, Any] | None = None
 
     def direct(
         self, messages: list[dict[str, Any]], *, max_new_tokens: int, **processor_kwargs: Any
@@ -72,26 +75,34 @@ class Running:
 
         A model of its own with the same weights, so that the server's is left alone.
         """
-        processor = tiny.tiny_processor(self.engine.model.config)
+        if self.oracle is None:
+            model = tiny.tiny_model(config=self.engine.model.config)
+            self.oracle = Engine(model), tiny.tiny_processor(model.config)
+        engine, processor = self.oracle
         inputs = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True,
             return_tensors="pt", processor_kwargs=processor_kwargs,
         )  # fmt: skip
-        with Engine(tiny.tiny_model(config=self.engine.model.config)) as engine:
-            out = engine.generate(
-                dict(inputs), max_new_tokens=max_new_tokens, do_sample=False,
-                eos_token_id=processor.tokenizer.eos_token_id,
-                pad_token_id=processor.tokenizer.pad_token_id,
-            )  # fmt: skip
+        out = engine.generate(
+            dict(inputs), max_new_tokens=max_new_tokens, do_sample=False,
+            eos_token_id=processor.tokenizer.eos_token_id,
+            pad_token_id=processor.tokenizer.pad_token_id,
+        )  # fmt: skip
         new = out[0, inputs["input_ids"].shape[1] :]
         return str(processor.tokenizer.decode(new, skip_special_tokens=True))
 
 
 @contextlib.contextmanager
-def listening(app: Any) -> Iterator[str]:
-    """Run an application in a thread."""
+def listening(app: Any) -> Iterator[tuple[str, list[asyncio.AbstractEventLoop]]]:
+    """Run an application in a thread; yields its address and its event loop."""
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def noted(scope: Any, receive: Any, send: Any) -> None:
+        loops[:] = [asyncio.get_running_loop()]
+        await app(scope, receive, send)
+
     server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=2)
+        uvicorn.Config(noted, port=0, log_level="error", timeout_graceful_shutdown=2)
     )
     thread = threading.Thread(target=server.run, name="test-server")
     thread.start()
@@ -100,7 +111,7 @@ def listening(app: Any) -> Iterator[str]:
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", loops
     finally:
         server.should_exit = True
         thread.join(timeout=30)
@@ -128,5 +139,5 @@ def running(folder: Path, **changes: Any) -> Iterator[Running]:
     processor = tiny.tiny_processor()
     with Engine(tiny.tiny_model()) as engine:
         server = Server(engine, processor, Settings(**values))
-        with listening(server.app) as url:
-            yield Running(url, server, engine, processor, root)
+        with listening(server.app) as (url, loops):
+            yield Running(url, server, engine, processor, root, loops[0])
