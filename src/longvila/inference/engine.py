@@ -82,6 +82,8 @@ class Engine:
         chunk_tokens: Tokens of a prompt read at once where it is not dealt over ranks.
         split_tokens: Tokens of the chunks that long segments are viewed as when few queries read
             them; None to choose by device.
+        family: Where the model's parts are and how its media become rows, if not as its own family
+            says: media that are encoded already are a family whose encoder looks rows up.
 
     Raises:
         TypeError: If the model is of no known family.
@@ -97,13 +99,15 @@ class Engine:
         *,
         chunk_tokens: int = 8192,
         split_tokens: int | None = None,
+        family: Family | None = None,
     ) -> None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
         if hasattr(vars(model).get("forward"), "cache_forward"):
             raise ValueError(f"an engine holds this {type(model).__name__} already; close it first")
         self.model, self.mesh = model, mesh
-        self.family = find_family(model)
+        known = find_family(model)
+        self.family = known if family is None else family
         self.places_in_3d = (
             self.family.position_ids is not Family.__dataclass_fields__["position_ids"].default
         )
