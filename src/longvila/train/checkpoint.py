@@ -21,17 +21,20 @@ began from. Nothing is kept of older layouts.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import random
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -150,6 +153,62 @@ def seed_everything(*numbers: int) -> None:
     torch.manual_seed(mixed)
     np.random.seed(mixed)
     random.seed(mixed)
+
+
+@contextmanager
+def held(output: Path, *, patience_s: float = 10.0) -> Iterator[None]:
+    """Keep other runs out of an output folder until this one ends, however it does.
+
+    Two runs in one folder would delete each other's saves. A run that was killed a moment ago may
+    still be ending, so the folder is waited for a little.
+
+    Args:
+        output: The folder; made if absent.
+        patience_s: How long to wait.
+
+    Raises:
+        CheckpointError: On every rank, if another run holds it.
+
+    Comm: One broadcast of an object.
+    """
+    file, held_by_other = None, [False]
+    if _rank() == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        file = (output / ".lock").open("w")
+        held_by_other[0] = not _lock(file, patience_s)
+    try:
+        if dist.is_initialized():
+            dist.broadcast_object_list(held_by_other, src=0)
+        if held_by_other[0]:
+            raise CheckpointError(
+                f"another run is at work in {output}; wait for it, stop it, or give this one "
+                "another output folder"
+            )
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _lock(file: IO[str], patience_s: float) -> bool:
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.2)
+        except OSError as fault:
+            if fault.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            _LOG.warning(
+                "%s: this file system has no locks (%s); nothing keeps a second run out of the "
+                "folder",
+                file.name, fault,
+            )  # fmt: skip
+            return True
 
 
 def clean(folder: Path) -> None:

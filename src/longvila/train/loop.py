@@ -75,6 +75,7 @@ class Progress:
         done: Share of the stage.
         losses: Loss of each step of this process.
         stopped: Whether the run was asked to stop before the end.
+        terminated: Whether it was SIGTERM that asked.
     """
 
     step: int = 0
@@ -82,6 +83,7 @@ class Progress:
     done: float = 0.0
     losses: list[float] = field(default_factory=list)
     stopped: bool = False
+    terminated: bool = False
 
 
 class _Asked:
@@ -216,7 +218,8 @@ def run_stage(
                 metrics.write(line)
                 if mesh.rank == 0:
                     _LOG.info("%s", _say(line))
-            progress.stopped = asked.anywhere() or progress.step - first == stop_after
+            progress.terminated = asked.anywhere()
+            progress.stopped = progress.terminated or progress.step - first == stop_after
             every = stage.saving.every
             due = every is not None and progress.step % every == 0
             if due or progress.stopped or progress.done >= 1:
@@ -231,8 +234,20 @@ def run_stage(
                     keep=stage.saving.keep,
                 )
                 saved = progress.step
+            if progress.terminated and mesh.rank == 0:
+                _LOG.info(
+                    "SIGTERM: saved step %d (%.1f %% of the stage) in %s and ending; the same "
+                    "command goes on from there",
+                    progress.step, 100 * progress.done, folder,
+                )  # fmt: skip
             if progress.stopped:
                 break
+    except Exception as fault:
+        # Others may fail for this rank's failing, so each says where it was.
+        where = f"{mesh.describe_rank()}, step {progress.step + 1}"
+        fault.add_note(f"on {where}")
+        _LOG.error("%s failed: %s: %s", where, type(fault).__name__, fault)
+        raise
     finally:
         source.close()
         metrics.close()

@@ -81,6 +81,30 @@ def test_random_numbers_go_on_too(tmp_path: Path) -> None:
         assert np.array_equal(resumed["weights"][name], value), name
 
 
+def breaks(_: Rank, output: str) -> str:
+    """Rank 1 cannot make its second row."""
+    model, mesh = put_on_mesh(tune(fresh_model(torch.float64), STAGE.rates))
+    loader = Rows(mesh, dtype=torch.float64)
+
+    class Broken(Rows):
+        def __iter__(self) -> Any:
+            for number, batch in enumerate(Rows.__iter__(self)):
+                if number == 2 and mesh.rank == 1:
+                    raise OSError("the disk is gone")
+                yield batch
+
+    loader.__class__ = Broken
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        run_stage(model, mesh, loader, STAGE, Path(output), tensorboard=False)
+    return f"{caught.value} {caught.value.__notes__}"
+
+
+def test_a_rank_that_breaks_says_where_it_was(tmp_path: Path) -> None:
+    said = run_ranks(breaks, 2, str(tmp_path))
+    assert "the disk is gone ['on rank 1 (dp 1, ring 0, ulysses 0), step 2']" in said[1]
+    assert "on rank 0 (dp 0, ring 0, ulysses 0), step 2" in said[0]
+
+
 def test_a_finished_stage_takes_no_further_step(tmp_path: Path) -> None:
     first = train(None, str(tmp_path))
     again = train(None, str(tmp_path))
