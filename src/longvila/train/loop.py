@@ -21,7 +21,7 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -157,7 +157,7 @@ def run_stage(
     *,
     stop_after: int | None = None,
     fused: bool = True,
-    tensorboard: bool | None = None,
+    trackers: Sequence[str] | None = None,
 ) -> Progress:
     """Train a model through a stage.
 
@@ -169,7 +169,7 @@ def run_stage(
         output: Folder for saves and metrics, shared by all ranks.
         stop_after: Save and return after this many steps of this call; None for the whole stage.
         fused: Whether AdamW's fused kernel is used.
-        tensorboard: Whether to write for TensorBoard; None for where it is installed.
+        trackers: Names of trackers instead of the stage's.
 
     Returns:
         How far the run is.
@@ -189,7 +189,8 @@ def run_stage(
         Operations.of(model),
         world_size=mesh.world_size,
         device=device,
-        tensorboard=tensorboard,
+        trackers=stage.saving.trackers if trackers is None else trackers,
+        settings=to_plain(stage),
     )
     source, asked = _Source(loader), _Asked(mesh)
     saved, first = progress.step, progress.step
