@@ -108,11 +108,12 @@ class Engine:
             self.family.position_ids is not Family.__dataclass_fields__["position_ids"].default
         )
         self.text = self.family.text_model(model)
-        self.chunk_tokens, self.split_tokens = chunk_tokens, split_tokens
+        self.chunk_tokens = chunk_tokens
         self._attention = set_attention(self.text)
         self._before = vars(model).get("forward")
         original = model.forward
         cache_forward = CacheForward(model, self.family, original, split_tokens)
+        self._cache_forward = cache_forward
 
         # wraps: generate reads the signature to see which arguments the model takes.
         @functools.wraps(original)
@@ -160,6 +161,15 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def split_tokens(self) -> int | None:
+        """Tokens of the chunks that few queries read a long segment in; may be changed."""
+        return self._cache_forward.split_tokens
+
+    @split_tokens.setter
+    def split_tokens(self, tokens: int | None) -> None:
+        self._cache_forward.split_tokens = tokens
 
     @property
     def num_ranks(self) -> int:
