@@ -3,12 +3,12 @@
 A LongVILA of SigLIP-so400m and Qwen2-7B's shape, random weights made on the device, reads a prompt
 of frames (made on the device too, batch by batch: decoding files is another question) and answers.
 
-1. *Check.* At a short length the engine's logits are compared with those of the model's own forward.
+1. *Check.* At a short length the engine's logits are compared with those of the model's forward.
 2. *Ceilings, in the same process.* The rate of the attention kernel (a chunk of queries over a long
    block of keys, the fastest back end), of the text model's matrix products on a chunk, the time of
    the tower on a micro-batch, and the rate at which memory is copied. From these follow
-   ``floor_s``, the time of the prompt's arithmetic at those rates, and ``decode_floor_ms``, the time
-   to read weights and keys once.
+   ``floor_s``, the time of the prompt's arithmetic at those rates, and ``decode_floor_ms``, the
+   time to read weights and keys once.
 3. *Ours*, length by length: time to first token and decode rate as a streamer sees them, from
    ``Engine.generate``; the decode step by ``split_tokens``; a further question on a fork.
 4. *Peer*: transformers' own ``generate`` of the same model, placed by accelerate's

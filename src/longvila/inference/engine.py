@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
@@ -47,6 +48,7 @@ from longvila.inference.prefill import (
     prefill_ranks,
 )
 from longvila.inference.ranks import prefill_rank_chunks
+from longvila.inference.store import load_cache, model_key, save_cache
 from longvila.parallel.families import Family, find_family
 from longvila.parallel.mmsp import TwoStageForward, TwoStageOptions
 from longvila.sp.mesh import SPMesh
@@ -302,6 +304,48 @@ class Engine:
         cache.logits = logits
         _append_ids(cache, ids)
         return logits
+
+    # ---- stored prompts
+
+    def save(
+        self,
+        cache: ShardedCache,
+        path: str | Path,
+        key: Mapping[str, Any] | None = None,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write a prompt that was read; see `longvila.inference.store.save_cache`.
+
+        Args:
+            cache: What was read.
+            path: Folder to write to.
+            key: What it depends on beside the model, which is added.
+            extra: What else to keep beside it; not compared.
+            overwrite: Whether a stored prompt that is there may be replaced.
+
+        Returns:
+            The folder.
+        """
+        whole = {**(key or {}), "model": model_key(self.model)}
+        return save_cache(cache, path, whole, extra=extra, overwrite=overwrite)
+
+    def load(self, path: str | Path, key: Mapping[str, Any] | None = None) -> ShardedCache:
+        """Read a stored prompt, by any number of ranks; see `longvila.inference.store.load_cache`.
+
+        Args:
+            path: Its folder.
+            key: What to compare beside the model.
+
+        Returns:
+            The cache.
+
+        Raises:
+            StoreError: If it is not there, not whole, or of another model or media.
+        """
+        whole = {**(key or {}), "model": model_key(self.model)}
+        return load_cache(path, whole, mesh=self.mesh, device=self._device)
 
     # ---- generate
 
