@@ -373,7 +373,8 @@ def run_engine(
         metrics: dict[str, float] = {}
         seconds: list[float] = []
         if reason is None:
-            repeats = options.repeats if tokens < options.long_tokens else options.long_repeats
+            long = options.long_tokens if engine.kind == "ours" else options.long_peer_tokens
+            repeats = options.repeats if tokens < long else options.long_repeats
             cluster.say(
                 f"  {engine.name} at {tokens}: ready after {time.perf_counter() - began:.1f} s"
             )
@@ -489,6 +490,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warm-tokens", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--long-tokens", type=int, default=200_000)
+    parser.add_argument("--long-peer-tokens", type=int, default=200_000)
     parser.add_argument("--long-repeats", type=int, default=1)
     parser.add_argument("--model-dim", type=int, default=3584)
     parser.add_argument("--text-mlp", type=int, default=18944)
