@@ -139,7 +139,7 @@ def rates(case: Case) -> Any:
 
 
 def make_batch(config: Any, case: Case, world_size: int) -> dict[str, Any]:
-    """A row on the host, as a loader gives it: frames first, targets last."""
+    """A row on the host, as a loader gives it: frames first, targets last, a rank's own pixels."""
     generator = torch.Generator().manual_seed(1)
     tokens, frames = case.tokens * world_size, case.frames * world_size
     vocabulary = config.text_config.vocab_size
@@ -155,8 +155,9 @@ def make_batch(config: Any, case: Case, world_size: int) -> dict[str, Any]:
     labels[:, : tokens - targets] = -100
     batch: dict[str, Any] = {"input_ids": ids, "labels": labels}
     if frames:
-        size = (frames, 3, *config.image_size)
-        batch["pixel_values_videos"] = torch.randn(size, generator=generator)
+        # Frames cost alike, so every rank is dealt as many.
+        size = (case.frames, 3, *config.image_size)
+        batch["local_pixel_values_videos"] = torch.randn(size, generator=generator)
         batch["video_num_frames"] = torch.tensor([frames])
     return batch
 

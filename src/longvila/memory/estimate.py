@@ -27,7 +27,7 @@ vocabulary, R ranks that share parameters, U Ulysses ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from longvila.memory.activations import (
@@ -47,6 +47,8 @@ from longvila.memory.sizes import ModelSize
 
 #: Rows of the head's gradient that are added at a time (`longvila.memory.cross_entropy`).
 _GRADIENT_ROWS = 16384
+#: Both moments of the pieces under way while they are on the host (`longvila.train.host_adamw`).
+_STAGED_BYTES = 3 * 2 * 4 * 2**26
 #: Regions whose copies to the host may be under way (four tensors, two or three a layer).
 _LAYERS_IN_FLIGHT = 2
 
@@ -158,26 +160,35 @@ class _Step:
 
     # ---- checkpoints
 
-    def checkpoints(self, layers: float) -> tuple[float, float]:
-        """Bytes on the device and on the host of so many layers that wait for backward."""
-        settings = self.settings
+    def checkpoints(self, layers: int) -> tuple[float, float]:
+        """Bytes on the device and on the host of the first so many layers, waiting for backward."""
+        settings, text = self.settings, self.text
         if not self.tuned.through_text:
             return 0.0, 0.0
-        if not settings.checkpointing:
-            per = layer_activation_bytes(
-                self.text, compute_bytes=self.c, ulysses=self.ranks.ulysses
-            )
-            return layers * per * self.local, 0.0
-        per = self.local * checkpoint_bytes(
-            self.text, compute_bytes=self.c, keep_attention=settings.keep_attention
+        full = self.local * layer_activation_bytes(
+            text, compute_bytes=self.c, ulysses=self.ranks.ulysses
         )
-        total = layers * per
-        movable = max(layers - settings.keep_last, 0.0) * per
+        if settings.mlp_tile_rows is not None and settings.mlp_tile_rows < self.local:
+            # A tiled MLP keeps its input, which the norm before it keeps already.
+            full -= 4.0 * self.c * text.mlp_width * self.local
+        small = self.local * checkpoint_bytes(
+            text, compute_bytes=self.c, keep_attention=settings.keep_attention
+        )
+        first_plain = text.layers - settings.plain_layers if settings.checkpointing else 0
+        per = [small if layer < first_plain else full for layer in range(layers)]
+        total = sum(per)
+        movable = sum(per[: max(layers - settings.keep_last, 0)])
         host = min(float(settings.offload_bytes), movable)
         if host == 0:
             return total, 0.0
-        in_flight = min(host, _LAYERS_IN_FLIGHT * per)
+        in_flight = min(host, _LAYERS_IN_FLIGHT * max(per))
         return total - host + in_flight, host
+
+    def plain(self, layer: int) -> bool:
+        """Whether a layer keeps what its backward needs."""
+        settings = self.settings
+        first = self.text.layers - settings.plain_layers if settings.checkpointing else 0
+        return layer >= first
 
     # ---- moments of a layer's backward
 
@@ -190,7 +201,7 @@ class _Step:
             total += out_bytes(text, c)
         return total * self.local
 
-    def mlp(self) -> dict[str, float]:
+    def mlp(self, plain: bool) -> dict[str, float]:
         """Backward of the MLP: its product's two gradients are the widest point."""
         text, c, local = self.text, self.c, self.local
         tile = self.settings.mlp_tile_rows
@@ -205,14 +216,14 @@ class _Step:
             gradient = (4.0 + c) * text.mlp_matrices if self.tuned.text else 0.0
         parts["MLP of one layer"] = wide
         parts["weight gradients of one layer"] = gradient
-        if self.settings.checkpointing:
+        if not plain:
             parts["recomputed layer"] = self.layer_saved()
-        else:
+        elif rows == local:
             # Saved tensors are among the activations; three of the MLP's four are in both.
             parts["MLP of one layer"] = wide - 4.0 * c * text.mlp_width * local
         return parts
 
-    def norm(self) -> dict[str, float]:
+    def norm(self, plain: bool) -> dict[str, float]:
         """Backward of the norm before the MLP: five float32 products of the hidden states."""
         text, c, local = self.text, self.c, self.local
         parts = {
@@ -221,14 +232,17 @@ class _Step:
         }
         if self.tuned.text:
             parts["weight gradients of one layer"] = float(c * text.mlp_matrices)
-        if self.settings.checkpointing:
+        if not plain:
             parts["recomputed layer"] = self.layer_saved() - 2 * c * text.width * local
         else:
-            parts["float32 of one norm"] -= 4.0 * c * text.mlp_width * local
+            # What the MLP and the norm itself saved is among the activations, and gone.
+            tile = self.settings.mlp_tile_rows
+            if tile is None or tile >= local:
+                parts["float32 of one norm"] -= 4.0 * c * text.mlp_width * local
             parts["float32 of one norm"] -= 2.0 * c * text.width * local
         return parts
 
-    def attention(self) -> dict[str, float]:
+    def attention(self, plain: bool) -> dict[str, float]:
         """Backward of attention, kernel and exchanges."""
         text, c, local, ranks = self.text, self.c, self.local, self.ranks
         d = text.head_dim
@@ -245,14 +259,14 @@ class _Step:
             per_kv = 0.0
             per_head = min(per_head, 4.0)
         scratch = per_head * heads * d + per_kv * exchanged_kv * d + per_row * heads
-        if self.settings.backend == "cpu":
-            scratch = (4.0 * c * heads * d) if grouped else 0.0
+        if self.settings.backend == "cpu" and not grouped:
+            scratch = 0.0
         parts["attention kernel"] = scratch * local
         if ranks.ulysses > 1:
             chunks = self.settings.head_chunks
             share = min(1.0, 2.0 / chunks)
             arrived = c * (3 * heads + 2 * exchanged_kv) * d
-            if not self.settings.checkpointing:
+            if plain:
                 arrived = c * heads * d  # dout alone; the rest was saved
             own = c * (heads + 2 * exchanged_kv) * d
             parts["heads exchanged"] = (arrived * share + 2 * own * share) * local
@@ -268,7 +282,7 @@ class _Step:
             parts["weight gradients of one layer"] = float(
                 c * (text.mlp_matrices + text.heads * d * text.width)
             )
-        if self.settings.checkpointing:
+        if not plain:
             saved = norm_bytes(text, c, input_counts=False) + qkv_bytes(text, c)
             saved += qk_norm_bytes(text, c)
             if not self.settings.keep_attention:
@@ -295,9 +309,9 @@ class _Step:
         if self.tuned.through_text:
             found["last norm backward"] = {**base, **always, **self._last_norm()}
             for name, own in (
-                ("MLP backward", self.mlp()),
-                ("norm backward", self.norm()),
-                ("attention backward", self.attention()),
+                ("MLP backward", self.mlp),
+                ("norm backward", self.norm),
+                ("attention backward", self.attention),
             ):
                 found |= self._at_layers(name, own, always)
         if self.frames and (self.tuned.tower or self.tuned.projector):
@@ -305,33 +319,42 @@ class _Step:
             found["tower backward"] = {**done, **always, **self._tower_backward()}
         whole = self.steady(gradient_layers=text.layers, root_gradients=True)
         found["root reduction"] = {**whole, **self._root_reduction()}
-        found["optimizer"] = whole
+        staged = {"moments passing through": float(_STAGED_BYTES)}
+        found["optimizer"] = whole | (staged if self.settings.optimizer == "adamw-host" else {})
         return found
 
     def _at_layers(
-        self, name: str, own: dict[str, float], always: dict[str, float]
+        self,
+        name: str,
+        own: Callable[[bool], dict[str, float]],
+        always: dict[str, float],
     ) -> dict[str, dict[str, float]]:
-        layers = self.text.layers
+        layers, plain = self.text.layers, self.settings.plain_layers
         found = {}
-        for processed in sorted({0, min(1, layers - 1), layers - 1}):
+        ends = {0, 1, layers - 1, plain if self.settings.checkpointing else 0}
+        for processed in sorted(each for each in ends if each < layers):
             where = f"{name}, layer {layers - processed} of {layers}"
             device, _ = self.checkpoints(layers - processed)
             found[where] = {
                 **self.steady(gradient_layers=processed, root_gradients=False),
                 **always,
-                "checkpoints" if self.settings.checkpointing else "activations": device,
+                self._waiting_name: device,
                 "gathered layers": self.gathered(
                     first=processed == 0, last_processed=processed == layers - 1
                 ),
                 "gradient of the head": self.head_gradient(),
-                **own,
+                **own(self.plain(layers - processed - 1)),
             }
         return found
+
+    @property
+    def _waiting_name(self) -> str:
+        return "checkpoints" if self.settings.checkpointing else "activations"
 
     def _waiting(self) -> dict[str, float]:
         """What all layers left for backward."""
         device, _ = self.checkpoints(self.text.layers)
-        return {"checkpoints" if self.settings.checkpointing else "activations": device}
+        return {self._waiting_name: device}
 
     def _loss(self) -> dict[str, float]:
         text, c, local = self.text, self.c, self.local
@@ -450,6 +473,5 @@ def training_peak(
     step = _Step(size, load, ranks or Ranks(), settings or Settings(), tuned or Tuned())
     _, host = step.checkpoints(size.text.layers)
     if step.settings.optimizer == "adamw-host":
-        # float32 parameters are kept where they are updated, beside gradients and states
-        host += 16.0 * step.tuned.parameters(size) / step.shards
+        host += STATE_BYTES["adamw"] * step.tuned.parameters(size) / step.shards
     return Peak(moments=step.moments(), host_bytes=host)
