@@ -27,7 +27,7 @@ dim, V vocabulary, R ranks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -163,6 +163,19 @@ def _attend_chunks(
 
 # ---- all shards ------------------------------------------------------------------------------
 
+# Renamed in torch 2.13, which warns of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def gather_equal(x: Tensor, cache: ShardedCache) -> Tensor:
+    """Return ``(R, *x.shape)`` of all ranks, whose tensors have one shape.
+
+    Comm: One all-gather of ``x.numel()`` elements a rank.
+    """
+    gathered = x.new_empty((cache.num_ranks, *x.shape))
+    _all_gather(gathered.flatten(0, 1), x.contiguous(), group=cache.group)
+    return gathered
+
 
 class ReadStep(AttentionStep):
     """One pass of new tokens over a cache; travels to the attention function as ``sp_context``.
@@ -207,10 +220,7 @@ class ReadStep(AttentionStep):
         out, lse = results[0] if len(results) == 1 else merge_many(*zip(*results, strict=True))
         if cache.num_ranks > 1:
             packed = torch.cat([out.to(lse.dtype), lse.transpose(1, 2).unsqueeze(-1)], dim=-1)
-            gathered = packed.new_empty((cache.num_ranks, *packed.shape))
-            dist.all_gather_into_tensor(
-                gathered.flatten(0, 1), packed.contiguous(), group=cache.group
-            )
+            gathered = gather_equal(packed, cache)
             out, _ = merge_stacked(gathered[..., :-1], gathered[..., -1])
         return out.to(q.dtype)
 
@@ -223,6 +233,7 @@ def read_embeds(
     *,
     position_ids: Tensor | None = None,
     split_tokens: int | None = None,
+    further: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Run the text model on new tokens that follow a cache, and keep their keys and values.
 
@@ -231,8 +242,9 @@ def read_embeds(
         family: Where its parts are.
         cache: What came before; extended.
         embeds: ``(B, T, M)`` embeddings of the new tokens, the same on every rank.
-        position_ids: ``(B, T)``; None for positions that count tokens.
+        position_ids: ``(B, T)`` or ``(3, B, T)``; None for those of text.
         split_tokens: As for `attend_segment`.
+        further: Keywords of the text model for rows that feed deeper layers.
 
     Returns:
         ``(B, T, M)`` last hidden states.
@@ -244,6 +256,10 @@ def read_embeds(
     """
     text = family.text_model(model)
     tokens = embeds.shape[1]
+    if position_ids is None and cache.text_runs is not None:
+        first = cache.get_seq_length() + cache.text_runs.offset
+        position_ids = torch.arange(first, first + tokens, device=embeds.device)
+        position_ids = position_ids.expand(3, embeds.shape[0], -1)
     with cache.appending(tokens) as owner:
         step = ReadStep(cache, tokens, owner, split_tokens)
         hidden: Tensor = text(
@@ -253,6 +269,7 @@ def read_embeds(
             past_key_values=cache,
             use_cache=True,
             sp_context=step,
+            **(further or {}),
         ).last_hidden_state
         check_calls(
             step.calls,
@@ -284,7 +301,7 @@ def shared_logits(logits: Tensor, cache: ShardedCache, source: int = 0) -> Tenso
 # ---- the model's forward ---------------------------------------------------------------------
 
 _TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
-_IGNORED = {"use_cache", "return_dict", "logits_to_keep", "cache_position"}
+_IGNORED = {"use_cache", "return_dict", "logits_to_keep", "cache_position", "mm_token_type_ids"}
 
 
 class CacheForward:
@@ -333,10 +350,16 @@ class CacheForward:
             raise ValueError(
                 "attention_mask hides tokens; a ShardedCache holds whole rows: leave padding out"
             )
+        positions = given.get("position_ids")
+        if cache.text_runs is not None:
+            # generate has not seen the prefix's media, and makes positions that count tokens.
+            positions = None
         hidden = read_embeds(
             self.model, self.family, cache, embeds,
-            position_ids=given.get("position_ids"), split_tokens=self.split_tokens,
+            position_ids=positions, split_tokens=self.split_tokens,
         )  # fmt: skip
+        if cache.text_runs is not None:
+            cache.text_runs = cache.text_runs.count(embeds.shape[1])
         keep = given.get("logits_to_keep") or 0
         kept = hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
         logits = shared_logits(self.model.get_output_embeddings()(kept), cache)

@@ -193,12 +193,17 @@ def put_on_mesh(model: nn.Module, mesh: SPMesh, stage: Stage) -> nn.Module:
     settings = stage.parallel
     offload = None
     if settings.offload_gib > 0:
-        offload = Offload(budget_bytes=int(settings.offload_gib * 2**30))
+        offload = Offload(
+            budget_bytes=int(settings.offload_gib * 2**30), keep_last=settings.offload_keep_last
+        )
     plan = ParallelPlan(
         fsdp_replicate=settings.fsdp_replicate,
         compute_dtype=None if settings.compute == "float32" else _DTYPES[settings.compute],
         activation_checkpointing=settings.activation_checkpointing,
+        plain_layers=settings.plain_layers,
         offload=offload,
+        mlp_tile_rows=settings.mlp_tile_rows,
+        compile_modules=settings.compile,
         head_chunks=settings.head_chunks,
         loss_tile_rows=settings.loss_tile_rows,
         two_stage=True,

@@ -162,6 +162,7 @@ class Optimizer:
         eps: Added to the denominator.
         weight_decay: Decay of matrices; vectors have none.
         clip_norm: Norm that gradients are clipped to; null for none.
+        offload: Whether the moments wait on the host and pass through the device in the update.
         schedule: Shape of the rate after warm-up.
         warmup_ratio: Share of the stage in which the rate rises.
         warmup_steps: Steps in which it rises, instead; needs ``max_steps``.
@@ -173,6 +174,7 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = None
+    offload: bool = False
     schedule: Literal["cosine", "constant_with_warmup"] = "cosine"
     warmup_ratio: float = 0.03
     warmup_steps: int | None = None
@@ -204,8 +206,13 @@ class Parallel:
         seq_parallel_ring_type: Layout of the ring.
         fsdp_replicate: Whether parameters are sharded within a group only.
         compute: Type that layers compute in; parameters, gradients and states are float32.
-        activation_checkpointing: Whether layers are recomputed in backward.
-        offload_gib: Host memory a rank in which checkpoints wait; zero for none.
+        activation_checkpointing: Whether layers are recomputed in backward; attention never is.
+        plain_layers: Text layers, the last ones, that are not recomputed.
+        offload_gib: Host memory a rank in which checkpoints (and what plain layers save) wait; zero
+            for none.
+        offload_keep_last: Layers, the last ones, whose tensors stay on the device.
+        mlp_tile_rows: Tokens whose MLP is computed at once; null for all.
+        compile: Whether norms and MLPs of the language model are compiled.
         head_chunks: Parts in which attention exchanges heads.
         loss_tile_rows: Rows of head and loss computed at once.
     """
@@ -219,7 +226,11 @@ class Parallel:
     fsdp_replicate: bool = False
     compute: Precision = "bfloat16"
     activation_checkpointing: bool = True
+    plain_layers: int = 0
     offload_gib: float = 0.0
+    offload_keep_last: int = 1
+    mlp_tile_rows: int | None = None
+    compile: bool = False
     head_chunks: int = 1
     loss_tile_rows: int = 4096
 
