@@ -146,10 +146,9 @@ def make_batch(config: Any, case: Case, world_size: int) -> dict[str, Any]:
     ids = torch.randint(0, vocabulary, (1, tokens), generator=generator)
     rows = config.tokens_per_frame + 1
     if frames:
-        media = ids[0, : frames * rows].view(frames, rows)
         if frames * rows > tokens:
             raise ValueError(f"{frames} frames have {frames * rows} tokens, the row {tokens}")
-        media[:, :-1] = config.video_token_id
+        ids[0, : frames * rows].view(frames, rows)[:, :-1] = config.video_token_id
     labels = ids.clone()
     targets = tokens if case.targets is None else case.targets * world_size
     labels[:, : tokens - targets] = -100
@@ -175,7 +174,7 @@ class Phases:
 
     def begin(self) -> None:
         if self.live is not None:
-            self.live.peak_bytes = 0
+            self.live.reset_peak()
         else:
             torch.cuda.reset_peak_memory_stats(self.cluster.device)
 

@@ -9,6 +9,7 @@ of every part are written down for each moment that can be the peak, and the lar
     norm backward    the same layer after its MLP (or its tiles) is done
     attention backward   the exchanged q, k, v, out, their gradients, the kernel's scratch
     tower backward   one micro-batch with its graph; the text model's checkpoints are gone
+    tower gradients  those of a micro-batch, and the float32 sums of all
     root reduction   gradients of everything outside the text layers, in both precisions
     optimizer        parameters, gradients, states
 
@@ -101,6 +102,12 @@ class _Step:
         self.targets = -(-load.targets // ranks.sp)
         self.frames = ranks.local_frames(load.frames) if size.tower is not None else 0
         self.layer_tuned = self._layer_tuned()
+        # A step without media leaves tower and projector without gradients.
+        with_gradients = tuned.parameters(size)
+        if size.tower is not None and not load.frames:
+            with_gradients -= tuned.tower * size.tower.parameters
+            with_gradients -= tuned.projector * size.tower.projector_parameters
+        self.root_tuned = with_gradients - size.text.layers * self.layer_tuned
 
     def _layer_tuned(self) -> float:
         if self.tuned.text:
@@ -117,7 +124,7 @@ class _Step:
             gradient_layers, root_gradients = self.text.layers, True
         own = gradient_layers * self.layer_tuned
         if root_gradients:
-            own += tuned - self.text.layers * self.layer_tuned
+            own += self.root_tuned
         adapters = self.tuned.adapter_parameters
         return {
             "parameters": settings.parameter_bytes * (size.parameters + adapters) / shards,
@@ -152,11 +159,15 @@ class _Step:
         return total
 
     def media(self) -> float:
-        """Pixels of this rank, for as long as its frames may run again."""
+        """What waits until frames run again: their pixels, or features of a frozen tower."""
         tower = self.size.tower
         if tower is None or not self.frames:
             return 0.0
-        return float(self.c * self.frames * tower.pixels)
+        if self.tuned.tower:
+            return float(self.c * self.frames * tower.pixels)
+        if self.tuned.projector:
+            return float(self.c * self.frames * tower.patches * tower.width)
+        return 0.0
 
     # ---- checkpoints
 
@@ -299,7 +310,7 @@ class _Step:
         base = self.steady(gradient_layers=0, root_gradients=False)
         always = {
             "gathered outside the layers": self.root(),
-            "pixels": self.media(),
+            "pixels or features": self.media(),
             # rotary tables of the step, ids, labels and indices
             "positions and ids": self.local * (2.0 * self.c * text.head_dim + 40),
         }
@@ -317,6 +328,7 @@ class _Step:
         if self.frames and (self.tuned.tower or self.tuned.projector):
             done = self.steady(gradient_layers=text.layers, root_gradients=False)
             found["tower backward"] = {**done, **always, **self._tower_backward()}
+            found["tower gradients"] = {**done, **always, **self._tower_gradients()}
         whole = self.steady(gradient_layers=text.layers, root_gradients=True)
         found["root reduction"] = {**whole, **self._root_reduction()}
         staged = {"moments passing through": float(_STAGED_BYTES)}
@@ -390,13 +402,18 @@ class _Step:
         }
 
     def _tower_saved(self) -> float:
-        """Bytes that autograd keeps of a frame: norms, q k v, attention, residuals, MLP."""
+        """Bytes of a frame at the widest point of its backward.
+
+        A layer keeps two norms' results, q, k, v, attention's out, two residuals and its MLP's two
+        tensors. Beside them there is what the projector saved, or the MLP's gradients of a layer.
+        """
         tower = self.size.tower
         assert tower is not None
         c = self.c
         layer = 8.0 * c * tower.width + 2.0 * c * tower.mlp_width + 4 * tower.heads + 16
-        rows = tower.rows * (c * tower.joined_width * 2 + 3.0 * c * self.text.width)
-        return tower.patches * tower.layers * layer + rows
+        rows = tower.rows * (c * tower.joined_width * 2 + 4.0 * c * self.text.width)
+        widest = tower.patches * c * (tower.mlp_width + 2.0 * tower.width)
+        return tower.patches * tower.layers * layer + max(rows, widest)
 
     def _tower_call(self) -> int:
         tower = self.size.tower
@@ -411,7 +428,10 @@ class _Step:
         if self.tuned.tower and not self.settings.checkpointing:
             return {"tower": self.frames * self._tower_saved(), "media rows": float(rows)}
         wide = c * tower.patches * (2.0 * tower.mlp_width + 3.0 * tower.width)
-        return {"tower": self._tower_call() * wide, "media rows": float(2 * rows)}
+        parts = {"tower": self._tower_call() * wide, "media rows": float(2 * rows)}
+        if not self.tuned.tower:
+            parts["pixels"] = float(c * self.frames * tower.pixels)
+        return parts
 
     def _tower_backward(self) -> dict[str, float]:
         tower, tuned, c = self.size.tower, self.tuned, self.c
@@ -425,24 +445,35 @@ class _Step:
         }
         if tuned.tower:
             parts["tower"] = frames * self._tower_saved()
-            parts["tower"] += (
-                self._tower_call() * c * tower.patches * (2.0 * tower.mlp_width + 2.0 * tower.width)
-            )
         else:
-            features = tower.patches * tower.width + tower.rows * tower.joined_width * 2
-            parts["tower"] = float(c * self.frames * features)
-        # this micro-batch's gradients and the float32 sums of those before it
-        parts["tower gradients"] = float((c + 4) * parameters)
+            width = 2 * tower.joined_width + 4 * self.text.width
+            parts["tower"] = float(c * self._tower_call() * tower.rows * width)
+        if self.settings.checkpointing and frames < self.frames:
+            parts["sums of the tower's gradients"] = 4.0 * parameters
         if self.settings.fsdp:
             parts["gathered layers"] = self.settings.reduce_bytes * self.layer_tuned
         return parts
+
+    def _tower_gradients(self) -> dict[str, float]:
+        """The last micro-batch's gradients beside the float32 sums of all."""
+        tower, tuned = self.size.tower, self.tuned
+        assert tower is not None
+        parameters = tuned.tower * tower.parameters + tuned.projector * tower.projector_parameters
+        wide = 4.0 if self.settings.checkpointing and tuned.tower else 0.0
+        return {
+            "gradient of the head": self.head_gradient(),
+            "tower gradients": (self.c + wide) * parameters,
+            "gathered layers": self.settings.reduce_bytes * self.layer_tuned
+            if self.settings.fsdp
+            else 0.0,
+        }
 
     def _root_reduction(self) -> dict[str, float]:
         """Beside the reduced gradients, or before they exist beside the unreduced ones."""
         if not self.settings.fsdp:
             return {}
         settings = self.settings
-        tuned = self.tuned.parameters(self.size) - self.text.layers * self.layer_tuned
+        tuned = self.root_tuned
         flat = settings.reduce_bytes * tuned
         before = flat + self.c * tuned - settings.parameter_bytes * tuned / self.shards
         return {"gradients outside the layers": max(float(flat), before)}
