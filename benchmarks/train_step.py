@@ -27,7 +27,6 @@ import argparse
 import gc
 import statistics
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import _cluster
+from benchmarks._attempt import OUT_OF_MEMORY, attempt, clean
 from benchmarks._cluster import Cluster, Stopwatch
 from benchmarks._results import Kind, Report, Row, hardware, spread_percent
 
@@ -48,7 +48,6 @@ PEAK_TFLOPS = 989.0
 PARTS = ("embed", "text_forward", "loss_forward", "backward", "norm_clip", "update")
 #: Relative errors against one GPU that an engine may have, by dtype: loss, gradient norm.
 LIMITS = {"bfloat16": (2e-3, 2e-2), "float32": (1e-5, 1e-3)}
-OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass
@@ -317,34 +316,6 @@ def measure(
     return metrics, seconds
 
 
-def attempt(function: Callable[[], Any], cluster: Cluster) -> tuple[Any, str | None]:
-    """A result, or why there is none; all ranks agree which.
-
-    A rank that fails while another waits in a collective ends in the collective's timeout. The
-    ranks hold the same and so run out of memory at the same place.
-    """
-    result, reason = None, None
-    try:
-        result = function()
-    except torch.OutOfMemoryError as fault:
-        reason = OUT_OF_MEMORY
-        cluster.say(f"    {str(fault).splitlines()[0][:300]}")
-    except (RuntimeError, TypeError, ValueError, ImportError, AttributeError, KeyError) as fault:
-        reason = f"failed: {type(fault).__name__}: {str(fault)[:300]}"
-        cluster.say("".join(traceback.format_exception(fault)[-6:]))
-    if cluster.everywhere([float(reason is not None)])[0]:
-        return None, reason or "failed on another rank"
-    return result, None
-
-
-def clean() -> None:
-    """Give back the memory of the engine before."""
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def profile(engine: Engine, ids: Tensor, path: Path, cluster: Cluster) -> None:
     """Write the kernels of one step, by the time they take on the first rank."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -402,7 +373,8 @@ def run_engine(
         metrics: dict[str, float] = {}
         seconds: list[float] = []
         if reason is None:
-            repeats = options.repeats if tokens < options.long_tokens else options.long_repeats
+            long = options.long_tokens if engine.kind == "ours" else options.long_peer_tokens
+            repeats = options.repeats if tokens < long else options.long_repeats
             cluster.say(
                 f"  {engine.name} at {tokens}: ready after {time.perf_counter() - began:.1f} s"
             )
@@ -434,7 +406,7 @@ def run_engine(
         cluster.say(f"  {engine.kind:5s} {engine.name:28s} {tokens:8d}  {shown}")
         save()
         engine.close()
-        del engine
+        del engine, whole, ids
         clean()
         if reason is not None and reason != OUT_OF_MEMORY:
             return
@@ -518,6 +490,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warm-tokens", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--long-tokens", type=int, default=200_000)
+    parser.add_argument("--long-peer-tokens", type=int, default=200_000)
     parser.add_argument("--long-repeats", type=int, default=1)
     parser.add_argument("--model-dim", type=int, default=3584)
     parser.add_argument("--text-mlp", type=int, default=18944)
@@ -536,9 +509,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     # Settings by length: the entry of the longest length not above the step's counts.
-    parser.add_argument("--plain-layers", type=_table, default=_table("65536:8,131072:2,262144:0"))
+    parser.add_argument("--plain-layers", type=_table, default=_table("65536:13,131072:2,262144:0"))
     parser.add_argument("--mlp-tile", type=_table, default=_table("262144:32768"))
-    parser.add_argument("--offload-gib", type=_table, default=_table("262144:24,524288:84"))
+    parser.add_argument("--offload-gib", type=_table, default=_table("262144:24,524288:92"))
     parser.add_argument("--offload-keep-last", type=_table, default={})
     parser.add_argument("--host-moments", type=_table, default={})
     parser.add_argument("--profile", action="store_true")

@@ -19,7 +19,6 @@ import functools
 import importlib.util
 import math
 import re
-import types
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -189,15 +188,14 @@ class DeepSpeedUlysses(TextEngine):
         if not self.memory:
             return
 
-        def plain(mlp: Any, x: Tensor) -> Tensor:
-            return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
-
-        def tiled(mlp: Any, x: Tensor) -> Tensor:
+        def tiled(forward: Callable[[Tensor], Tensor], mlp: Any, x: Tensor) -> Tensor:
             weights = [mlp.down_proj.weight, mlp.gate_proj.weight, mlp.up_proj.weight]
-            return TiledMLP.apply(plain, mlp, x, math.ceil(x.shape[1] / x.shape[2]), weights)
+            shards = math.ceil(x.shape[1] / x.shape[2])
+            return TiledMLP.apply(lambda _, part: forward(part), mlp, x, shards, weights)
 
         for layer in model.model.layers:  # type: ignore[union-attr]
-            layer.mlp.forward = types.MethodType(tiled, layer.mlp)
+            # Liger's where it is there, else transformers'.
+            layer.mlp.forward = functools.partial(tiled, layer.mlp.forward, layer.mlp)
         self.about["memory"] = "TiledMLP, CheckpointHiddenStatesOffload"
 
     @contextlib.contextmanager

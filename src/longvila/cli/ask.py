@@ -21,7 +21,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -123,8 +123,14 @@ def run(ranks: Ranks, options: Options) -> int:
         The exit status.
     """
     sources, question = split_inputs(options.inputs, chat=options.chat)
+    index = find_index(sources)
+    if index is not None and options.model is None:
+        options = replace(options, model=read_note(index).get("model"))
     with progress_bars(quiet=not ranks.is_first) as progress:
         session = open_session(options, ranks, progress)
+        if index is not None:
+            ranks.together(lambda: session.load(index))
+            sources = sources[1:]
         media = ranks.together(lambda: load(session, sources, options))
     if question is not None:
         turn(session, question, media, options, ranks)
@@ -152,6 +158,30 @@ def split_inputs(inputs: tuple[str, ...], *, chat: bool) -> tuple[list[str], str
             'the question is missing: longvila ask VIDEO "question" --model CHECKPOINT'
         )
     return list(inputs[:-1]), inputs[-1]
+
+
+def find_index(sources: list[str]) -> Path | None:
+    """Return the stored prompt among the media, which must come first.
+
+    Raises:
+        LongVILAError: If it does not, or there are several.
+    """
+    from longvila.inference.store import is_stored
+
+    found = [source for source in sources if is_stored(Path(source).expanduser())]
+    if len(found) > 1 or (found and found[0] != sources[0]):
+        raise LongVILAError(
+            f"{found[-1]} is a stored prompt: there can be one, and it comes before other media"
+        )
+    return Path(found[0]).expanduser() if found else None
+
+
+def read_note(index: Path) -> dict[str, Any]:
+    """Return what ``longvila index`` noted beside a stored prompt."""
+    from longvila.inference.store import read_index
+
+    note: dict[str, Any] = read_index(index)["extra"].get("note") or {}
+    return note
 
 
 def names_medium(text: str) -> bool:
@@ -215,9 +245,9 @@ def open_session(options: Any, ranks: Ranks, progress: Any) -> Session:
     return Session(Engine(model, mesh), processor, progress=progress)
 
 
-def load(session: Session, sources: list[str], options: Options) -> list[Medium]:
+def load(session: Session, sources: list[str], options: Any) -> list[Medium]:
     """Decode the media of a turn, in order."""
-    alone = len(sources) == 1 and not session.media
+    alone = len(sources) == 1 and not session.media and not session.watched
     return [
         session.load_image(source, tiled=alone)
         if is_image(source)
@@ -236,6 +266,7 @@ def turn(
         shown.append(piece)
         print(piece, end="", flush=True)
 
+    seen = [*session.watched, *media]
     with progress_bars(quiet=not ranks.is_first) as progress:
         session.progress = progress
         answer = session.ask(
@@ -249,10 +280,10 @@ def turn(
     if not ranks.is_first:
         return
     if options.json:
-        print(json.dumps(as_json(question, media, answer), ensure_ascii=False))
+        print(json.dumps(as_json(question, seen, answer), ensure_ascii=False))
     else:
         print(flush=True)
-        print(summary(media, answer), file=sys.stderr)
+        print(summary(seen, answer), file=sys.stderr)
 
 
 def summary(media: list[Medium], answer: Answer) -> str:

@@ -328,12 +328,15 @@ class LocalCaller:
         from longvila.inference.session import Session
 
         session = Session(self.model, self.processor)
-        media = []
-        if prompt.pictures:
-            pictures = list(prompt.pictures)
-            media.append(session.load_video(pictures, num_frames=len(pictures)))
-        text = prompt.text if prompt.system is None else f"{prompt.system}\n\n{prompt.text}"
-        answer = session.ask(text, media, max_new_tokens=prompt.max_new_tokens)
+        try:
+            media = []
+            if prompt.pictures:
+                pictures = list(prompt.pictures)
+                media.append(session.load_video(pictures, num_frames=len(pictures)))
+            text = prompt.text if prompt.system is None else f"{prompt.system}\n\n{prompt.text}"
+            answer = session.ask(text, media, max_new_tokens=prompt.max_new_tokens)
+        finally:
+            session.close()
         timings = answer.timings
         self.used.update(
             calls=1, prompt_tokens=timings.prompt_tokens, new_tokens=timings.new_tokens

@@ -243,6 +243,11 @@ class _Dealt:
     layout: SequenceLayout
     appended: bool = False
 
+    def intervals(self, rank: int) -> list[tuple[int, int]]:
+        """Tokens of a rank, as it holds them, counted from the first of this arrival."""
+        own = ((a, min(b, self.total)) for a, b in self.layout.intervals(rank))
+        return [(a, b) for a, b in own if a < b]
+
     def counts(self, first: int) -> list[int]:
         """Tokens of each rank among the first so many."""
         return [
@@ -258,6 +263,10 @@ class _Given:
     total: int
     owner: int
     num_ranks: int
+
+    def intervals(self, rank: int) -> list[tuple[int, int]]:
+        """As for `_Dealt`."""
+        return [(0, self.total)] if rank == self.owner else []
 
     def counts(self, first: int) -> list[int]:
         """As for `_Dealt`."""
@@ -394,6 +403,19 @@ class ShardedCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return S, the tokens over all ranks, without those of a step under way."""
         return sum(self.held)
+
+    def intervals(self, rank: int) -> list[tuple[int, int]]:
+        """Return which tokens of the sequence a rank holds, in the order it holds them."""
+        found: list[tuple[int, int]] = []
+        base = 0
+        for arrival in self._arrivals:
+            for start, stop in arrival.intervals(rank):
+                if found and found[-1][1] == base + start:
+                    found[-1] = (found[-1][0], base + stop)
+                else:
+                    found.append((base + start, base + stop))
+            base += arrival.total
+        return found
 
     def reserve(self, tokens: int) -> None:
         """Allocate for so many tokens of this rank at once when the next ones come."""

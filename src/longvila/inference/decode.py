@@ -26,6 +26,7 @@ dim, V vocabulary, R ranks.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -44,9 +45,14 @@ from longvila.parallel.hf_attention import NAME, AttentionStep, check_calls, sen
 
 #: At most so many queries (rows times tokens) are few.
 _FEW_QUERIES = 16
-#: Blocks of work that keep the largest GPU busy over several waves.
-_WANTED_BLOCKS = 512
+#: Chunks of a segment fill the multiprocessors so many times over. A block reads its chunk at the
+#: rate of one multiprocessor, so what counts is that the last round is full: rounds times
+#: multiprocessors is divided by the kv heads, and the chunks are cut to just that number.
+_ROUNDS = 4
 _SHORTEST_CHUNK = 512
+#: Many queries read a long segment in pieces of one length, so that a kernel library that plans for
+#: each shape plans for few.
+_PIECE_TOKENS = 131072
 
 
 # ---- one shard -------------------------------------------------------------------------------
@@ -71,13 +77,33 @@ def merge_stacked(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return out / total.where(seen, 1.0).unsqueeze(-1), top + total.log()
 
 
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def chunk_tokens(tokens: int, kv_heads: int, multiprocessors: int) -> int:
+    """Return the tokens of the chunks that few queries view a segment as.
+
+    Args:
+        tokens: n.
+        kv_heads: K; a chunk is K blocks of work.
+        multiprocessors: Of the device.
+
+    Returns:
+        A number that leaves fewer tokens over than there are chunks.
+    """
+    chunks = max(1, min(_ROUNDS * multiprocessors // kv_heads, tokens // _SHORTEST_CHUNK))
+    return tokens // chunks
+
+
 def _chunk(tokens: int, kv_heads: int, device: torch.device, split_tokens: int | None) -> int:
     """Tokens of the chunks that a segment is viewed as; all of them for no chunks."""
     if split_tokens is not None:
         return split_tokens
     if device.type != "cuda":
         return tokens
-    return max(_SHORTEST_CHUNK, -(-tokens * kv_heads // _WANTED_BLOCKS // 128) * 128)
+    return chunk_tokens(tokens, kv_heads, _multiprocessors(device))
 
 
 def attend_segment(
@@ -88,6 +114,7 @@ def attend_segment(
     causal: bool,
     softmax_scale: float | None,
     split_tokens: int | None = None,
+    piece_tokens: int = _PIECE_TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """Return attention of new queries over one segment.
 
@@ -98,6 +125,7 @@ def attend_segment(
         causal: Whether the segment ends with the tokens of the queries.
         softmax_scale: Factor on the scores.
         split_tokens: Tokens of a chunk for few queries; None to choose by device.
+        piece_tokens: Tokens of the pieces that many queries read a long segment in.
 
     Returns:
         ``out (B, T, H, D)`` and ``lse (B, H, T)``.
@@ -116,18 +144,23 @@ def attend_segment(
     if causal:
         if shared:
             raise ValueError("rows with tokens of their own cannot share the segment they end in")
-        return attention_forward(q, k, v, causal=True, **options)
+        if k.shape[1] <= piece_tokens:
+            return attention_forward(q, k, v, causal=True, **options)
+        before = k.shape[1] - new
+        own = attention_forward(q, k[:, before:], v[:, before:], causal=True, **options)
+        return merge(*_attend_pieces(q, k[:, :before], v[:, :before], options, piece_tokens), *own)
     if shared:
         out, lse = attend_segment(
             q.reshape(1, batch * new, heads, dim), k, v,
             causal=False, softmax_scale=softmax_scale, split_tokens=split_tokens,
+            piece_tokens=piece_tokens,
         )  # fmt: skip
         return (
             out.view(batch, new, heads, dim),
             lse.view(heads, batch, new).transpose(0, 1),
         )
     if batch * new > _FEW_QUERIES:
-        return attention_forward(q, k, v, causal=False, **options)
+        return _attend_pieces(q, k, v, options, piece_tokens)
     group = heads // kv_heads
     # (B, T, K, G, D) -> (B, T * G, K, D): the queries of a kv head side by side.
     folded = q.unflatten(2, (kv_heads, group)).transpose(2, 3).reshape(batch, -1, kv_heads, dim)
@@ -135,6 +168,14 @@ def attend_segment(
     out = out.view(batch, new, group, kv_heads, dim).transpose(2, 3)
     lse = lse.view(batch, kv_heads, new, group).transpose(2, 3)
     return out.reshape(q.shape), lse.reshape(batch, heads, new)
+
+
+def _attend_pieces(
+    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], piece_tokens: int
+) -> tuple[Tensor, Tensor]:
+    pieces = zip(k.split(piece_tokens, dim=1), v.split(piece_tokens, dim=1), strict=True)
+    results = [attention_forward(q, *piece, causal=False, **options) for piece in pieces]
+    return results[0] if len(results) == 1 else merge_many(*zip(*results, strict=True))
 
 
 def _attend_chunks(

@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
@@ -47,6 +48,7 @@ from longvila.inference.prefill import (
     prefill_ranks,
 )
 from longvila.inference.ranks import prefill_rank_chunks
+from longvila.inference.store import load_cache, model_key, save_cache
 from longvila.parallel.families import Family, find_family
 from longvila.parallel.mmsp import TwoStageForward, TwoStageOptions
 from longvila.sp.mesh import SPMesh
@@ -112,11 +114,12 @@ class Engine:
             self.family.position_ids is not Family.__dataclass_fields__["position_ids"].default
         )
         self.text = self.family.text_model(model)
-        self.chunk_tokens, self.split_tokens = chunk_tokens, split_tokens
+        self.chunk_tokens = chunk_tokens
         self._attention = set_attention(self.text)
         self._before = vars(model).get("forward")
         original = model.forward
         cache_forward = CacheForward(model, self.family, original, split_tokens)
+        self._cache_forward = cache_forward
 
         # wraps: generate reads the signature to see which arguments the model takes.
         @functools.wraps(original)
@@ -164,6 +167,15 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def split_tokens(self) -> int | None:
+        """Tokens of the chunks that few queries read a long segment in; may be changed."""
+        return self._cache_forward.split_tokens
+
+    @split_tokens.setter
+    def split_tokens(self, tokens: int | None) -> None:
+        self._cache_forward.split_tokens = tokens
 
     @property
     def num_ranks(self) -> int:
@@ -296,6 +308,48 @@ class Engine:
         cache.logits = logits
         _append_ids(cache, ids)
         return logits
+
+    # ---- stored prompts
+
+    def save(
+        self,
+        cache: ShardedCache,
+        path: str | Path,
+        key: Mapping[str, Any] | None = None,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write a prompt that was read; see `longvila.inference.store.save_cache`.
+
+        Args:
+            cache: What was read.
+            path: Folder to write to.
+            key: What it depends on beside the model, which is added.
+            extra: What else to keep beside it; not compared.
+            overwrite: Whether a stored prompt that is there may be replaced.
+
+        Returns:
+            The folder.
+        """
+        whole = {**(key or {}), "model": model_key(self.model)}
+        return save_cache(cache, path, whole, extra=extra, overwrite=overwrite)
+
+    def load(self, path: str | Path, key: Mapping[str, Any] | None = None) -> ShardedCache:
+        """Read a stored prompt, by any number of ranks; see `longvila.inference.store.load_cache`.
+
+        Args:
+            path: Its folder.
+            key: What to compare beside the model.
+
+        Returns:
+            The cache.
+
+        Raises:
+            StoreError: If it is not there, not whole, or of another model or media.
+        """
+        whole = {**(key or {}), "model": model_key(self.model)}
+        return load_cache(path, whole, mesh=self.mesh, device=self._device)
 
     # ---- generate
 

@@ -325,13 +325,14 @@ def prefill_chunks(
     cache.reserve(-(-on_host.numel() // cache.num_ranks))
     for start in range(0, on_host.numel(), chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        embeds = family.embed(model, on_host[part].to(head.weight.device))
+        embeds = family.embed(model, on_host[part].to(head.weight.device, non_blocking=True))
         found: list[tuple[Tensor, Tensor]] = []
         for number, (where, stream) in enumerate(streams):
             places = where[part].nonzero().flatten()
             if places.numel():
                 taken[number] += places.numel()
-                found.append((stream.take(taken[number]), places.to(embeds.device)))
+                places = places.to(embeds.device, non_blocking=True)
+                found.append((stream.take(taken[number]), places))
         embeds, further = place_media(family, embeds, found)
         own = None if positions is None else positions[:, part]
         hidden = read_embeds(

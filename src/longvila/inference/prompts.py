@@ -15,8 +15,8 @@ Letters: S tokens, F frames.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import accumulate, pairwise
 from typing import Any, Literal, Protocol
 
@@ -29,6 +29,7 @@ from longvila.inference.frames import (
     FrameSource,
     JoinedFrames,
     MissingFrames,
+    Ranges,
     TensorFrames,
     VideoFrames,
 )
@@ -166,6 +167,44 @@ class Prompts(Protocol):
     def render(self, messages: list[Message], media: Sequence[Medium]) -> Rendered:
         """Write a conversation with its media."""
         ...
+
+    def describe(self, medium: Medium) -> dict[str, Any]:
+        """Return plain data that `recall` makes a medium of again."""
+        ...
+
+    def recall(self, described: dict[str, Any]) -> Medium:
+        """Return a medium whose pixels have been read."""
+        ...
+
+
+def describe(medium: Medium) -> dict[str, Any]:
+    """Return a medium as plain data, without its pixels."""
+    return {
+        each.name: getattr(medium, each.name) for each in fields(medium) if each.name != "pixels"
+    }
+
+
+class ForgottenFrames:
+    """Frames of a stored prompt, which were read and are not here any more.
+
+    Args:
+        name: Of the medium.
+        num_frames: How many there were.
+    """
+
+    def __init__(self, name: str, num_frames: int) -> None:
+        self.name, self.num_frames = name, num_frames
+
+    def stream(self, ranges: Ranges, *, batch: int | None) -> Iterator[Tensor]:
+        """Refuse; see `FrameSource.stream`.
+
+        Raises:
+            VideoError: Always.
+        """
+        raise VideoError(
+            f"{self.name}: the stored prompt does not begin as this one does, and its frames are "
+            "not kept; index the video again"
+        )
 
 
 def said(role: str, text: str, media: Sequence[Medium] = ()) -> Message:
@@ -329,6 +368,15 @@ class LongVILAPrompts:
             pixels=TensorFrames(out["pixel_values"]),
         )  # fmt: skip
 
+    def describe(self, medium: Medium) -> dict[str, Any]:
+        """Return a medium as plain data."""
+        return describe(medium)
+
+    def recall(self, described: dict[str, Any]) -> Medium:
+        """Return a medium of a stored prompt; its frames are not needed any more."""
+        frames = ForgottenFrames(described["name"], described["frames"])
+        return Medium(**{**described, "missing": tuple(described["missing"])}, pixels=frames)
+
     def render(self, messages: list[Message], media: Sequence[Medium]) -> Rendered:
         """Write a conversation with its media.
 
@@ -451,6 +499,16 @@ class FamilyPrompts:
     def _count(self, medium: Medium) -> None:
         rendered = self.render([said("user", "", [medium])], [medium])
         medium.tokens = sum(item.rows for items in rendered.items.values() for item in items)
+
+    def describe(self, medium: Medium) -> dict[str, Any]:
+        """Return a medium as plain data."""
+        return describe(medium)
+
+    def recall(self, described: dict[str, Any]) -> Medium:
+        """Decode a medium of a stored prompt again: the processor says what it becomes."""
+        if described["kind"] == "image":
+            return self.load_image(described["name"])
+        return self.load_video(described["name"], **described["sampling"])
 
     def render(self, messages: list[Message], media: Sequence[Medium]) -> Rendered:
         """Write a conversation with its media; see `LongVILAPrompts.render`."""

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from longvila.inference.prompts import (
     common_prefix,
     said,
 )
+from longvila.inference.store import file_key, read_index
 
 __all__ = ["Answer", "Medium", "Progress", "Session", "Timings"]
 
@@ -222,6 +224,50 @@ class Session:
         self._cached = rendered.ids[:stop]
         self.watched = watched
         return Timings(decode_s + times.decode_s, times.vision_s, prefill_s, 0.0, stop, kept, 0)
+
+    def save(self, path: str | Path, *, note: Any = None, overwrite: bool = False) -> Path:
+        """Keep what was watched on disk, for sessions of the same model; see `load`.
+
+        Args:
+            path: Folder to write to.
+            note: Anything JSON takes, for whoever reads the index.
+            overwrite: Whether a stored prompt that is there may be replaced.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: If nothing was watched, or a question was asked already.
+            StoreError: If the folder holds something.
+        """
+        if not self.watched or self.messages or self._cache is None:
+            raise ValueError("only what was watched, before any question, can be saved")
+        media = [self.prompts.describe(medium) for medium in self.watched]
+        key = {"media": [_media_key(each) for each in media]}
+        extra = {"media": media, "note": note}
+        return self.engine.save(self._cache, path, key, extra=extra, overwrite=overwrite)
+
+    def load(self, path: str | Path) -> list[Medium]:
+        """Watch what another session saved, by any number of ranks; the conversation is new.
+
+        Args:
+            path: Folder of the stored prompt.
+
+        Returns:
+            The media; they belong to the next turn.
+
+        Raises:
+            StoreError: If it is not whole, or was made with another model, or a file has changed;
+                files that are not there any more are not compared.
+        """
+        self.clear()
+        media = read_index(path)["extra"]["media"]
+        key = {"media": [_media_key(each) for each in media]}
+        self._cache = self.engine.load(path, key)
+        assert self._cache.input_ids is not None
+        self._cached = self._cache.input_ids[0].tolist()
+        self.watched = [self.prompts.recall(each) for each in media]
+        return list(self.watched)
 
     def ask(
         self,
@@ -409,6 +455,12 @@ class _Pieces(TextStreamer):
         """Hand a piece on."""
         if text:
             self._emit(text)
+
+
+def _media_key(described: dict[str, Any]) -> dict[str, Any]:
+    """What a stored prompt depends on of one medium; a file is looked at as it is now."""
+    names = ("kind", "frames", "sampling", "missing")
+    return {**{name: described[name] for name in names}, "file": file_key(described["name"])}
 
 
 def _reply(text: str) -> Message:

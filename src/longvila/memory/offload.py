@@ -291,6 +291,8 @@ class Stored:
         It stays on the device until it was fetched as often as it was handed in. May be called
         more often; what is on the host is then copied once more.
         """
+        # The backward pass has begun: no more copies down, so what they still hold is let go of.
+        self.region.offload._release(0)
         self.region.begin_returning()
         before = None if self.region.previous is None else self.region.previous()
         if before is not None:

@@ -16,8 +16,9 @@
 3. **Memory**: each text layer is recomputed in backward, its attention is not
    (`longvila.memory.checkpoint`); frames are recomputed micro-batch by micro-batch. The last
    ``plain_layers``, or all where checkpointing is off, keep what their backward needs, on the host
-   where there is an offload. MLPs run in tiles, and they and the norms through ``torch.compile``,
-   where the plan says so; both are attributes of the instances, as the forward is.
+   where there is an offload. MLPs run in tiles, and they, norms and projections through
+   ``torch.compile``, where the plan says so; both are attributes of the instances, as the forward
+   is.
 4. **FSDP2**: each text layer is one group over all ranks (data and sequence parallel alike), and
    everything else (embedding, norm, head, tower, projector) is the root group, which stays gathered
    for the step. So ranks may call the tower as often as they have frames, and the head's weight is
@@ -51,7 +52,7 @@ from longvila.memory.checkpoint import checkpoint, store
 from longvila.memory.offload import Offload
 from longvila.memory.tiled import tiled_apply
 from longvila.parallel.families import Family, find_family
-from longvila.parallel.hf_attention import NAME
+from longvila.parallel.hf_attention import NAME, cut_compiled_layers_here
 from longvila.parallel.mmsp import TwoStageForward, TwoStageOptions
 from longvila.parallel.plan import StepPlan
 from longvila.sp.loss import GradientReduction
@@ -77,9 +78,9 @@ class ParallelPlan:
         offload: Host memory in which checkpoints, and what plain layers save, wait for the backward
             pass; None for none.
         mlp_tile_rows: Tokens whose MLP is computed at once; None for all.
-        compile_modules: Whether norms and MLPs of the text model go through ``torch.compile``,
-            which joins what is not a matrix product into few passes over memory. Rounds
-            differently.
+        compile_modules: Whether norms, MLPs and what surrounds attention (rotary embedding) in the
+            text model go through ``torch.compile``, which joins what is not a matrix product into
+            few passes over memory. Rounds differently.
         head_chunks: Parts in which attention exchanges and computes heads, so that one part travels
             while another is computed.
         loss_tile_rows: Rows of head and cross-entropy computed at once.
@@ -269,8 +270,9 @@ def _set_modules(base: PreTrainedModel, state: _State) -> None:
     """Compile norms and MLPs of the text model, and cut MLPs into tiles."""
     plan, mlps = state.plan, _mlps(base, state)
     if plan.compile_modules:
+        cut_compiled_layers_here()
         for module in state.family.text_model(base).modules():
-            if _is_norm(module) or module in mlps:
+            if _is_norm(module) or module in mlps or _is_attention(module):
                 _override(module, torch.compile(module.forward), state)
     if plan.mlp_tile_rows is not None:
         if plan.mlp_tile_rows < 1:
@@ -289,6 +291,11 @@ def _mlps(base: PreTrainedModel, state: _State) -> list[nn.Module]:
 
 def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Norm") and not any(module.children())
+
+
+def _is_attention(module: nn.Module) -> bool:
+    # What calls the attention interface: compiled up to that call and behind it.
+    return type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")
 
 
 def _override(module: nn.Module, forward: Callable[..., Any], state: _State) -> None:

@@ -107,9 +107,13 @@ class MeshArguments:
         if shards and not own.fsdp:
             own.fsdp = True
         if shards:
-            # Every rank reads the weights, then keeps its shard; rank 0 hands out none.
-            config = _read(own.fsdp_config)
-            own.fsdp_config = {**config, "version": 2, "cpu_ram_efficient_loading": False}
+            # Groups are made before accelerate sees the model, by ranks that all have the weights.
+            fixed = {
+                "version": 2,
+                "auto_wrap_policy": "NO_WRAP",
+                "cpu_ram_efficient_loading": False,
+            }
+            own.fsdp_config = {**_read(own.fsdp_config), **fixed}
         super().__post_init__()  # type: ignore[misc]
 
     def _check(self) -> None:

@@ -21,7 +21,7 @@ from longvila.inference.serving.settings import Access, Limits, Settings
 from longvila.media import synthetic
 from longvila.testing import tiny
 
-__all__ = ["LIMITS", "Running", "ask", "clip", "data_uri", "replace", "running"]
+__all__ = ["LIMITS", "Access", "Running", "ask", "clip", "data_uri", "replace", "running"]
 
 LIMITS = Limits(
     body_bytes=1 << 20,

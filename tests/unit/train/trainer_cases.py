@@ -64,6 +64,7 @@ def make(
         "weight_decay": 0.1,
         "adam_epsilon": 1e-4,
         "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
         "gradient_accumulation_steps": ROWS // groups,
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
