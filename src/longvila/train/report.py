@@ -15,7 +15,7 @@ from longvila.train.planning import Plan, PromptPlan, advice
 
 
 def _count(number: float) -> str:
-    for unit, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+    for unit, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if number >= scale:
             return f"{number / scale:.3g} {unit}"
     return f"{number:,.0f}"
