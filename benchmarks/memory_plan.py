@@ -139,24 +139,24 @@ def rates(case: Case) -> Any:
 
 
 def make_batch(config: Any, case: Case, world_size: int) -> dict[str, Any]:
-    """A row on the host, as a loader gives it: frames first, targets last."""
+    """A row on the host, as a loader gives it: frames first, targets last, a rank's own pixels."""
     generator = torch.Generator().manual_seed(1)
     tokens, frames = case.tokens * world_size, case.frames * world_size
     vocabulary = config.text_config.vocab_size
     ids = torch.randint(0, vocabulary, (1, tokens), generator=generator)
     rows = config.tokens_per_frame + 1
     if frames:
-        media = ids[0, : frames * rows].view(frames, rows)
         if frames * rows > tokens:
             raise ValueError(f"{frames} frames have {frames * rows} tokens, the row {tokens}")
-        media[:, :-1] = config.video_token_id
+        ids[0, : frames * rows].view(frames, rows)[:, :-1] = config.video_token_id
     labels = ids.clone()
     targets = tokens if case.targets is None else case.targets * world_size
     labels[:, : tokens - targets] = -100
     batch: dict[str, Any] = {"input_ids": ids, "labels": labels}
     if frames:
-        size = (frames, 3, *config.image_size)
-        batch["pixel_values_videos"] = torch.randn(size, generator=generator)
+        # Frames cost alike, so every rank is dealt as many.
+        size = (case.frames, 3, *config.image_size)
+        batch["local_pixel_values_videos"] = torch.randn(size, generator=generator)
         batch["video_num_frames"] = torch.tensor([frames])
     return batch
 
@@ -174,7 +174,7 @@ class Phases:
 
     def begin(self) -> None:
         if self.live is not None:
-            self.live.peak_bytes = 0
+            self.live.reset_peak()
         else:
             torch.cuda.reset_peak_memory_stats(self.cluster.device)
 

@@ -18,7 +18,8 @@ from longvila.memory.sizes import TextSize
 
 #: Scratch of attention's backward kernel, in bytes a token: of a query head, of a kv head, each a
 #: channel, and of a query head alone. fa4: float32 dq, dk, dv and two rows of statistics. cuDNN and
-#: flash: float32 dq, and dk, dv once a query head. cpu: k, v and dk, dv once a query head.
+#: flash: float32 dq, and dk, dv once a query head. cpu: k, v and dk, dv once a query
+#: head, and a float32 sum.
 #: Source: extra_gib of ``ideal_*`` in benchmarks/results/2026-11-22_attention_2xh200.json, minus
 #: out, lse, dq, dk, dv: 2.146 GiB at 131072 tokens of 14 / 2 heads for fa4 (2.146 by this rule),
 #: 2.765 and 2.764 for cuDNN and flash (2.764).
@@ -27,7 +28,7 @@ SCRATCH: dict[str, tuple[float, float, float]] = {
     "fa3": (4.0, 8.0, 8.0),
     "cudnn": (8.0, 0.0, 8.0),
     "flash": (8.0, 0.0, 8.0),
-    "cpu": (8.0, 0.0, 0.0),
+    "cpu": (8.0, 4.0, 0.0),
 }
 
 #: Float32 tensors of the hidden states' size that an RMSNorm's backward makes.
