@@ -20,7 +20,9 @@ A model's own attention must not read such a cache, since ``update`` returns onl
 Attention goes through a step (`longvila.inference.decode`), and ``update`` outside of one raises.
 
 Cost: nothing is copied but a tail that outgrows its buffer, and never more than a few thousand
-tokens of it. It holds one sequence, or rows that share one; it does not page to the host.
+tokens of it. It holds one sequence, or rows that share one. With a pager, the oldest segments are
+taken to the host at the end of a step in which they exceed its budget
+(`longvila.inference.paging`); those of several rows stay.
 
 Letters: B rows, T new tokens, L tokens of this rank, K kv heads, D head dim, R ranks.
 """
@@ -36,6 +38,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from longvila.inference.paging import HostBlock, Pager, Walk
 from longvila.inference.positions import TextRuns
 from longvila.sp.layout import SequenceLayout
 from longvila.sp.mesh import SPMesh
@@ -52,6 +55,7 @@ class ShardLayer(CacheLayerMixin):
     """One layer's keys and values of this rank.
 
     Attributes:
+        paged: The oldest tokens, on the host.
         segments: What is never written again, possibly shared with forks.
         keys: ``(B, capacity, K, D)`` buffer of the tail, None if there is none.
         values: As ``keys``.
@@ -63,19 +67,23 @@ class ShardLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
+        self.paged: list[HostBlock] = []
         self.segments: list[Segment] = []
         self.used = 0
         self.reserved = 0
+        #: Most tokens of a tail; None for any number.
+        self.longest_tail: int | None = None
 
     # ---- contents
 
     @property
     def num_local_tokens(self) -> int:
         """L, tokens that this rank holds."""
-        return sum(k.shape[1] for k, _ in self.segments) + self.used
+        on_device = sum(k.shape[1] for k, _ in self.segments) + self.used
+        return sum(block.num_tokens for block in self.paged) + on_device
 
     def parts(self) -> list[Segment]:
-        """Return all keys and values, oldest first; the tail, if any, is the last (a view)."""
+        """Return what is on the device, oldest first; the tail, if any, is the last (a view)."""
         if not self.used:
             return list(self.segments)
         assert self.keys is not None and self.values is not None
@@ -92,7 +100,23 @@ class ShardLayer(CacheLayerMixin):
 
     def reserve(self, tokens: int) -> None:
         """Make the next tail large enough for so many tokens."""
-        self.reserved = tokens
+        self.reserved = tokens if self.longest_tail is None else min(tokens, self.longest_tail)
+
+    def everything(self) -> list[Segment]:
+        """Return all keys and values, oldest first, those on the host there."""
+        return [*((b.keys[None], b.values[None]) for b in self.paged), *self.parts()]
+
+    def page_out(self, pager: Pager, budget_bytes: int) -> None:
+        """Take the oldest segments to the host until the others fit a budget.
+
+        Args:
+            pager: Takes them.
+            budget_bytes: Of segments of this layer.
+        """
+        sizes = [2 * k.numel() * k.element_size() for k, _ in self.segments]
+        while sum(sizes) > budget_bytes and self.segments[0][0].shape[0] == 1:
+            self.paged += pager.take_out(*self.segments.pop(0))
+            sizes.pop(0)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Write new tokens behind the tail.
@@ -121,13 +145,17 @@ class ShardLayer(CacheLayerMixin):
         self.used += new
 
     def _grow(self, like: Tensor, needed: int) -> None:
-        if self.used >= _COPIED_AT_MOST:
+        too_long = self.longest_tail is not None and needed > self.longest_tail
+        if self.used and (self.used >= _COPIED_AT_MOST or too_long):
             needed -= self.used
             self.seal()
         old = () if self.keys is None else (self.keys, self.values)
         before = old[0].shape[1] if old else 0
         capacity = max(needed, self.reserved, 2 * before, _FIRST_CAPACITY)
-        self.reserved = 0
+        if self.longest_tail is None:
+            self.reserved = 0
+        else:
+            capacity = max(needed, min(capacity, self.longest_tail))
         shape = (like.shape[0], capacity, *like.shape[2:])
         self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
         if self.used:
@@ -161,6 +189,13 @@ class ShardLayer(CacheLayerMixin):
         self.used -= from_tail
         tokens -= from_tail
         while tokens:
+            if not self.segments:
+                block = self.paged.pop()
+                left = block.num_tokens - tokens
+                tokens = max(-left, 0)
+                if left > 0:
+                    self.paged.append(block.first(left))
+                continue
             keys, values = self.segments.pop()
             left = keys.shape[1] - tokens
             tokens = max(-left, 0)
@@ -171,7 +206,8 @@ class ShardLayer(CacheLayerMixin):
         """Return a layer with the same segments; the tail becomes one of them."""
         self.seal()
         other = ShardLayer()
-        other.segments = list(self.segments)
+        other.paged, other.segments = list(self.paged), list(self.segments)
+        other.longest_tail = self.longest_tail
         if self.is_initialized:
             other.dtype, other.device, other.is_initialized = self.dtype, self.device, True
         return other
@@ -202,7 +238,8 @@ class ShardLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.segments, self.keys, self.values, self.used = [], None, None, 0
+        self.paged, self.segments = [], []
+        self.keys, self.values, self.used = None, None, 0
 
     def _select(self, rows: Tensor) -> None:
         """Reorder rows; what has one row serves all of them and stays."""
@@ -279,6 +316,7 @@ class ShardedCache(Cache):
     Args:
         num_layers: Layers of the text model.
         mesh: The mesh; None for one process.
+        pager: Takes what exceeds its budget to the host; None keeps everything on the device.
 
     Attributes:
         held: Tokens of each rank, the same list on every rank.
@@ -287,10 +325,14 @@ class ShardedCache(Cache):
         text_runs: Where text has which positions; None for models that count tokens.
     """
 
-    def __init__(self, num_layers: int, *, mesh: SPMesh | None = None) -> None:
+    def __init__(
+        self, num_layers: int, *, mesh: SPMesh | None = None, pager: Pager | None = None
+    ) -> None:
         self.shards = [ShardLayer() for _ in range(num_layers)]
         super().__init__(layers=list(self.shards))
-        self.mesh = mesh
+        self.mesh, self.pager = mesh, pager
+        for layer in self.shards:
+            layer.longest_tail = None if pager is None else pager.block_tokens
         self.num_ranks = 1 if mesh is None else mesh.sp_size
         self.rank = 0 if mesh is None else mesh.sp_rank
         self.group = None if mesh is None or mesh.sp_size == 1 else mesh.sp_group
@@ -357,6 +399,19 @@ class ShardedCache(Cache):
             self._arriving = None
         self._arrivals.append(arrival)
         self._count(arrival.counts(arrival.total), 1)
+        self._page_out(self.shards)
+
+    def _page_out(self, layers: Sequence[ShardLayer]) -> None:
+        if self.pager is not None:
+            budget = self.pager.budget_bytes // len(self.shards)
+            for layer in layers:
+                layer.page_out(self.pager, budget)
+
+    def walk(self) -> Walk | None:
+        """Return a pass over what is on the host; None if nothing is."""
+        if self.pager is None or not any(layer.paged for layer in self.shards):
+            return None
+        return Walk(self.pager, [layer.paged for layer in self.shards])
 
     def _count(self, counts: Sequence[int], sign: int) -> None:
         self.held = [n + sign * more for n, more in zip(self.held, counts, strict=True)]
@@ -392,6 +447,7 @@ class ShardedCache(Cache):
             own = arriving.counts(arriving.total)[self.rank]
             if not arriving.appended:
                 layer.place(key_states, value_states, own)
+                self._page_out([layer])
             elif own:
                 layer.append(key_states[:, :, :own], value_states[:, :, :own])
         elif arriving.owner == self.rank:
@@ -429,7 +485,7 @@ class ShardedCache(Cache):
 
         Memory: Nothing but what either writes from now on.
         """
-        other = ShardedCache(len(self.shards), mesh=self.mesh)
+        other = ShardedCache(len(self.shards), mesh=self.mesh, pager=self.pager)
         other.shards = [layer.shared() for layer in self.shards]
         other.layers = list(other.shards)
         other.held, other._arrivals = list(self.held), list(self._arrivals)
@@ -487,8 +543,13 @@ class ShardedCache(Cache):
     @property
     def local_bytes(self) -> int:
         """Bytes of keys and values that this rank holds, shared ones counted in."""
-        return sum(
+        return self.host_bytes + sum(
             k.numel() * k.element_size() + v.numel() * v.element_size()
             for layer in self.shards
             for k, v in layer.parts()
         )
+
+    @property
+    def host_bytes(self) -> int:
+        """Those of them that are on the host."""
+        return sum(block.num_bytes for layer in self.shards for block in layer.paged)

@@ -38,6 +38,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longvila.inference.cache import ShardedCache
+from longvila.inference.paging import Walk
 from longvila.ops.attention import attention_forward
 from longvila.ops.lse import merge, merge_many
 from longvila.parallel.families import Family
@@ -218,6 +219,38 @@ def gather_equal(x: Tensor, cache: ShardedCache) -> Tensor:
     return gathered
 
 
+def attend_paged(
+    walk: Walk | None,
+    layer: int,
+    q: Tensor,
+    *,
+    softmax_scale: float | None,
+    split_tokens: int | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Return attention over what a layer has on the host; None if it has nothing there.
+
+    Args:
+        walk: The step's pass over it.
+        layer: Which layer.
+        q: ``(B, T, H, D)`` queries, which follow all of it.
+        softmax_scale: Factor on the scores.
+        split_tokens: As for `attend_segment`.
+
+    Comm: None.
+
+    Memory: One partial result, whatever there is.
+    """
+    total: tuple[Tensor, Tensor] | None = None
+    if walk is not None:
+        for keys, values in walk.layer(layer):
+            part = attend_segment(
+                q, keys, values, causal=False, softmax_scale=softmax_scale,
+                split_tokens=split_tokens,
+            )  # fmt: skip
+            total = part if total is None else merge(*total, *part)
+    return total
+
+
 class ReadStep(AttentionStep):
     """One pass of new tokens over a cache; travels to the attention function as ``sp_context``.
 
@@ -233,6 +266,7 @@ class ReadStep(AttentionStep):
     ) -> None:
         super().__init__(cache.get_seq_length() + tokens)
         self.cache, self.owner, self.split_tokens = cache, owner, split_tokens
+        self.walk = cache.walk()
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None
@@ -244,6 +278,9 @@ class ReadStep(AttentionStep):
         Memory: R times that.
         """
         cache = self.cache
+        past = attend_paged(
+            self.walk, layer, q, softmax_scale=softmax_scale, split_tokens=self.split_tokens
+        )
         parts = cache.shards[layer].parts()
         keeps = self.owner == cache.rank
         results = [
@@ -255,6 +292,8 @@ class ReadStep(AttentionStep):
             )
             for number, (part_k, part_v) in enumerate(parts)
         ]  # fmt: skip
+        if past is not None:
+            results.append(past)
         if not results:
             # No token of this rank: the neutral element, from the one place that defines it.
             results = [attention_forward(q, k[:, :0], v[:, :0], causal=False, needs_backward=False)]

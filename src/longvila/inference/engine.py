@@ -40,6 +40,7 @@ from longvila.errors import ContextLengthError
 from longvila.inference.cache import ShardedCache
 from longvila.inference.decode import CacheForward, set_attention
 from longvila.inference.frames import FrameSource
+from longvila.inference.paging import Pager
 from longvila.inference.positions import TextRuns
 from longvila.inference.prefill import (
     ReadTimes,
@@ -84,6 +85,8 @@ class Engine:
         chunk_tokens: Tokens of a prompt read at once where it is not dealt over ranks.
         split_tokens: Tokens of the chunks that long segments are viewed as when few queries read
             them; None to choose by device.
+        kv_offload: Bytes of keys and values that stay on each rank's device, older ones being
+            paged to the host; a number, a `longvila.inference.paging.Pager`, or None for all.
 
     Raises:
         TypeError: If the model is of no known family.
@@ -99,6 +102,7 @@ class Engine:
         *,
         chunk_tokens: int = 8192,
         split_tokens: int | None = None,
+        kv_offload: int | Pager | None = None,
     ) -> None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
@@ -111,6 +115,9 @@ class Engine:
         )
         self.text = self.family.text_model(model)
         self.chunk_tokens = chunk_tokens
+        self.pager = kv_offload if isinstance(kv_offload, Pager) else None
+        if isinstance(kv_offload, int):
+            self.pager = Pager(self._device, kv_offload)
         self._attention = set_attention(self.text)
         self._before = vars(model).get("forward")
         original = model.forward
@@ -240,7 +247,8 @@ class Engine:
         ids = rest.pop("input_ids")
         cache = onto
         if cache is None:
-            cache = ShardedCache(self.text.config.num_hidden_layers, mesh=self.mesh)
+            layers = self.text.config.num_hidden_layers
+            cache = ShardedCache(layers, mesh=self.mesh, pager=self.pager)
             cache.text_runs = TextRuns() if self.places_in_3d else None
         self.check_context(cache.get_seq_length() + ids.shape[1])
         positions = self._positions(cache, batch)
@@ -345,7 +353,7 @@ class Engine:
             StoreError: If it is not there, not whole, or of another model or media.
         """
         whole = {**(key or {}), "model": model_key(self.model)}
-        return load_cache(path, whole, mesh=self.mesh, device=self._device)
+        return load_cache(path, whole, mesh=self.mesh, device=self._device, pager=self.pager)
 
     # ---- generate
 
