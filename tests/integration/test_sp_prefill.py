@@ -102,6 +102,10 @@ def check_cell(mesh: Any, name: str) -> None:
                 assert max(film.held) - min(film.held) <= 2 * mesh.sp_size
             found = engine.generate(engine.fork(film), question, **GREEDY)
             assert found.tolist() == expected[1], f"chunks of {chunk}, a question behind"
+            alone = engine.generate(engine.fork(film), question[:, :1], **GREEDY)
+            together = engine.generate_many(film, [question[0], question[0, :1]], **GREEDY)
+            both = [found[0, tokens + 3 :].tolist(), alone[0, tokens + 1 :].tolist()]
+            assert [row.tolist() for row in together] == both, "two questions at once"
             if len(set(inputs["input_ids"][0, -2:].tolist())) == 2:
                 found = engine.generate(engine.fork(film), **GREEDY)
                 assert found.tolist() == expected[0], f"chunks of {chunk}"

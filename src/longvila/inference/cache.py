@@ -73,6 +73,8 @@ class ShardLayer(CacheLayerMixin):
         self.reserved = 0
         #: Most tokens of a tail; None for any number.
         self.longest_tail: int | None = None
+        #: The part whose rows begin with filler (None: no part does), and how much of it.
+        self.padded: tuple[int, tuple[int, ...]] | None = None
 
     # ---- contents
 
@@ -88,6 +90,12 @@ class ShardLayer(CacheLayerMixin):
             return list(self.segments)
         assert self.keys is not None and self.values is not None
         return [*self.segments, (self.keys[:, : self.used], self.values[:, : self.used])]
+
+    def starts(self, number: int) -> tuple[int, ...] | None:
+        """Return where the rows of a part of `parts` begin; None where all of it is theirs."""
+        if self.padded is None or self.padded[0] != number:
+            return None
+        return self.padded[1]
 
     def earlier(self, newest: int) -> list[Segment]:
         """Return the parts without so many tokens that were appended last."""
@@ -117,13 +125,18 @@ class ShardLayer(CacheLayerMixin):
         while sum(sizes) > budget_bytes and self.segments[0][0].shape[0] == 1:
             self.paged += pager.take_out(*self.segments.pop(0))
             sizes.pop(0)
+            if self.padded is not None:
+                self.padded = (self.padded[0] - 1, self.padded[1])
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
+    def append(
+        self, keys: Tensor, values: Tensor, *, starts: tuple[int, ...] | None = None
+    ) -> None:
         """Write new tokens behind the tail.
 
         Args:
             keys: ``(B, K, T, D)``.
             values: As ``keys``.
+            starts: For each row, how many of the tokens are filler that comes first.
 
         Raises:
             ValueError: If the rows are neither those of the tail nor expanded from one.
@@ -133,6 +146,9 @@ class ShardLayer(CacheLayerMixin):
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         self.lazy_initialization(keys, values)
         rows, new = keys.shape[:2]
+        if starts is not None:
+            self.seal()
+            self.padded = (len(self.segments), starts)
         if self.keys is not None and self.keys.shape[0] != rows:
             if self.used and self.keys.shape[0] != 1:
                 raise ValueError(f"the cache holds {self.keys.shape[0]} rows, got {rows} more")
@@ -201,13 +217,15 @@ class ShardLayer(CacheLayerMixin):
             tokens = max(-left, 0)
             if left > 0:
                 self.segments.append((keys[:, :left], values[:, :left]))
+        if self.padded is not None and self.padded[0] >= len(self.parts()):
+            self.padded = None
 
     def shared(self) -> ShardLayer:
         """Return a layer with the same segments; the tail becomes one of them."""
         self.seal()
         other = ShardLayer()
         other.paged, other.segments = list(self.paged), list(self.segments)
-        other.longest_tail = self.longest_tail
+        other.longest_tail, other.padded = self.longest_tail, self.padded
         if self.is_initialized:
             other.dtype, other.device, other.is_initialized = self.dtype, self.device, True
         return other
@@ -238,7 +256,7 @@ class ShardLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.paged, self.segments = [], []
+        self.paged, self.segments, self.padded = [], [], None
         self.keys, self.values, self.used = None, None, 0
 
     def _select(self, rows: Tensor) -> None:
@@ -250,6 +268,8 @@ class ShardLayer(CacheLayerMixin):
         ]
         if self.keys is not None and self.values is not None and self.keys.shape[0] > 1:
             self.keys, self.values = self.keys[rows], self.values[rows]
+        if self.padded is not None:
+            self.padded = (self.padded[0], take_rows(self.padded[1], rows))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
         """Reorder the rows for beam search; a prefix of one row is not touched."""
@@ -267,6 +287,11 @@ class ShardLayer(CacheLayerMixin):
         if rows:
             order = torch.arange(max(rows)).repeat_interleave(repeats)
             self._select(order)
+
+
+def take_rows(values: tuple[int, ...], rows: Tensor) -> tuple[int, ...]:
+    """Return one value a row, reordered."""
+    return tuple(values[row] for row in rows.tolist())
 
 
 # ---- who got what ----------------------------------------------------------------------------
@@ -300,6 +325,7 @@ class _Given:
     total: int
     owner: int
     num_ranks: int
+    pads: tuple[int, ...] | None = None
 
     def intervals(self, rank: int) -> list[tuple[int, int]]:
         """As for `_Dealt`."""
@@ -323,6 +349,7 @@ class ShardedCache(Cache):
         input_ids: ``(B, S)`` ids of the tokens in it, where whoever fills it keeps them.
         logits: ``(B, V)`` of the last token, likewise.
         text_runs: Where text has which positions; None for models that count tokens.
+        pads: For each row, the filler tokens before its own; None where rows have none.
     """
 
     def __init__(
@@ -340,6 +367,9 @@ class ShardedCache(Cache):
         self.input_ids: Tensor | None = None
         self.logits: Tensor | None = None
         self.text_runs: TextRuns | None = None
+        self.pads: tuple[int, ...] | None = None
+        #: Tokens that all rows share; None while there is one row.
+        self._shared: int | None = None
         self._arrivals: list[_Dealt | _Given] = []
         self._arriving: _Dealt | _Given | None = None
 
@@ -370,18 +400,23 @@ class ShardedCache(Cache):
             yield
 
     @contextmanager
-    def appending(self, tokens: int) -> Iterator[int]:
+    def appending(self, tokens: int, *, pads: tuple[int, ...] | None = None) -> Iterator[int]:
         """Let the layers of a step write new tokens, which every rank has, on one rank.
 
         Args:
             tokens: T.
+            pads: For each row, how many of them are filler that comes first.
 
         Yields:
             The rank that keeps them: the one with the fewest, of these the first.
         """
         owner = min(range(self.num_ranks), key=lambda rank: (self.held[rank], rank))
-        with self._arrive(_Given(tokens, owner, self.num_ranks)):
+        if pads is not None and self.pads is not None:
+            raise ValueError("the rows of this cache are padded already; fork their prefix")
+        with self._arrive(_Given(tokens, owner, self.num_ranks, pads)):
             yield owner
+        if pads is not None:
+            self.pads = pads
 
     @contextmanager
     def _arrive(self, arrival: _Dealt | _Given) -> Iterator[None]:
@@ -443,6 +478,8 @@ class ShardedCache(Cache):
                 "longvila.inference.engine.Engine of this model"
             )
         layer = self.shards[layer_idx]
+        if key_states.shape[0] > 1 and self._shared is None:
+            self._shared = sum(self.held)
         if isinstance(arriving, _Dealt):
             own = arriving.counts(arriving.total)[self.rank]
             if not arriving.appended:
@@ -451,7 +488,7 @@ class ShardedCache(Cache):
             elif own:
                 layer.append(key_states[:, :, :own], value_states[:, :, :own])
         elif arriving.owner == self.rank:
-            layer.append(key_states, value_states)
+            layer.append(key_states, value_states, starts=arriving.pads)
         return key_states, value_states
 
     # ---- the whole
@@ -491,6 +528,7 @@ class ShardedCache(Cache):
         other.held, other._arrivals = list(self.held), list(self._arrivals)
         other.input_ids, other.logits = self.input_ids, self.logits
         other.text_runs = self.text_runs
+        other.pads, other._shared = self.pads, self._shared
         return other
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -531,13 +569,34 @@ class ShardedCache(Cache):
         length = sum(self.held)
         if self.input_ids is not None:
             self.input_ids = self.input_ids[:, :length]
+        if self._shared is not None and length <= self._shared:
+            self.pads = self._shared = None
+            self.input_ids = None if self.input_ids is None else self.input_ids[:1]
         self.logits = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder rows for beam search."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        if self.pads is not None:
+            self.pads = take_rows(self.pads, beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        if self.pads is not None:
+            self.pads = take_rows(self.pads, indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat rows."""
+        super().batch_repeat_interleave(repeats)
+        if self.pads is not None:
+            self.pads = tuple(pad for pad in self.pads for _ in range(repeats))
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.held, self._arrivals = [0] * self.num_ranks, []
-        self.input_ids = self.logits = None
+        self.input_ids = self.logits = self.pads = self._shared = None
         self.text_runs = None if self.text_runs is None else TextRuns()
 
     @property
