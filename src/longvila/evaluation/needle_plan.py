@@ -10,7 +10,7 @@ of which the target stands at the cell's depth and the others anywhere:
 | task | question | options |
 | --- | --- | --- |
 | retrieval | which is shown at a time, or comes k-th | other needles of the film, then others |
-| grounding | when a needle appears (only with times in the prompt) | times of the others, and more |
+| grounding | when a needle appears (if prompts have times) | times of the others, then others |
 | presence | whether one appears: one that does, one that does not | yes, no |
 | ordering | in which order three of them appear | all six orders |
 | counting | how often the target appears, in a film of its own | 1 to 4 |
@@ -265,10 +265,9 @@ def strict_scenes(
     order = stage.rng("targets").permutation(len(stage.needles))
     scenes: list[Scene] = []
     controls: list[Scene] = []
-    turn = 0
-    for length, depth, trial in itertools.product(grid.lengths, grid.depths, range(trials)):
+    every = itertools.product(grid.lengths, grid.depths, range(trials))
+    for turn, (length, depth, trial) in enumerate(every):
         target = stage.needles[order[turn % len(order)]]
-        turn += 1
         film = _film(stage, length, depth, trial, target, names, per_film)
         scenes.append(film)
         controls += control_scenes(stage, film, length)

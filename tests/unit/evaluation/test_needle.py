@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import pytest
 from longvila.evaluation.metrics import wilson_interval
 from longvila.evaluation.needle import Plan, make_parts, measure
 from longvila.evaluation.needle_frames import FrameRows
+from longvila.evaluation.needle_plan import Words
 from longvila.evaluation.runner import Records, RecordsError
 from longvila.evaluation.summary import Group
+from longvila.inference.engine import Engine
 from longvila.parallel.families.longvila import LONGVILA
 from longvila.testing.tiny import tiny_processor
 
 from .cases import ScriptedEngine, film, guessing, knowing, needles
+from .seer import LETTERS, colour_family, seer
 
 SMALL = {"max_frames": 40, "interval": 20, "depth_interval": 0.5, "trials": 2}
 
@@ -81,6 +85,26 @@ def test_six_thousand_frames(tmp_path: Path) -> None:
     assert {frames for g in groups for frames in g.by_frames} == {3000, 6000}
     blind, _ = _measure(tmp_path / "blind", plan, blind=True)
     assert all(g.all.accuracy < 1 for g in blind if g.all.n > 8)
+
+
+def test_six_thousand_frames_through_an_engine(tmp_path: Path) -> None:
+    """A language model that can see the needle's row finds it in every cell; without values not."""
+    plan = Plan(
+        max_frames=6000, interval=3000, depth_interval=0.25, protocol="paper", seed=3,
+        words=Words(only="Which letter?"),
+    )  # fmt: skip
+    letters = [replace(n, answer=a) for n, a in zip(needles(4), LETTERS, strict=False)]
+    for blind in (False, True):
+        model = seer(blind=blind)
+        processor = tiny_processor(model.config)
+        haystack = film(processor, plan.max_frames)
+        rows = FrameRows(colour_family(), haystack.book, processor.video_processor.pixels)
+        with Engine(model, family=rows.family) as engine:
+            out = tmp_path / str(blind)
+            (group,) = measure(engine, processor, plan, haystack, letters, rows, out=out, name="")
+        assert group.all.n == 2 * 5 * 4
+        assert group.all.accuracy == (group.all.chance if blind else 1.0)
+        assert rows.encoded == 6000 + 4
 
 
 def test_an_interrupted_run_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
