@@ -116,7 +116,8 @@ class SceneReader:
 
     def _forks(self, scene: Scene) -> bool:
         cut, frames = self.cuts[scene.id], len(scene.frames)
-        if self.pooled or cut == 0:
+        # One frame in common is what any sampling of a film has.
+        if self.pooled or cut < 2:
             return False
         return self.num_ranks == 1 or (frames - cut) * self.num_ranks < frames
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from fractions import Fraction
 from typing import Any
@@ -37,7 +38,7 @@ def test_the_papers_grids() -> None:
     assert len(large.lengths) == 20 and large.lengths[-1] == 6000
     assert [float(d) for d in large.depths] == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert Plan(**PRESETS["paper-1400"]).grid.lengths[-1] == 1400
-    with pytest.raises(ValueError, match="must divide 1, got 0.3"):
+    with pytest.raises(ValueError, match=r"must divide 1, got 0\.3"):
         make_grid(10, 5, 0.3)
     with pytest.raises(ValueError, match="1 to 10 frames, got 11"):
         make_grid(10, 11, 0.5)
@@ -95,7 +96,7 @@ def test_strict_films_hold_the_target_at_its_depth_and_others_apart() -> None:
         shape = scene.questions[0].shape
         strange = [k for k, number in enumerate(scene.frames) if number >= 60]
         assert min(int(shape["frames"] * shape["depth"]), shape["frames"] - 1) in strange
-        assert all(b - a >= 2 for a, b in zip(strange, strange[1:], strict=False))
+        assert all(b - a >= 2 for a, b in itertools.pairwise(strange))
         if scene.id.endswith("count"):
             assert scene.questions[0].answer == str(len(strange))
         else:
