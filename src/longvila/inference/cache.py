@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from longvila.inference.positions import TextRuns
 from longvila.sp.layout import SequenceLayout
 from longvila.sp.mesh import SPMesh
 
@@ -79,6 +80,15 @@ class ShardLayer(CacheLayerMixin):
             return list(self.segments)
         assert self.keys is not None and self.values is not None
         return [*self.segments, (self.keys[:, : self.used], self.values[:, : self.used])]
+
+    def earlier(self, newest: int) -> list[Segment]:
+        """Return the parts without so many tokens that were appended last."""
+        parts = self.parts()
+        if newest:
+            keys, values = parts.pop()
+            if (left := keys.shape[1] - newest) > 0:
+                parts.append((keys[:, :left], values[:, :left]))
+        return parts
 
     def reserve(self, tokens: int) -> None:
         """Make the next tail large enough for so many tokens."""
@@ -227,10 +237,16 @@ class ShardLayer(CacheLayerMixin):
 
 @dataclass(frozen=True)
 class _Dealt:
-    """The tokens of a prefill, dealt by its layout."""
+    """The tokens of a prefill, or of a chunk of it, dealt by a layout."""
 
     total: int
     layout: SequenceLayout
+    appended: bool = False
+
+    def intervals(self, rank: int) -> list[tuple[int, int]]:
+        """Tokens of a rank, as it holds them, counted from the first of this arrival."""
+        own = ((a, min(b, self.total)) for a, b in self.layout.intervals(rank))
+        return [(a, b) for a, b in own if a < b]
 
     def counts(self, first: int) -> list[int]:
         """Tokens of each rank among the first so many."""
@@ -248,6 +264,10 @@ class _Given:
     owner: int
     num_ranks: int
 
+    def intervals(self, rank: int) -> list[tuple[int, int]]:
+        """As for `_Dealt`."""
+        return [(0, self.total)] if rank == self.owner else []
+
     def counts(self, first: int) -> list[int]:
         """As for `_Dealt`."""
         return [first if rank == self.owner else 0 for rank in range(self.num_ranks)]
@@ -264,6 +284,7 @@ class ShardedCache(Cache):
         held: Tokens of each rank, the same list on every rank.
         input_ids: ``(B, S)`` ids of the tokens in it, where whoever fills it keeps them.
         logits: ``(B, V)`` of the last token, likewise.
+        text_runs: Where text has which positions; None for models that count tokens.
     """
 
     def __init__(self, num_layers: int, *, mesh: SPMesh | None = None) -> None:
@@ -276,30 +297,34 @@ class ShardedCache(Cache):
         self.held = [0] * self.num_ranks
         self.input_ids: Tensor | None = None
         self.logits: Tensor | None = None
+        self.text_runs: TextRuns | None = None
         self._arrivals: list[_Dealt | _Given] = []
         self._arriving: _Dealt | _Given | None = None
 
     # ---- steps
 
     @contextmanager
-    def receiving(self, layout: SequenceLayout, total: int) -> Iterator[None]:
+    def receiving(
+        self, layout: SequenceLayout, total: int, *, behind: bool = False
+    ) -> Iterator[None]:
         """Let the layers of a sequence-parallel prefill write their local tokens.
 
         Args:
             layout: Who holds which token.
-            total: Tokens of the prompt; later ones are filler and not kept.
+            total: Tokens of the prompt, or of the chunk; later ones are filler and not kept.
+            behind: Whether they follow tokens that are there, and go to the tail.
 
         Raises:
             ValueError: If the cache holds tokens already, or the layout is for other ranks.
         """
-        if any(self.held):
+        if any(self.held) and not behind:
             raise ValueError(
                 f"a sequence-parallel prefill needs an empty cache, this one holds {sum(self.held)}"
                 " tokens; read what follows a prefix with decode"
             )
         if layout.sp_size != self.num_ranks:
             raise ValueError(f"a layout of {layout.sp_size} ranks, a cache of {self.num_ranks}")
-        with self._arrive(_Dealt(total, layout)):
+        with self._arrive(_Dealt(total, layout, behind)):
             yield
 
     @contextmanager
@@ -364,7 +389,11 @@ class ShardedCache(Cache):
             )
         layer = self.shards[layer_idx]
         if isinstance(arriving, _Dealt):
-            layer.place(key_states, value_states, arriving.counts(arriving.total)[self.rank])
+            own = arriving.counts(arriving.total)[self.rank]
+            if not arriving.appended:
+                layer.place(key_states, value_states, own)
+            elif own:
+                layer.append(key_states[:, :, :own], value_states[:, :, :own])
         elif arriving.owner == self.rank:
             layer.append(key_states, value_states)
         return key_states, value_states
@@ -374,6 +403,19 @@ class ShardedCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return S, the tokens over all ranks, without those of a step under way."""
         return sum(self.held)
+
+    def intervals(self, rank: int) -> list[tuple[int, int]]:
+        """Return which tokens of the sequence a rank holds, in the order it holds them."""
+        found: list[tuple[int, int]] = []
+        base = 0
+        for arrival in self._arrivals:
+            for start, stop in arrival.intervals(rank):
+                if found and found[-1][1] == base + start:
+                    found[-1] = (found[-1][0], base + stop)
+                else:
+                    found.append((base + start, base + stop))
+            base += arrival.total
+        return found
 
     def reserve(self, tokens: int) -> None:
         """Allocate for so many tokens of this rank at once when the next ones come."""
@@ -392,6 +434,7 @@ class ShardedCache(Cache):
         other.layers = list(other.shards)
         other.held, other._arrivals = list(self.held), list(self._arrivals)
         other.input_ids, other.logits = self.input_ids, self.logits
+        other.text_runs = self.text_runs
         return other
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -411,6 +454,8 @@ class ShardedCache(Cache):
                 f"crop takes minus the tokens to forget, of {sum(self.held)}; got "
                 f"{tokens_to_remove}"
             )
+        if self.text_runs is not None:
+            self.text_runs = self.text_runs.cut(sum(self.held) - remove)
         before = self.held[self.rank]
         while remove:
             last = self._arrivals.pop()
@@ -418,7 +463,7 @@ class ShardedCache(Cache):
             self._count(last.counts(last.total), -1)
             if left := last.total - take:
                 kept = (
-                    _Dealt(left, last.layout)
+                    _Dealt(left, last.layout, last.appended)
                     if isinstance(last, _Dealt)
                     else _Given(left, last.owner, last.num_ranks)
                 )
@@ -437,6 +482,7 @@ class ShardedCache(Cache):
         super().reset()
         self.held, self._arrivals = [0] * self.num_ranks, []
         self.input_ids = self.logits = None
+        self.text_runs = None if self.text_runs is None else TextRuns()
 
     @property
     def local_bytes(self) -> int:

@@ -26,8 +26,9 @@ dim, V vocabulary, R ranks.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,9 +45,14 @@ from longvila.parallel.hf_attention import NAME, AttentionStep, check_calls, sen
 
 #: At most so many queries (rows times tokens) are few.
 _FEW_QUERIES = 16
-#: Blocks of work that keep the largest GPU busy over several waves.
-_WANTED_BLOCKS = 512
+#: Chunks of a segment fill the multiprocessors so many times over. A block reads its chunk at the
+#: rate of one multiprocessor, so what counts is that the last round is full: rounds times
+#: multiprocessors is divided by the kv heads, and the chunks are cut to just that number.
+_ROUNDS = 4
 _SHORTEST_CHUNK = 512
+#: Many queries read a long segment in pieces of one length, so that a kernel library that plans for
+#: each shape plans for few.
+_PIECE_TOKENS = 131072
 
 
 # ---- one shard -------------------------------------------------------------------------------
@@ -71,13 +77,33 @@ def merge_stacked(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return out / total.where(seen, 1.0).unsqueeze(-1), top + total.log()
 
 
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def chunk_tokens(tokens: int, kv_heads: int, multiprocessors: int) -> int:
+    """Return the tokens of the chunks that few queries view a segment as.
+
+    Args:
+        tokens: n.
+        kv_heads: K; a chunk is K blocks of work.
+        multiprocessors: Of the device.
+
+    Returns:
+        A number that leaves fewer tokens over than there are chunks.
+    """
+    chunks = max(1, min(_ROUNDS * multiprocessors // kv_heads, tokens // _SHORTEST_CHUNK))
+    return tokens // chunks
+
+
 def _chunk(tokens: int, kv_heads: int, device: torch.device, split_tokens: int | None) -> int:
     """Tokens of the chunks that a segment is viewed as; all of them for no chunks."""
     if split_tokens is not None:
         return split_tokens
     if device.type != "cuda":
         return tokens
-    return max(_SHORTEST_CHUNK, -(-tokens * kv_heads // _WANTED_BLOCKS // 128) * 128)
+    return chunk_tokens(tokens, kv_heads, _multiprocessors(device))
 
 
 def attend_segment(
@@ -88,6 +114,7 @@ def attend_segment(
     causal: bool,
     softmax_scale: float | None,
     split_tokens: int | None = None,
+    piece_tokens: int = _PIECE_TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """Return attention of new queries over one segment.
 
@@ -98,6 +125,7 @@ def attend_segment(
         causal: Whether the segment ends with the tokens of the queries.
         softmax_scale: Factor on the scores.
         split_tokens: Tokens of a chunk for few queries; None to choose by device.
+        piece_tokens: Tokens of the pieces that many queries read a long segment in.
 
     Returns:
         ``out (B, T, H, D)`` and ``lse (B, H, T)``.
@@ -116,18 +144,23 @@ def attend_segment(
     if causal:
         if shared:
             raise ValueError("rows with tokens of their own cannot share the segment they end in")
-        return attention_forward(q, k, v, causal=True, **options)
+        if k.shape[1] <= piece_tokens:
+            return attention_forward(q, k, v, causal=True, **options)
+        before = k.shape[1] - new
+        own = attention_forward(q, k[:, before:], v[:, before:], causal=True, **options)
+        return merge(*_attend_pieces(q, k[:, :before], v[:, :before], options, piece_tokens), *own)
     if shared:
         out, lse = attend_segment(
             q.reshape(1, batch * new, heads, dim), k, v,
             causal=False, softmax_scale=softmax_scale, split_tokens=split_tokens,
+            piece_tokens=piece_tokens,
         )  # fmt: skip
         return (
             out.view(batch, new, heads, dim),
             lse.view(heads, batch, new).transpose(0, 1),
         )
     if batch * new > _FEW_QUERIES:
-        return attention_forward(q, k, v, causal=False, **options)
+        return _attend_pieces(q, k, v, options, piece_tokens)
     group = heads // kv_heads
     # (B, T, K, G, D) -> (B, T * G, K, D): the queries of a kv head side by side.
     folded = q.unflatten(2, (kv_heads, group)).transpose(2, 3).reshape(batch, -1, kv_heads, dim)
@@ -135,6 +168,14 @@ def attend_segment(
     out = out.view(batch, new, group, kv_heads, dim).transpose(2, 3)
     lse = lse.view(batch, kv_heads, new, group).transpose(2, 3)
     return out.reshape(q.shape), lse.reshape(batch, heads, new)
+
+
+def _attend_pieces(
+    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], piece_tokens: int
+) -> tuple[Tensor, Tensor]:
+    pieces = zip(k.split(piece_tokens, dim=1), v.split(piece_tokens, dim=1), strict=True)
+    results = [attention_forward(q, *piece, causal=False, **options) for piece in pieces]
+    return results[0] if len(results) == 1 else merge_many(*zip(*results, strict=True))
 
 
 def _attend_chunks(
@@ -162,6 +203,19 @@ def _attend_chunks(
 
 
 # ---- all shards ------------------------------------------------------------------------------
+
+# Renamed in torch 2.13, which warns of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def gather_equal(x: Tensor, cache: ShardedCache) -> Tensor:
+    """Return ``(R, *x.shape)`` of all ranks, whose tensors have one shape.
+
+    Comm: One all-gather of ``x.numel()`` elements a rank.
+    """
+    gathered = x.new_empty((cache.num_ranks, *x.shape))
+    _all_gather(gathered.flatten(0, 1), x.contiguous(), group=cache.group)
+    return gathered
 
 
 class ReadStep(AttentionStep):
@@ -207,10 +261,7 @@ class ReadStep(AttentionStep):
         out, lse = results[0] if len(results) == 1 else merge_many(*zip(*results, strict=True))
         if cache.num_ranks > 1:
             packed = torch.cat([out.to(lse.dtype), lse.transpose(1, 2).unsqueeze(-1)], dim=-1)
-            gathered = packed.new_empty((cache.num_ranks, *packed.shape))
-            dist.all_gather_into_tensor(
-                gathered.flatten(0, 1), packed.contiguous(), group=cache.group
-            )
+            gathered = gather_equal(packed, cache)
             out, _ = merge_stacked(gathered[..., :-1], gathered[..., -1])
         return out.to(q.dtype)
 
@@ -223,6 +274,7 @@ def read_embeds(
     *,
     position_ids: Tensor | None = None,
     split_tokens: int | None = None,
+    further: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Run the text model on new tokens that follow a cache, and keep their keys and values.
 
@@ -231,8 +283,9 @@ def read_embeds(
         family: Where its parts are.
         cache: What came before; extended.
         embeds: ``(B, T, M)`` embeddings of the new tokens, the same on every rank.
-        position_ids: ``(B, T)``; None for positions that count tokens.
+        position_ids: ``(B, T)`` or ``(3, B, T)``; None for those of text.
         split_tokens: As for `attend_segment`.
+        further: Keywords of the text model for rows that feed deeper layers.
 
     Returns:
         ``(B, T, M)`` last hidden states.
@@ -244,6 +297,10 @@ def read_embeds(
     """
     text = family.text_model(model)
     tokens = embeds.shape[1]
+    if position_ids is None and cache.text_runs is not None:
+        first = cache.get_seq_length() + cache.text_runs.offset
+        position_ids = torch.arange(first, first + tokens, device=embeds.device)
+        position_ids = position_ids.expand(3, embeds.shape[0], -1)
     with cache.appending(tokens) as owner:
         step = ReadStep(cache, tokens, owner, split_tokens)
         hidden: Tensor = text(
@@ -253,6 +310,7 @@ def read_embeds(
             past_key_values=cache,
             use_cache=True,
             sp_context=step,
+            **(further or {}),
         ).last_hidden_state
         check_calls(
             step.calls,
@@ -284,7 +342,7 @@ def shared_logits(logits: Tensor, cache: ShardedCache, source: int = 0) -> Tenso
 # ---- the model's forward ---------------------------------------------------------------------
 
 _TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
-_IGNORED = {"use_cache", "return_dict", "logits_to_keep", "cache_position"}
+_IGNORED = {"use_cache", "return_dict", "logits_to_keep", "cache_position", "mm_token_type_ids"}
 
 
 class CacheForward:
@@ -333,10 +391,16 @@ class CacheForward:
             raise ValueError(
                 "attention_mask hides tokens; a ShardedCache holds whole rows: leave padding out"
             )
+        positions = given.get("position_ids")
+        if cache.text_runs is not None:
+            # generate has not seen the prefix's media, and makes positions that count tokens.
+            positions = None
         hidden = read_embeds(
             self.model, self.family, cache, embeds,
-            position_ids=given.get("position_ids"), split_tokens=self.split_tokens,
+            position_ids=positions, split_tokens=self.split_tokens,
         )  # fmt: skip
+        if cache.text_runs is not None:
+            cache.text_runs = cache.text_runs.count(embeds.shape[1])
         keep = given.get("logits_to_keep") or 0
         kept = hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
         logits = shared_logits(self.model.get_output_embeddings()(kept), cache)
