@@ -74,8 +74,6 @@ class ScriptedEngine:
     by token, so all that is not the model is exercised.
     """
 
-    num_ranks = 1
-
     def __init__(self, processor: Any, book: FrameBook, mind: Mind) -> None:
         self.processor, self.book, self.mind = processor, book, mind
         self.model = SimpleNamespace(generation_config=None)
