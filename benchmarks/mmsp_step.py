@@ -24,6 +24,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,8 +32,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import _cluster
+from benchmarks._attempt import OUT_OF_MEMORY, attempt, clean
 from benchmarks._cluster import Cluster, Stopwatch
-from benchmarks._interleave import interleave
+from benchmarks._interleave import Steps, interleave
 from benchmarks._results import Kind, Report, Row, hardware
 from benchmarks.peers.vision_reshard import all_reduce_reshard
 
@@ -181,11 +183,13 @@ def vision_path(variant: str, numbers: _Numbers) -> Iterator[None]:
         return rows.index_select(0, numbers.of(plan, group)[1])
 
     def encode_all(self: Any, plan: Any, batch: dict[str, Any]) -> list[Tensor]:
-        return [
-            kind.encode(self.model, batch[kind.pixels], plan.media.units[kind.name].frames)
-            for kind in self.family.media
-            if kind.name in plan.media.units
-        ]
+        found = []
+        for kind in self.family.media:
+            units = plan.media.units.get(kind.name)
+            if units is not None:
+                pixels = batch[kind.pixels]
+                found.append(self._encode_units(kind, pixels, units.frames, units.unit_shapes))
+        return found
 
     try:
         if variant == "all_reduce_reshard":
@@ -342,29 +346,59 @@ def run(options: argparse.Namespace, cluster: Cluster) -> Report:
         fsdp=options.fsdp,
         parameter_dtype=torch.float32 if options.fsdp else None,
         compute_dtype=dtype if options.fsdp else None,
+        mlp_tile_rows=options.tile,
         two_stage=True,
     )
     parallelize(model, mesh, plan)
-    parts = Parts(model, cluster)
+    current = SimpleNamespace(model=model, parts=Parts(model, cluster))
+    del model
     numbers = _Numbers(cluster)
     for frames in options.frames:
         batch = make_batch(options, frames, cluster)
+        short = make_batch(options, min(frames, options.warm_frames), cluster)
         laps: dict[str, list[list[float]]] = {variant: [] for variant in VARIANTS}
+        running = ""
 
         def step(
             variant: str, batch: Batch = batch, laps: dict[str, list[list[float]]] = laps
         ) -> None:
+            nonlocal running
+            running = variant
             with vision_path(variant, numbers):
-                laps[variant].append(parts.step(model, batch))
+                laps[variant].append(current.parts.step(current.model, batch))
 
         chosen = [v for v in VARIANTS if v == "longvila" or cluster.world_size > 1]
-        steps = interleave(
-            cluster,
-            {variant: lambda variant=variant: step(variant) for variant in chosen},
-            repeats=options.repeats,
-        )
-        base = steps.get("replicated_tower", steps["longvila"]).median_ms
+        steps: dict[str, Steps] = {}
+        while chosen:
+            found, reason = attempt(
+                lambda step=step, chosen=chosen, short=short: interleave(
+                    cluster,
+                    {variant: lambda variant=variant: step(variant) for variant in chosen},
+                    repeats=options.repeats,
+                    warm_up={
+                        variant: lambda variant=variant: step(variant, short) for variant in chosen
+                    },
+                ),
+                cluster,
+            )
+            if found is not None:
+                steps = found
+                break
+            if reason != OUT_OF_MEMORY:
+                raise RuntimeError(f"{running} {reason}")
+            # What ran out left sharded parameters gathered: the rest goes on with a new model.
+            chosen = [variant for variant in chosen if variant != running]
+            laps.update({variant: [] for variant in chosen})
+            shape = {"frames": frames, "text_layers": options.layers}
+            about = {"failed": reason}
+            report.rows.append(Row(running, VARIANTS[running], batch.tokens, shape, {}, [], about))
+            current.parts.remove()
+            current.model = current.parts = None
+            clean()
+            current.model = parallelize(build_model(options, cluster.device), mesh, plan)
+            current.parts = Parts(current.model, cluster)
         for variant in chosen:
+            base = steps.get("replicated_tower", steps[variant]).median_ms
             found = steps[variant]
             # The first lap is the warm-up.
             columns = [sorted(column) for column in zip(*laps[variant][1:], strict=True)]
@@ -402,7 +436,7 @@ def run(options: argparse.Namespace, cluster: Cluster) -> Report:
             cluster.say(f"  {batch.tokens} tokens {variant:20s} {shown}")
         if cluster.is_main and options.out is not None:
             cluster.say(f"wrote {report.write(options.out, suffix=options.suffix)}")
-    parts.remove()
+    current.parts.remove()
     return report
 
 
@@ -426,6 +460,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frame-batch", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warm-frames", type=int, default=64)
+    parser.add_argument("--tile", type=int, default=None, help="tokens of an MLP's tile")
     parser.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--suffix", default="")

@@ -37,6 +37,7 @@ from transformers import GenerationConfig
 from longvila.inference.cache import ShardedCache
 from longvila.media.video import SampledVideo
 from longvila.model.pieces import CUT, tokenize_pieces
+from longvila.model.processing_longvila import clock
 
 
 class GeneratingEngine(Protocol):
@@ -100,6 +101,7 @@ class Answerer:
         given = frame_separator
         self.frame_separator: str = processor.frame_separator if given is None else given
         self.timestamps: bool = processor.timestamps if timestamps is None else timestamps
+        self._frames: dict[str, list[int]] = {}
         self.end_id = self._end_of_turn()
 
     # ---- watching
@@ -140,7 +142,7 @@ class Answerer:
         ):
             if pixels[kind]:
                 inputs[name], inputs[number] = torch.cat(pixels[kind]), torch.tensor(counts[kind])
-        head, rest = _split(texts[kinds[-1]].pop(), self.processor)
+        head, rest = split_medium(texts[kinds[-1]].pop(), self.processor)
         texts[kinds[-1]].append(head)
         before, _ = self._around("", kinds)
         (marked,), _ = self.processor.get_text_with_replacements(
@@ -168,13 +170,15 @@ class Answerer:
         Args:
             time_s: When it appears.
         """
-        text = self.processor.video_text(
-            1, separator=self.frame_separator, times_s=[time_s] if self.timestamps else None
-        )
-        before, token, _ = text.partition(self.processor.video_token)
-        placeholders = [self.processor.video_token_id] * self.processor.tokens_per_frame
-        assert token
-        return [*self.encode(before), *placeholders, *self.encode(self.frame_separator)]
+        key = clock(time_s) if self.timestamps else ""
+        if key not in self._frames:
+            text = self.processor.video_text(
+                1, separator=self.frame_separator, times_s=[time_s] if self.timestamps else None
+            )
+            before = self.encode(text.partition(self.processor.video_token)[0])
+            placeholders = [self.processor.video_token_id] * self.processor.tokens_per_frame
+            self._frames[key] = [*before, *placeholders, *self.encode(self.frame_separator)]
+        return self._frames[key]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without tokens of the tokenizer's own."""
@@ -353,8 +357,16 @@ def _is_image(item: Any) -> bool:
     return isinstance(item, Image.Image)
 
 
-def _split(text: str, processor: Any) -> tuple[str, str]:
-    """Cut a medium's text where tokenising cuts it last: behind a mark, or a placeholder."""
+def split_medium(text: str, processor: Any) -> tuple[str, str]:
+    """Cut a medium's text where tokenising cuts it last: behind a mark, or a placeholder.
+
+    Args:
+        text: What a medium's placeholder becomes, with marks.
+        processor: Whose placeholders.
+
+    Returns:
+        What can be read before the question is known, and what is tokenised with the question.
+    """
     ends = [text.rfind(CUT) + len(CUT) if CUT in text else 0]
     for token in (processor.image_token, processor.video_token):
         if token in text:

@@ -15,11 +15,14 @@ for one more tensor a layer. It works wherever ``torch.utils.checkpoint`` does, 
 the ``gradient_checkpointing_func`` of a transformers model, and under FSDP2.
 
 A layer must call ``keep`` the same number of times in both runs; more is an error.
+
+:func:`store` is the other way round: a layer that is not recomputed, and whose saved tensors wait
+on the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
@@ -79,6 +82,48 @@ def checkpoint(
             context_fn=kept.contexts if keep_results else torch.utils.checkpoint.noop_context_fn,
             **kwargs,
         )
+
+
+def store(
+    function: Callable[..., Any],
+    *args: Any,
+    offload: Offload,
+    parameters: Callable[[], Iterable[Tensor]],
+    **kwargs: Any,
+) -> Any:
+    """Run a layer as it is; what its backward pass needs waits on the host.
+
+    Args:
+        function: The layer.
+        *args: Its arguments.
+        offload: Where saved tensors wait, as far as its budget goes.
+        parameters: Gives the layer's parameters as they are when it runs (a sharding wrapper swaps
+            them); they and views of them stay where they are.
+        **kwargs: Further arguments of the layer.
+
+    Returns:
+        What the layer returns.
+
+    Memory:
+        On the device the saved tensors of the layers that the offload does not move, and of the one
+        that runs.
+    """
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    region = offload.region()
+
+    def put(tensor: Tensor) -> Stored | Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        own = (p for p in parameters() if type(p) in (Tensor, torch.nn.Parameter))
+        if any(p.untyped_storage().data_ptr() == address for p in own):
+            return tensor
+        return region.put(tensor)
+
+    def fetch(stored: Stored | Tensor) -> Tensor:
+        return stored.fetch() if isinstance(stored, Stored) else stored
+
+    with torch.autograd.graph.saved_tensors_hooks(put, fetch):
+        return function(*args, **kwargs)
 
 
 class KeptResults:

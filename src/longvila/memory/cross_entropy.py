@@ -62,7 +62,7 @@ def tiled_cross_entropy(
         TypeError: If targets are not integers or hidden does not float.
 
     Memory:
-        ``tile_rows * V * (4 + itemsize)`` for a tile; ``N * M * itemsize`` for the gradient of
+        ``tile_rows * V * (8 + itemsize)`` for a tile; ``N * M * itemsize`` for the gradient of
         hidden and ``V * M * 4`` for that of the weight, until the backward pass.
     """
     _check(hidden, weight, targets, bias, tile_rows)
@@ -118,12 +118,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
             logits = _product(x, head.T, wide)
             if bias is not None:
                 logits += bias
-            lse = logits.logsumexp(1, keepdim=True)
-            loss += (lse - logits.gather(1, target)).sum()
+            logits = logits.log_softmax(1)  # one kernel; the logits themselves are gone
+            loss -= logits.gather(1, target).sum()
             if not any((wants_hidden, wants_weight, wants_bias)):
                 continue
-            # softmax minus one-hot, in the memory of the logits
-            logits.sub_(lse).exp_()
+            # softmax minus one-hot, in the memory of its logarithm
+            logits.exp_()
             logits.scatter_add_(1, target, logits.new_full((), -1.0).expand_as(target))
             if d_bias is not None:
                 d_bias += logits.sum(0)

@@ -16,8 +16,11 @@ On a GPU:
 4. A tensor that no longer fits the byte budget stays on the GPU. Budgets fill from the front, so
    what stays is what is wanted first.
 
-The host never waits for the device. Pinned buffers are reused from step to step. On the CPU the
-same calls copy at once; it saves nothing there and exists so that every path is tested.
+A tensor that several operations of a layer save is moved once, and comes back once.
+
+The host never waits for the device. Pinned buffers have the size of their tensor (torch's own would
+be rounded up to a power of two) and are reused from step to step. On the CPU the same calls copy at
+once; it saves nothing there and exists so that every path is tested.
 
 What it does not do: compress, or move what the backward pass of a layer creates and uses at once.
 """
@@ -25,6 +28,7 @@ What it does not do: compress, or move what the backward pass of a layer creates
 from __future__ import annotations
 
 import collections
+import mmap
 import weakref
 from dataclasses import dataclass
 
@@ -43,6 +47,35 @@ class _Buffer:
     last_use: torch.cuda.Event | None = None
 
 
+def host_memory(num_bytes: int, *, pinned: bool) -> Tensor:
+    """Return host memory of exactly this size, locked for copies if a GPU uses it.
+
+    Args:
+        num_bytes: Size, at least 1.
+        pinned: Whether the pages are locked and known to CUDA.
+
+    Returns:
+        ``(num_bytes,)`` uint8, page-aligned.
+
+    Raises:
+        RuntimeError: If CUDA refuses to lock the pages, for lack of memory as a rule.
+    """
+    # A mapping of its own, since two registered buffers must not share a page.
+    pages = mmap.mmap(-1, num_bytes)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    if pinned:
+        address, cudart = memory.data_ptr(), torch.cuda.cudart()
+        status = cudart.cudaHostRegister(address, num_bytes, 0)
+        if int(status) != 0:
+            raise RuntimeError(
+                f"CUDA cannot lock {num_bytes / 2**30:.2f} GiB of host memory (error {status}); "
+                "lower the budget of the offload, or raise the limit of locked memory"
+            )
+        # Runs before the pages are given back.
+        weakref.finalize(pages, cudart.cudaHostUnregister, address).atexit = False
+    return memory
+
+
 class Offload:
     """A host budget and the traffic to and from it; one for a training run.
 
@@ -55,9 +88,8 @@ class Offload:
         ValueError: If an argument is negative.
 
     Memory:
-        Up to ``budget_bytes`` of pinned host memory (torch's allocator may round each buffer up
-        to a power of two); on the GPU the tensors of ``keep_last`` regions, of the region about
-        to run backward, and of copies in flight.
+        Up to ``budget_bytes`` of pinned host memory; on the GPU the tensors of ``keep_last``
+        regions, of the region about to run backward, and of copies in flight.
     """
 
     def __init__(self, *, budget_bytes: int, keep_last: int = 1, min_bytes: int = 1 << 20) -> None:
@@ -102,7 +134,7 @@ class Offload:
         if self._free[size]:
             return self._free[size].pop()
         self._trim(size)
-        return _Buffer(torch.empty(size, dtype=torch.uint8, pin_memory=tensor.is_cuda))
+        return _Buffer(host_memory(size, pinned=tensor.is_cuda))
 
     def _trim(self, size: int) -> None:
         """Drop idle buffers of other sizes, so that idle and used ones keep to the budget."""
@@ -149,11 +181,22 @@ class Region:
         self.offload = offload
         self.previous = None if previous is None else weakref.ref(previous)
         self.stored: list[weakref.ref[Stored]] = []
+        self._known: dict[tuple[object, ...], weakref.ref[Stored]] = {}
         self._moving = False
 
     def put(self, tensor: Tensor) -> Stored:
         """Hand in a tensor; the caller lets go of it."""
+        key = (
+            tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape,
+            tensor.stride(), tensor.dtype, tensor._version,
+        )  # fmt: skip
+        known = self._known[key]() if key in self._known else None
+        # Whoever still holds its tensor holds the address too: nothing else can have it.
+        if known is not None and known.tensor is not None and tensor.nbytes:
+            known.uses += 1
+            return known
         stored = Stored(self, tensor.detach())
+        self._known[key] = weakref.ref(stored)
         if tensor.nbytes >= max(self.offload.min_bytes, 1) and not isinstance(
             tensor, torch.nn.Parameter
         ):
@@ -185,6 +228,7 @@ class Stored:
         self.region = region
         self.device = tensor.device
         self.tensor: Tensor | None = tensor
+        self.uses = 1
         self.fetched = False
         self._meta = torch.empty_like(tensor, device="meta")
         self._buffer: _Buffer | None = None
@@ -229,7 +273,8 @@ class Stored:
             self.tensor.copy_(source)
             return
         _, up = self.region.offload._side_streams(self.device)
-        self.tensor.record_stream(up)  # in case nobody fetches it before it is freed
+        # Not record_stream: a host that runs ahead would find no block free. Whoever fetches it
+        # waits for the copy first, and so does __del__.
         # The memory may still be read by work queued before it was allocated; and the copy down
         # may not have finished.
         up.wait_stream(torch.cuda.current_stream(self.device))
@@ -243,8 +288,11 @@ class Stored:
     def fetch(self) -> Tensor:
         """Return the tensor, on its device; its neighbours of the region before follow.
 
-        May be called again; what is on the host is then copied once more.
+        It stays on the device until it was fetched as often as it was handed in. May be called
+        more often; what is on the host is then copied once more.
         """
+        # The backward pass has begun: no more copies down, so what they still hold is let go of.
+        self.region.offload._release(0)
         self.region.begin_returning()
         before = None if self.region.previous is None else self.region.previous()
         if before is not None:
@@ -257,9 +305,16 @@ class Stored:
         arrived = self._returning or self.region.offload._withdraw(self)
         if arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(arrived)
-        self._returning = self.tensor = None  # the caller owns it now
         self.fetched = True
+        self.uses -= 1
+        if self.uses <= 0:
+            self._returning = self.tensor = None  # the caller owns it now
         return tensor
+
+    def __del__(self) -> None:
+        """Let nothing take the memory of a copy under way that nobody fetched."""
+        if self._returning is not None and self.tensor is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._returning)
 
     def _view(self, buffer: _Buffer) -> Tensor:
         meta = self._meta

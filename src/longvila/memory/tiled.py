@@ -9,8 +9,13 @@ the peak of a layer, and no token's row depends on another's. So:
 
 With a single tile the function is simply called: same bits, no recomputation.
 
-Cost: one more forward of the function in the backward pass. The function must be token-wise along
-the tiled dim and give the same result twice: no dropout, no batch statistics.
+Inside a checkpointed layer the function would run three times, if it ran in the second pass over
+the layer as well. It need not: only its input is wanted there. So the input is remembered by a node
+of its own in front of the loop; where the layer's MLP comes last, that is the last tensor the
+second pass is asked for, and torch's checkpoint ends the pass there, before the loop.
+
+Cost: one more forward of the function in the backward pass, checkpointed or not. The function must
+be token-wise along the tiled dim and give the same result twice: no dropout, no batch statistics.
 
 Dimensions: T tokens along ``dim``.
 """
@@ -70,8 +75,26 @@ def tiled_apply(
             )
         parameters = function.parameters()
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    result: Tensor = _TiledApply.apply(function, tile_rows, dim, x, *wanted)  # type: ignore[no-untyped-call]
+    memory = None
+    if torch.is_grad_enabled() and x.requires_grad:
+        x = _Remember.apply(x)  # type: ignore[no-untyped-call]
+        memory = x.grad_fn
+    result: Tensor = _TiledApply.apply(function, tile_rows, dim, memory, x, *wanted)  # type: ignore[no-untyped-call]
     return result
+
+
+class _Remember(torch.autograd.Function):
+    """Saves a tensor and passes it on; what comes after reads it from this node."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dx: Tensor) -> Tensor:
+        return dx
 
 
 class _TiledApply(torch.autograd.Function):
@@ -79,7 +102,13 @@ class _TiledApply(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, function: Function, tile_rows: int, dim: int, x: Tensor, *parameters: Tensor
+        ctx: Any,
+        function: Function,
+        tile_rows: int,
+        dim: int,
+        memory: Any,
+        x: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
         result: Tensor | None = None
         start = 0
@@ -98,7 +127,9 @@ class _TiledApply(torch.autograd.Function):
             result.narrow(dim, start, rows).copy_(part)
             start += rows
         assert result is not None
-        ctx.save_for_backward(x)
+        ctx.memory = memory
+        if memory is None:
+            ctx.save_for_backward(x)
         # Not saved as tensors: a sharding wrapper may swap their storage in between.
         ctx.parameters = parameters
         ctx.call = (function, tile_rows, dim)
@@ -114,10 +145,12 @@ class _TiledApply(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, d_result: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        # The node before this one has not run yet, so what it saved is still there.
+        source = ctx if ctx.memory is None else ctx.memory
+        (x,) = source.saved_tensors
         function, tile_rows, dim = ctx.call
         parameters = ctx.parameters
-        wants_x = ctx.needs_input_grad[3]
+        wants_x = ctx.needs_input_grad[4]
         dx = torch.empty_like(x) if wants_x else None
         sums: list[Tensor | None] = [None] * len(parameters)
         start = 0
@@ -143,7 +176,7 @@ class _TiledApply(torch.autograd.Function):
             None if total is None else total.to(parameter.dtype)
             for total, parameter in zip(sums, parameters, strict=True)
         ]
-        return (None, None, None, dx, *d_parameters)
+        return (None, None, None, None, dx, *d_parameters)
 
 
 def _add(total: Tensor | None, grad: Tensor | None) -> Tensor | None:

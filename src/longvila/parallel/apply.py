@@ -13,8 +13,12 @@
    parameter names and ``state_dict`` stay what they were, and deleting the attribute undoes it. A
    wrapper module would rename every parameter and hide ``generate``, ``config`` and
    ``save_pretrained``; a subclass would change the type that checkpoints and adapters look at.
-3. **Checkpointing**: each text layer is recomputed in backward, its attention is not
-   (`longvila.memory.checkpoint`); frames are recomputed micro-batch by micro-batch.
+3. **Memory**: each text layer is recomputed in backward, its attention is not
+   (`longvila.memory.checkpoint`); frames are recomputed micro-batch by micro-batch. The last
+   ``plain_layers``, or all where checkpointing is off, keep what their backward needs, on the host
+   where there is an offload. MLPs run in tiles, and they, norms and projections through
+   ``torch.compile``, where the plan says so; both are attributes of the instances, as the forward
+   is.
 4. **FSDP2**: each text layer is one group over all ranks (data and sequence parallel alike), and
    everything else (embedding, norm, head, tower, projector) is the root group, which stays gathered
    for the step. So ranks may call the tower as often as they have frames, and the head's weight is
@@ -44,10 +48,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from longvila.memory.checkpoint import checkpoint
+from longvila.memory.checkpoint import checkpoint, store
 from longvila.memory.offload import Offload
+from longvila.memory.tiled import tiled_apply
 from longvila.parallel.families import Family, find_family
-from longvila.parallel.hf_attention import NAME
+from longvila.parallel.hf_attention import NAME, cut_compiled_layers_here
 from longvila.parallel.mmsp import TwoStageForward, TwoStageOptions
 from longvila.parallel.plan import StepPlan
 from longvila.sp.loss import GradientReduction
@@ -68,7 +73,14 @@ class ParallelPlan:
         compute_dtype: Type that parameters are gathered in; None for that of the shards.
         reduce_dtype: Type that gradients are reduced in; None for the compute type.
         activation_checkpointing: Whether text layers and frames are recomputed in backward.
-        offload: Host memory in which checkpoints wait for the backward pass; None for none.
+        plain_layers: Text layers, the last ones, that are not recomputed: the backward pass wants
+            them first, and each saves its products for its memory.
+        offload: Host memory in which checkpoints, and what plain layers save, wait for the backward
+            pass; None for none.
+        mlp_tile_rows: Tokens whose MLP is computed at once; None for all.
+        compile_modules: Whether norms, MLPs and what surrounds attention (rotary embedding) in the
+            text model go through ``torch.compile``, which joins what is not a matrix product into
+            few passes over memory. Rounds differently.
         head_chunks: Parts in which attention exchanges and computes heads, so that one part travels
             while another is computed.
         loss_tile_rows: Rows of head and cross-entropy computed at once.
@@ -87,7 +99,10 @@ class ParallelPlan:
     compute_dtype: torch.dtype | None = torch.bfloat16
     reduce_dtype: torch.dtype | None = torch.float32
     activation_checkpointing: bool = True
+    plain_layers: int = 0
     offload: Offload | None = None
+    mlp_tile_rows: int | None = None
+    compile_modules: bool = False
     head_chunks: int = 1
     loss_tile_rows: int = 4096
     gradient_reduction: GradientReduction = "mean"
@@ -177,8 +192,8 @@ def parallelize(model: nn.Module, mesh: SPMesh, plan: ParallelPlan | None = None
         if two_stage:
             _set_attention(base, state)
             _set_forward(base, state)
-        if plan.activation_checkpointing:
-            _set_checkpointing(base, state)
+        _set_modules(base, state)
+        _set_checkpointing(base, state)
         if plan.fsdp and mesh.dp_sp_mesh is not None:
             _shard(model, base, state)
     except BaseException:
@@ -248,18 +263,76 @@ def _set_forward(base: PreTrainedModel, state: _State) -> None:
     state.undo.append(lambda: vars(base).pop("forward"))
 
 
-# ---- 3. checkpointing ------------------------------------------------------------------------
+# ---- 3. memory -------------------------------------------------------------------------------
+
+
+def _set_modules(base: PreTrainedModel, state: _State) -> None:
+    """Compile norms and MLPs of the text model, and cut MLPs into tiles."""
+    plan, mlps = state.plan, _mlps(base, state)
+    if plan.compile_modules:
+        cut_compiled_layers_here()
+        for module in state.family.text_model(base).modules():
+            if _is_norm(module) or module in mlps or _is_attention(module):
+                _override(module, torch.compile(module.forward), state)
+    if plan.mlp_tile_rows is not None:
+        if plan.mlp_tile_rows < 1:
+            raise ValueError(f"mlp_tile_rows must be at least 1, got {plan.mlp_tile_rows}")
+        if not mlps:
+            layer = type(next(iter(state.family.layers(base)))).__name__
+            raise ValueError(f"{layer} has no module 'mlp' to cut; pass mlp_tile_rows=None")
+        for mlp in mlps:
+            _override(mlp, _Tiled(mlp, mlp.forward, plan.mlp_tile_rows), state)
+
+
+def _mlps(base: PreTrainedModel, state: _State) -> list[nn.Module]:
+    found = (getattr(layer, "mlp", None) for layer in state.family.layers(base))
+    return [mlp for mlp in found if isinstance(mlp, nn.Module)]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm") and not any(module.children())
+
+
+def _is_attention(module: nn.Module) -> bool:
+    # What calls the attention interface: compiled up to that call and behind it.
+    return type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")
+
+
+def _override(module: nn.Module, forward: Callable[..., Any], state: _State) -> None:
+    state.undo.append(functools.partial(_restore, module, "forward", vars(module).get("forward")))
+    vars(module)["forward"] = forward
+
+
+class _Tiled:
+    """An MLP's forward, a few rows at a time; with one tile it is the forward itself."""
+
+    def __init__(self, mlp: nn.Module, forward: Callable[[Tensor], Tensor], rows: int) -> None:
+        self.mlp, self.forward, self.rows = mlp, forward, rows
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # Read at the call: a sharding wrapper gathers and swaps parameters around it.
+        parameters = list(self.mlp.parameters())
+        return tiled_apply(self.forward, x, tile_rows=self.rows, parameters=parameters)
 
 
 def _set_checkpointing(base: PreTrainedModel, state: _State) -> None:
-    recompute = functools.partial(checkpoint, offload=state.plan.offload)
-    for layer in state.family.layers(base):
+    plan, layers = state.plan, list(state.family.layers(base))
+    if not 0 <= plan.plain_layers <= len(layers):
+        raise ValueError(f"plain_layers must be 0 to {len(layers)}, got {plan.plain_layers}")
+    first_plain = len(layers) - plan.plain_layers if plan.activation_checkpointing else 0
+    for index, layer in enumerate(layers):
+        if index < first_plain:
+            run: Callable[..., Any] = functools.partial(checkpoint, offload=plan.offload)
+        elif plan.offload is not None:
+            run = functools.partial(store, offload=plan.offload, parameters=layer.parameters)
+        else:
+            continue
         if not isinstance(layer, GradientCheckpointingLayer):
             raise ValueError(
-                f"{type(layer).__name__} cannot be checkpointed (it is no "
-                "GradientCheckpointingLayer); pass activation_checkpointing=False"
+                f"{type(layer).__name__} cannot be checkpointed or offloaded (it is no "
+                "GradientCheckpointingLayer); pass activation_checkpointing=False, offload=None"
             )
-        names = {"gradient_checkpointing": True, "_gradient_checkpointing_func": recompute}
+        names = {"gradient_checkpointing": True, "_gradient_checkpointing_func": run}
         for name, value in names.items():
             state.undo.append(functools.partial(_restore, layer, name, vars(layer).get(name)))
             setattr(layer, name, value)

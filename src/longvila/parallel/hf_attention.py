@@ -208,5 +208,14 @@ def check_calls(calls: int, *, expected: int, implementation: str | None) -> Non
         )
 
 
+def cut_compiled_layers_here() -> None:
+    """Keep ``torch.compile`` out of attention: planning and communication are not to be traced.
+
+    A compiled attention module becomes one graph up to the call and one behind it. Not done at
+    import, because naming the compiler loads it.
+    """
+    AttentionInterface.register(NAME, torch.compiler.disable(sp_attention_forward))
+
+
 AttentionInterface.register(NAME, sp_attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)

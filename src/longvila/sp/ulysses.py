@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from longvila.sp.comm import Group, Pending, post_all_to_all
@@ -362,10 +363,27 @@ def _copy_evenly(
     by_rank = span.unfold(2, size, step).permute(2, 0, 1, 4, 3)
     block = packed.view(len(ranges), length, batch, widths[0], dim)[:, :, :, columns[0]]
     if to_packed:
-        block.copy_(by_rank)
+        _copy_bits(block, by_rank)
     else:
-        by_rank.copy_(block)
+        _copy_bits(by_rank, block)
     return True
+
+
+def _copy_bits(target: Tensor, source: Tensor) -> None:
+    """Copy rows of heads, 16 bytes at a time where the layout allows it.
+
+    Strided copies go element by element; in bfloat16 that is a fraction of the memory's rate.
+    """
+    wide = 16 // source.element_size()
+    if all(_is_aligned(tensor, wide) for tensor in (target, source)):
+        target, source = target.view(torch.complex128), source.view(torch.complex128)
+    target.copy_(source)
+
+
+def _is_aligned(tensor: Tensor, elements: int) -> bool:
+    *outer, inner = tensor.stride()
+    sizes = (*outer, tensor.shape[-1], tensor.storage_offset())
+    return inner == 1 and all(size % elements == 0 for size in sizes)
 
 
 def split_columns(buffer: Tensor, counts: Sequence[int]) -> list[Tensor]:

@@ -115,7 +115,8 @@ class Data:
     Attributes:
         mixture: Names of datasets with weights, or of a mixture that the data file names; null
             takes every dataset of the file once.
-        style: ``chat``, or ``plain`` for captions and documents without a template.
+        style: ``chat``, or ``plain`` for captions and documents without a template; a dataset that
+            says its own goes first.
         max_tokens: Tokens of a packed row, and most of a sample.
         max_documents: Most samples of a row; null for as many as fit.
         too_long: What becomes of longer samples.
@@ -162,6 +163,7 @@ class Optimizer:
         eps: Added to the denominator.
         weight_decay: Decay of matrices; vectors have none.
         clip_norm: Norm that gradients are clipped to; null for none.
+        offload: Whether the moments wait on the host and pass through the device in the update.
         schedule: Shape of the rate after warm-up.
         warmup_ratio: Share of the stage in which the rate rises.
         warmup_steps: Steps in which it rises, instead; needs ``max_steps``.
@@ -173,6 +175,7 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = None
+    offload: bool = False
     schedule: Literal["cosine", "constant_with_warmup"] = "cosine"
     warmup_ratio: float = 0.03
     warmup_steps: int | None = None
@@ -204,8 +207,13 @@ class Parallel:
         seq_parallel_ring_type: Layout of the ring.
         fsdp_replicate: Whether parameters are sharded within a group only.
         compute: Type that layers compute in; parameters, gradients and states are float32.
-        activation_checkpointing: Whether layers are recomputed in backward.
-        offload_gib: Host memory a rank in which checkpoints wait; zero for none.
+        activation_checkpointing: Whether layers are recomputed in backward; attention never is.
+        plain_layers: Text layers, the last ones, that are not recomputed.
+        offload_gib: Host memory a rank in which checkpoints (and what plain layers save) wait; zero
+            for none.
+        offload_keep_last: Layers, the last ones, whose tensors stay on the device.
+        mlp_tile_rows: Tokens whose MLP is computed at once; null for all.
+        compile: Whether norms and MLPs of the language model are compiled.
         head_chunks: Parts in which attention exchanges heads.
         loss_tile_rows: Rows of head and loss computed at once.
     """
@@ -219,7 +227,11 @@ class Parallel:
     fsdp_replicate: bool = False
     compute: Precision = "bfloat16"
     activation_checkpointing: bool = True
+    plain_layers: int = 0
     offload_gib: float = 0.0
+    offload_keep_last: int = 1
+    mlp_tile_rows: int | None = None
+    compile: bool = False
     head_chunks: int = 1
     loss_tile_rows: int = 4096
 
@@ -234,6 +246,8 @@ class Saving:
         log_every: Steps between lines of the log.
         vila: Whether the end of the stage is also written in the original's layout.
         dtype: Type of the weights that the stage ends with.
+        trackers: Where numbers are shown beside ``metrics.jsonl``; null for TensorBoard where it is
+            installed.
     """
 
     every: int | None = 20
@@ -241,6 +255,7 @@ class Saving:
     log_every: int = 1
     vila: bool = False
     dtype: Precision = "bfloat16"
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.keep < 1 or self.log_every < 1 or (self.every is not None and self.every < 1):
@@ -345,10 +360,9 @@ _ALL = (
         name="pretrain",
         base="align",
         rates=Rates(projector=5e-5, language_model=5e-5),
-        # Two of its three sets are pictures with text and have no conversation.
+        # Two of its sets are pictures with text, plain by their adapters; one is conversations.
         data=Data(
             mixture="coyo_25m + mmc4core + sharegpt4v_pretrain",
-            style="plain",
             samples_per_step=1024,
         ),
     ),

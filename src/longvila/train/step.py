@@ -38,6 +38,7 @@ from longvila.parallel.apply import reduce_gradients
 from longvila.sp.loss import IGNORE_INDEX
 from longvila.sp.mesh import SPMesh
 from longvila.sp.tokens import pack_documents, shift_labels
+from longvila.train.host_adamw import HostAdamW
 from longvila.train.parts import PARTS, named_parts
 from longvila.train.stages import Optimizer, Rates, StageError
 
@@ -157,8 +158,9 @@ def build_optimizer(
         fused: Whether to use the fused kernel.
 
     Returns:
-        The optimiser, its states there and zero, so that every save of a run has the same entries.
-        Each group keeps its full rate as ``full_lr``.
+        The optimiser, its states there and zero, so that every save of a run has the same entries;
+        its moments on the host where settings say so. Each group keeps its full rate as
+        ``full_lr``.
 
     Raises:
         StageError: If a parameter is tuned and its part has no rate, or nothing is tuned.
@@ -179,6 +181,8 @@ def build_optimizer(
     if not groups:
         raise StageError(f"nothing is tuned: {', '.join(PARTS)} are all frozen")
     first, second = settings.betas
+    if settings.offload:
+        return HostAdamW(groups, betas=(first, second), eps=settings.eps, fused=fused)
     optimizer = torch.optim.AdamW(groups, betas=(first, second), eps=settings.eps, fused=fused)
     _make_states(optimizer)
     return optimizer
