@@ -99,6 +99,13 @@ def test_parts_have_rates_of_their_own(tmp_path: Path) -> None:
     assert matrices == {2, 4}  # no vector decays; the patch embedding is a convolution
 
 
+def test_memory_options_change_no_step(plain: dict[str, Any], tmp_path: Path) -> None:
+    options = {"offload_optimizer": True, "plain_layers": 1, "mlp_tile_rows": 16}
+    assert_equal_runs(trained(None, str(tmp_path), **options), plain)
+    whole_layers = trained(None, str(tmp_path), recompute_layers=False)
+    assert_equal_runs(whole_layers, plain)
+
+
 def test_parts_are_frozen(tmp_path: Path) -> None:
     trainer = make(None, tmp_path, steps=1, tune_language_model=False, tune_vision_tower=False)
     before = whole(trainer.model)
