@@ -113,6 +113,9 @@ class MeshArguments:
 
     def __post_init__(self) -> None:
         own: Any = self
+        if not torch.accelerator.is_available():
+            # Without being told, accelerate joins no ranks on a machine that has CPUs alone.
+            own.use_cpu = True
         self._check()
         for name in _TAKEN_BACK:
             if hasattr(self, name):
