@@ -140,9 +140,13 @@ class _Step:
 
     def head_gradient(self) -> float:
         """The head's whole gradient, from the loss to the end of backward."""
-        if not self.tuned.text or not self.settings.fsdp:
+        if not self.tuned.text:
             return 0.0
-        return float(self.c * self.text.embedding_parameters)
+        if self.settings.fsdp:
+            return float(self.c * self.text.embedding_parameters)
+        # It goes into the one of the micro-batches before, which `steady` counts.
+        first = self.load.micro_batches == 1
+        return float(self.settings.parameter_bytes * self.text.embedding_parameters * first)
 
     def gathered(self, *, first: bool, last_processed: bool) -> float:
         """A layer's parameters, the next one's, and the reduction under way, in backward.
