@@ -69,6 +69,8 @@ class MeshArguments:
         offload_gib: Host memory a rank in which checkpoints wait; zero for none.
         head_chunks: Parts in which attention exchanges heads.
         loss_tile_rows: Rows of head and loss computed at once.
+        remove_unused_columns: Whether columns that no argument of the model is called are dropped
+            before the collator sees them.
     """
 
     seq_parallel_size: int = -1
@@ -95,6 +97,7 @@ class MeshArguments:
     offload_gib: float = 0.0
     head_chunks: int = 1
     loss_tile_rows: int = 4096
+    remove_unused_columns: bool = False
 
     def __post_init__(self) -> None:
         own: Any = self
@@ -232,5 +235,3 @@ def _read(config: Any) -> dict[str, Any]:
 @dataclass
 class LongVILATrainingArguments(MeshArguments, TrainingArguments):
     """`TrainingArguments` with a mesh."""
-
-    remove_unused_columns: bool = False

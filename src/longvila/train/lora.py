@@ -127,8 +127,7 @@ def tuned_in_full(model: nn.Module) -> dict[str, nn.Parameter]:
 def complete_adapter(folder: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Add what was tuned in full to an adapter's folder, so that PEFT loads it too.
 
-    A head that is tied to tuned embeddings is written beside them, since PEFT unties what it
-    loads.
+    Where the head is tied to tuned embeddings, PEFT is told to tie it again.
 
     Args:
         folder: What PEFT's ``save_pretrained`` wrote.
@@ -149,17 +148,19 @@ def complete_adapter(folder: Path, model: nn.Module, state: Mapping[str, Tensor]
     outer = {o for o in owners if not any(o.startswith(f"{other}.") for other in owners)}
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is not None and head.weight is embeddings.weight:
-        places = {id(module): name for name, module in model.named_modules()}
-        if places[id(embeddings)] in outer:
-            outer.add(places[id(head)])
+    places = {id(module): name for name, module in model.named_modules()}
+    tied = head is not None and head.weight is embeddings.weight
+    tied = tied and places[id(embeddings)] in outer
+    written = {*outer, places[id(head)]} if tied else outer
     tensors = safetensors.torch.load_file(weights)
     for name, tensor in state.items():
-        if any(name.startswith(f"{owner}.") for owner in outer):
+        if any(name.startswith(f"{owner}.") for owner in written):
             # The format refuses one tensor under two names.
             tensors[name] = tensor.detach().cpu().clone().contiguous()
     modules = sorted(owner.removeprefix(_PREFIX) for owner in outer)
     settings = json.loads(config.read_text(encoding="utf-8"))
+    if tied:
+        settings["ensure_weight_tying"] = True
     settings["modules_to_save"] = sorted({*(settings.get("modules_to_save") or []), *modules})
     safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
     config.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")

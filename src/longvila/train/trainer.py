@@ -69,6 +69,8 @@ _REFUSED = {
     "preprocess_logits_for_metrics": "no rank has whole logits",
     "compute_loss_func": "the loss is computed in tiles where the tokens are",
 }
+#: What padding-free collators say to varlen kernels, beside ``position_ids``.
+_VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 if TYPE_CHECKING:  # methods of the mix-in are overrides, of whichever Trainer comes after it
     _Base = Trainer
@@ -228,7 +230,9 @@ class MeshTrainer(_Base):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         family = find_family(base_model(self.model))
         pixels = {f"{local}{kind.pixels}" for kind in family.media for local in ("", "local_")}
-        small = {name: value for name, value in inputs.items() if name not in pixels}
+        # Where documents begin is in their positions; kernels of transformers want it said again.
+        said = _VARLEN if inputs.get("position_ids") is not None else ()
+        small = {n: value for n, value in inputs.items() if n not in pixels and n not in said}
         prepared = super()._prepare_inputs(small)
         return {**prepared, **{name: inputs[name] for name in inputs if name in pixels}}
 

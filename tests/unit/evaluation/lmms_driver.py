@@ -23,6 +23,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 
+from longvila.cli.main import main as longvila
 from longvila.evaluation.presets import find_preset
 from longvila.media.synthetic import clip
 
@@ -153,6 +154,23 @@ def run_command(folder: Path, tasks: Path, log: str, out: str) -> None:
     cli_evaluate()
 
 
+def run_verb(folder: Path, out: str, *more: str) -> int:
+    """The verb of this package, on the same data."""
+    data = folder / "videomme"
+    return longvila(
+        [
+            "eval",
+            "--tasks=videomme,lmms-videomme_w_subtitle-256",
+            f"--data=videomme={data}",
+            f"--data=videomme_w_subtitle={data}",
+            "--frames=4",
+            f"--model={folder / 'model'}",
+            f"--out={folder / out}",
+            *more,
+        ]
+    )
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     tasks = write_videomme(folder / "videomme")
@@ -163,6 +181,8 @@ def main() -> None:
     ]
     results = run_scripted(names, tasks, folder / "tasks")
     results["questions"] = len(videomme_rows(2, 4))
+    results["status"] = [run_verb(folder, "one"), run_verb(folder, "two"), run_verb(folder, "one")]
+    results["other settings"] = run_verb(folder, "one", "--seed=1")
     (folder / "results.json").write_text(json.dumps(results))
     run_command(folder, tasks, "log", "out")
 

@@ -62,6 +62,8 @@ def each_way(rank: Rank | None, folder: str) -> None:
     both(rank, f"{folder}/lora", loader=False, lora_enable=True, lora_r=2, lora_dropout=0.5, **sp)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Could not find a config file in.*:UserWarning")
 def test_resuming_is_exact(tmp_path: Path) -> None:
     each_way(None, str(tmp_path))
 
