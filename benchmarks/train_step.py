@@ -423,7 +423,7 @@ def run_engine(
         cluster.say(f"  {engine.kind:5s} {engine.name:28s} {tokens:8d}  {shown}")
         save()
         engine.close()
-        del engine, whole, ids
+        del engine, offload, whole, ids
         clean()
         if reason is not None and reason != OUT_OF_MEMORY:
             break
