@@ -55,6 +55,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
 KIND_ORDER = {"ideal": 0, "ours": 1, "peer": 2}
 #: What a marker may name; anything else is a typing error and not a table to come.
 BENCHMARKS = {
+    "ask",
     "attention",
     "decode",
     "memory_ceiling",
@@ -298,6 +299,19 @@ def step(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def ask(result: dict[str, Any]) -> list[str]:
+    """Where the time of one question goes, run by run."""
+    names = ("decode_s", "vision_s", "prefill_s", "generate_s", "tokens_per_s", "wall_s")
+    header = ["run", "frames", "prompt tokens", "new tokens", *map(_heading, names)]
+    cells = [
+        [str(number), str(row["shape"]["frames"]), f"{sample['prompt_tokens']:,}",
+         str(sample["new_tokens"]), *(f"{sample[name]:.1f}" for name in names)]
+        for row in result["rows"]
+        for number, sample in enumerate(row["samples"], 1)
+    ]  # fmt: skip
+    return table(header, cells)
+
+
 TIERS = {
     "a": "seen in training",
     "b": "unseen drawing of a trained name",
@@ -328,6 +342,7 @@ def demo_model(result: dict[str, Any]) -> list[str]:
 
 
 RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "ask": ask,
     "attention": attention,
     "mmsp_step": step,
     "trace": trace,

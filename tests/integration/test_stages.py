@@ -11,35 +11,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+sys.path.insert(0, str(Path(__file__).parent))
+from stage_files import SMALL, write_files
+
 from longvila.errors import ContextLengthError
-from longvila.media.synthetic import clip
 from longvila.model.convert_vila import convert_to_longvila
 from longvila.testing import Rank
 from longvila.testing.asserts import assert_close
 from longvila.testing.ranks import run_ranks
-from longvila.testing.tiny import tiny_model, tiny_processor
 from longvila.train.run import Job, train
 from longvila.train.settings import from_plain, override, read_yaml
 from longvila.train.stages import Stage, StageError, get_stage
 
-#: Everything that a stage does is kept but its size.
-_SMALL = (
-    "parallel.compute=float32",
-    "saving.dtype=float32",
-    "saving.keep=1",
-    "max_tokens=320",
-    "window=4",
-    "optimizer.max_steps=2",
-    "optimizer.eps=1e-4",
-    "clip_norm=1.0",
-)
 CHAIN: dict[str, tuple[str, ...]] = {
     "align": ("samples_per_step=5",),
     "pretrain": ("samples_per_step=5",),
@@ -50,50 +39,13 @@ CHAIN: dict[str, tuple[str, ...]] = {
 
 
 def small(name: str, *more: str) -> Stage:
-    return override(get_stage(name), [*_SMALL, *CHAIN[name], *more])
-
-
-def write_lines(path: Path, rows: list[Any]) -> None:
-    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return override(get_stage(name), [*SMALL, *CHAIN[name], *more])
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model to begin from, and the data."""
-    folder = tmp_path_factory.mktemp("stages")
-    tiny_model(seed=5).save_pretrained(folder / "base")
-    tiny_processor(num_frames=2).save_pretrained(folder / "base")
-    for number in range(3):
-        clip(folder / f"clip{number}.mp4", 14, first_number=20 * number)
-    clips, texts = [], []
-    for n in range(9):
-        answer = "It counts.\nThen it ends." + " More." * n
-        said = [
-            {"from": "human", "value": "<video>\nWhat is shown?"},
-            {"from": "gpt", "value": answer},
-        ]
-        clips.append({"id": f"v{n}", "video": f"clip{n % 3}.mp4", "conversations": said})
-    for n in range(6):
-        said = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because. " * (n + 1)}]
-        texts.append({"id": f"t{n}", "conversations": said})
-    write_lines(folder / "clips.jsonl", clips)
-    write_lines(folder / "texts.jsonl", texts)
-    write_lines(
-        folder / "rows.jsonl", [{"text": [(7 * n + i) % 250 for i in range(320)]} for n in range(6)]
-    )
-    (folder / "data.yaml").write_text(
-        "datasets:\n"
-        "  clips: {adapter: llava, path: clips.jsonl, media_dir: .}\n"
-        "  texts: {adapter: llava, path: texts.jsonl}\n"
-        "  rows: {adapter: tokens, path: rows.jsonl}\n"
-        "mixtures:\n"
-        "  align: clips\n"
-        "  pretrain: clips\n"
-        "  sft: clips + texts*0.5\n"
-        "  extend-64k: rows\n"
-        "  long-sft-256: clips\n"
-    )
-    return folder
+    return write_files(tmp_path_factory.mktemp("stages"))
 
 
 def run_chain(_: Rank, files: str, out: str, sp: int) -> dict[str, list[float]]:
@@ -184,7 +136,7 @@ def test_the_command_starts_its_ranks_resumes_on_others_and_leaves_the_finished_
     files: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.yaml").write_text("optimizer: {max_steps: 2, eps: 1.0e-4}\n")
-    sets = [part for text in (*_SMALL[:5], *CHAIN["sft"]) for part in ("--set", text)]
+    sets = [part for text in (*SMALL[:5], *CHAIN["sft"]) for part in ("--set", text)]
     given = [
         "sft", "--model", str(files / "base"), "--data", str(files / "data.yaml"),
         "--output", str(tmp_path / "out"), "--config", str(tmp_path / "mine.yaml"), *sets,

@@ -5,10 +5,14 @@ Examples:
     longvila ask film.mp4 "What happens at the end?" --model CHECKPOINT --frames 256
     longvila ask a.mp4 b.mp4 chart.png "Which video does the chart describe?" --model CHECKPOINT
     longvila ask film.mp4 --chat --model CHECKPOINT
+    longvila ask film.mp4 "What happens at the end?" --model CHECKPOINT --frames 6000 --gpus 8
+    longvila index film.mp4 --output film.index --model CHECKPOINT
+    longvila ask film.index "Who arrives first?" --model CHECKPOINT
 
 The answer streams to standard output; progress, timings and warnings go to standard error. A path
 that ends like a picture is an image, anything else (files, addresses, folders of frames) a video.
-In a chat, a video is encoded and read once and asked about any number of times.
+In a chat, a video is encoded and read once and asked about any number of times. With several GPUs
+each decodes, encodes and reads its part; the answer is that of one.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,6 +33,7 @@ from longvila.packaged import default_model
 
 if TYPE_CHECKING:
     from longvila.inference.session import Answer, Medium, Session
+    from longvila.inference.workers import Ranks
 
 _HELP = """\
   /video PATH [FRAMES]   add a video to the next question
@@ -57,10 +62,14 @@ class Options:
     """Of sampling; 0 takes the likeliest token."""
     top_p: float = 1.0
     """Probability mass sampled from."""
+    gpus: int = 1
+    """GPUs (with --device cpu: processes) that share the work; torchrun's count instead."""
     device: str = "auto"
     """Where the model runs, as torch names it; auto is the first GPU, or the CPU."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision; auto is bfloat16 on a GPU and float32 on a CPU."""
+    kv_offload: float | None = None
+    """GiB of keys and values that stay on each GPU; the rest is paged to the host."""
     json: bool = False
     """Print one JSON object instead of streaming text."""
     chat: bool = False
@@ -83,14 +92,52 @@ def main(argv: list[str]) -> int:
         description=__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    split_inputs(options.inputs, chat=options.chat)  # refused before processes are started
+    if options.gpus < 1:
+        raise LongVILAError(f"--gpus must be at least 1, got {options.gpus}")
+    return run_over_ranks(run, options, size=options.gpus, device=find_device(options.device))
+
+
+def find_device(name: str) -> str:
+    """Return the device that ``--device`` names."""
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run_over_ranks(work: Any, options: Any, *, size: int, device: str) -> int:
+    """Run a function on this process and those that share its work."""
+    from longvila.inference import workers
+
+    return workers.run_over_ranks(work, options, size=size, device=device)
+
+
+def run(ranks: Ranks, options: Options) -> int:
+    """Ask on one rank; the first one talks.
+
+    Args:
+        ranks: This process among those that share the work.
+        options: The options.
+
+    Returns:
+        The exit status.
+    """
     sources, question = split_inputs(options.inputs, chat=options.chat)
-    with progress_bars() as progress:
-        session = open_session(options, progress)
-        media = load(session, sources, options)
+    index = find_index(sources)
+    if index is not None and options.model is None:
+        options = replace(options, model=read_note(index).get("model"))
+    with progress_bars(quiet=not ranks.is_first) as progress:
+        session = open_session(options, ranks, progress)
+        if index is not None:
+            ranks.together(lambda: session.load(index))
+            sources = sources[1:]
+        media = ranks.together(lambda: load(session, sources, options))
     if question is not None:
-        turn(session, question, media, options)
+        turn(session, question, media, options, ranks)
         media = []
-    return chat(session, media, options) if options.chat else 0
+    return chat(session, media, options, ranks) if options.chat else 0
 
 
 def split_inputs(inputs: tuple[str, ...], *, chat: bool) -> tuple[list[str], str | None]:
@@ -115,6 +162,30 @@ def split_inputs(inputs: tuple[str, ...], *, chat: bool) -> tuple[list[str], str
     return list(inputs[:-1]), inputs[-1]
 
 
+def find_index(sources: list[str]) -> Path | None:
+    """Return the stored prompt among the media, which must come first.
+
+    Raises:
+        LongVILAError: If it does not, or there are several.
+    """
+    from longvila.inference.store import is_stored
+
+    found = [source for source in sources if is_stored(Path(source).expanduser())]
+    if len(found) > 1 or (found and found[0] != sources[0]):
+        raise LongVILAError(
+            f"{found[-1]} is a stored prompt: there can be one, and it comes before other media"
+        )
+    return Path(found[0]).expanduser() if found else None
+
+
+def read_note(index: Path) -> dict[str, Any]:
+    """Return what ``longvila index`` noted beside a stored prompt."""
+    from longvila.inference.store import read_index
+
+    note: dict[str, Any] = read_index(index)["extra"].get("note") or {}
+    return note
+
+
 def names_medium(text: str) -> bool:
     """Whether an argument is a file, a folder or an address rather than a question."""
     if text.startswith(("http://", "https://", "file://", "data:")):
@@ -132,44 +203,54 @@ def is_image(source: str) -> bool:
     return Path(source.partition("?")[0]).suffix.lower() in IMAGE_SUFFIXES
 
 
-def open_session(options: Options, progress: Any) -> Session:
+def open_session(options: Any, ranks: Ranks, progress: Any) -> Session:
     """Load the model and its processor.
 
+    Args:
+        options: With ``model``, ``dtype`` and ``kv_offload``.
+        ranks: Where this process computes, and with whom.
+        progress: As for `Session`.
+
     Raises:
-        CheckpointError: If there is no such checkpoint.
+        CheckpointError: If there is no such checkpoint, or its processor needs what is missing.
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging as transformers_logging
 
     from longvila import LongVILAForConditionalGeneration, LongVILAProcessor
+    from longvila.inference.engine import Engine
     from longvila.inference.session import Session
     from longvila.model.vila.loading import is_vila
 
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = options.dtype
     if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    if not sys.stderr.isatty():
+        dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
+    if not sys.stderr.isatty() or not ranks.is_first:
         transformers_logging.disable_progress_bar()
     source = options.model or str(default_model())
     model_class: Any = AutoModelForImageTextToText
     processor_class: Any = AutoProcessor
     if is_vila(source):  # The Auto classes would take its config.json for another model's.
         model_class, processor_class = LongVILAForConditionalGeneration, LongVILAProcessor
-    try:
-        processor = processor_class.from_pretrained(source)
-        model = model_class.from_pretrained(source, dtype=getattr(torch, dtype))
-    except OSError as fault:
-        raise CheckpointError(f"--model {source}: {fault}") from fault
-    return Session(model.to(device).eval(), processor, progress=progress)
+
+    def open_parts() -> tuple[Any, Any]:
+        try:
+            processor = processor_class.from_pretrained(source)
+            model = model_class.from_pretrained(source, dtype=getattr(torch, dtype))
+        except (OSError, ImportError) as fault:
+            raise CheckpointError(f"--model {source}: {fault}") from fault
+        return processor, model.to(ranks.device).eval()
+
+    processor, model = ranks.together(open_parts)
+    mesh = ranks.mesh(model.config.get_text_config())
+    offload = None if options.kv_offload is None else int(options.kv_offload * 2**30)
+    return Session(Engine(model, mesh, kv_offload=offload), processor, progress=progress)
 
 
-def load(session: Session, sources: list[str], options: Options) -> list[Medium]:
+def load(session: Session, sources: list[str], options: Any) -> list[Medium]:
     """Decode the media of a turn, in order."""
-    alone = len(sources) == 1 and not session.media
+    alone = len(sources) == 1 and not session.media and not session.watched
     return [
         session.load_image(source, tiled=alone)
         if is_image(source)
@@ -178,15 +259,18 @@ def load(session: Session, sources: list[str], options: Options) -> list[Medium]
     ]
 
 
-def turn(session: Session, question: str, media: list[Medium], options: Options) -> None:
-    """Ask one question; print the answer and where the time went."""
+def turn(
+    session: Session, question: str, media: list[Medium], options: Options, ranks: Ranks
+) -> None:
+    """Ask one question; print the answer and where the time went, on the first rank."""
     shown: list[str] = []
 
     def show(piece: str) -> None:
         shown.append(piece)
         print(piece, end="", flush=True)
 
-    with progress_bars() as progress:
+    seen = [*session.watched, *media]
+    with progress_bars(quiet=not ranks.is_first) as progress:
         session.progress = progress
         answer = session.ask(
             question,
@@ -194,13 +278,15 @@ def turn(session: Session, question: str, media: list[Medium], options: Options)
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_p=options.top_p,
-            on_text=None if options.json else show,
+            on_text=None if options.json or not ranks.is_first else show,
         )
+    if not ranks.is_first:
+        return
     if options.json:
-        print(json.dumps(as_json(question, media, answer), ensure_ascii=False))
+        print(json.dumps(as_json(question, seen, answer), ensure_ascii=False))
     else:
         print(flush=True)
-        print(summary(media, answer), file=sys.stderr)
+        print(summary(seen, answer), file=sys.stderr)
 
 
 def summary(media: list[Medium], answer: Answer) -> str:
@@ -258,13 +344,11 @@ def as_json(question: str, media: list[Medium], answer: Answer) -> dict[str, Any
     }
 
 
-def chat(session: Session, media: list[Medium], options: Options) -> int:
+def chat(session: Session, media: list[Medium], options: Options, ranks: Ranks) -> int:
     """Ask until the user leaves; an error ends the turn, not the chat."""
-    prompt = "> " if sys.stdin.isatty() else ""
     while True:
-        try:
-            line = input(prompt).strip()
-        except EOFError:
+        line = ranks.share(read_line() if ranks.is_first else None)
+        if line is None:
             return 0
         if not line:
             continue
@@ -273,26 +357,45 @@ def chat(session: Session, media: list[Medium], options: Options) -> int:
             if command == "/quit":
                 return 0
             if command == "/help":
-                print(_HELP, file=sys.stderr)
+                say(_HELP, ranks)
             elif command == "/clear":
                 session.clear()
                 media = []
             elif command in ("/video", "/image"):
-                media.append(load_command(session, command, rest.strip(), options))
+                arguments = (session, command, rest.strip(), options, ranks)
+                media.append(ranks.together(lambda given=arguments: load_command(*given)))
             elif command.startswith("/"):
-                print(f"there is no command {command}\n{_HELP}", file=sys.stderr)
+                say(f"there is no command {command}\n{_HELP}", ranks)
             else:
-                turn(session, line, media, options)
+                turn(session, line, media, options, ranks)
                 media = []
         except LongVILAError as error:
-            print(f"longvila ask: {error}", file=sys.stderr)
+            say(f"longvila ask: {error}", ranks)
         except KeyboardInterrupt:
-            print("\n(stopped)", file=sys.stderr)
+            if ranks.size > 1:  # The others cannot know where this one stopped.
+                raise
+            say("\n(stopped)", ranks)
 
 
-def load_command(session: Session, command: str, rest: str, options: Options) -> Medium:
+def read_line() -> str | None:
+    """Return what the user typed; None at the end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def say(text: str, ranks: Ranks) -> None:
+    """Tell the user something beside the answer."""
+    if ranks.is_first:
+        print(text, file=sys.stderr)
+
+
+def load_command(
+    session: Session, command: str, rest: str, options: Options, ranks: Ranks
+) -> Medium:
     """Carry out ``/video PATH [FRAMES]`` or ``/image PATH``."""
-    with progress_bars() as progress:
+    with progress_bars(quiet=not ranks.is_first) as progress:
         session.progress = progress
         if command == "/image":
             return session.load_image(rest, tiled=not session.media)
@@ -304,7 +407,7 @@ def load_command(session: Session, command: str, rest: str, options: Options) ->
 
 
 @contextmanager
-def progress_bars() -> Iterator[Any]:
+def progress_bars(*, quiet: bool = False) -> Iterator[Any]:
     """Show a bar for each stage on standard error, where that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -317,14 +420,16 @@ def progress_bars() -> Iterator[Any]:
         TimeElapsedColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=quiet or not console.is_terminal,
     )
     tasks: dict[str, Any] = {}
+    last: dict[str, int] = {}
 
     def advance(stage: str, done: int, total: int) -> None:
-        if stage not in tasks or done <= 1:
+        if done <= last.get(stage, done):  # begins anew
             tasks[stage] = bars.add_task(stage, total=total)
         bars.update(tasks[stage], completed=done, total=total)
+        last[stage] = done
 
     with bars:
         yield advance

@@ -1,13 +1,18 @@
-"""Pack text into long rows, and look at training data.
+"""Pack text into long rows, make instruction data of long videos, and look at training data.
 
 Commands:
     longvila data pack-text BOOKS/ --tokenizer CHECKPOINT/llm --length 64k --output rows-64k
     longvila data inspect clips.jsonl --adapter llava --media-dir videos --model CHECKPOINT
     longvila data inspect data.yaml
     longvila data adapters
+    longvila data long-sft VIDEOS/ --output made --captioner.model CHECKPOINT \\
+        --writer.endpoint http://127.0.0.1:8000/v1 --writer.model NAME
+    longvila data review made
 
-``pack-text`` goes on by itself where an earlier run was ended, however it was. ``inspect`` takes a
-source and an adapter, a YAML file of datasets, or a folder that ``pack-text`` wrote.
+``pack-text`` and ``long-sft`` go on by themselves where an earlier run was ended, however it was.
+``inspect`` takes a source and an adapter, a YAML file of datasets, or a folder that ``pack-text``
+wrote. ``long-sft`` cuts videos into segments, has each described, has questions and answers written
+and filters them; ``review`` serves a page on which they are accepted and rejected.
 """
 
 from __future__ import annotations
@@ -85,7 +90,13 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    commands = {"pack-text": _pack_text, "inspect": _inspect, "adapters": _adapters}
+    commands = {
+        "pack-text": _pack_text,
+        "inspect": _inspect,
+        "adapters": _adapters,
+        "long-sft": _long_sft,
+        "review": _review,
+    }
     if argv and argv[0] in commands:
         try:
             return commands[argv[0]](argv[1:])
@@ -238,3 +249,15 @@ def survey(dataset: Any, samples: int, encoder: Any = None) -> dict[str, Any]:
         "histogram": bins,
         "reasons": reasons,
     }
+
+
+def _long_sft(argv: list[str]) -> int:
+    from longvila.cli._long_sft import make
+
+    return make(argv)
+
+
+def _review(argv: list[str]) -> int:
+    from longvila.cli._long_sft import review
+
+    return review(argv)

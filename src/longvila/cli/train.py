@@ -10,18 +10,16 @@ Examples:
 Alone, it starts one process for each GPU of this machine (on a machine without any, as many as
 --ranks says). Under torchrun, Slurm's or another launcher that sets RANK and WORLD_SIZE it is one
 of the processes. Settings come from the stage, then --config, then --set, the last one winning.
-The same command again goes on from the newest save; a finished output is left alone.
+The same command again goes on from the newest save; a finished output is left alone. SIGTERM ends
+the step, saves and ends with status 143.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -97,31 +95,6 @@ def processes(options: Options) -> int:
     return wanted
 
 
-def launch(number: int, argv: list[str]) -> int:
-    """Run this command in several processes of this machine and return the exit status.
-
-    Args:
-        number: Processes.
-        argv: Arguments of the command.
-    """
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={number}", "-m", "longvila.cli.train", *argv,
-    ]  # fmt: skip
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    process = subprocess.Popen(command, env=environment)
-
-    def forward(signum: int, frame: FrameType | None) -> None:
-        process.send_signal(signum)
-
-    before = {each: signal.signal(each, forward) for each in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        return process.wait()
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
 def main(argv: list[str]) -> int:
     """Run ``longvila train``.
 
@@ -143,7 +116,10 @@ def main(argv: list[str]) -> int:
     if "RANK" not in os.environ:
         number = processes(options)
         if number > 1:
-            return launch(number, argv)
+            from longvila.train.launch import launch
+
+            return launch(number, "longvila.cli.train", argv)
+    from longvila.train.launch import TERMINATED, end_with_parent
     from longvila.train.run import Job, train
 
     job = Job(
@@ -153,8 +129,10 @@ def main(argv: list[str]) -> int:
         output=options.output,
         stop_after=options.stop_after,
     )
-    train(job)
-    return 0
+    if "RANK" in os.environ:
+        end_with_parent()
+    progress = train(job)
+    return TERMINATED if progress is not None and progress.terminated else 0
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from longvila.data.sample import Media, Sample
+from longvila.data.sample import Media, Sample, Style
 from longvila.errors import LongVILAError, VideoError
 from longvila.media.image import load_image
 from longvila.media.reader import VideoMetadata
@@ -48,7 +48,6 @@ IGNORE_INDEX = -100
 #: media, which takes longer, needs no lock.
 _ONE_AT_A_TIME = threading.Lock()
 TooLong = Literal["truncate_frames", "drop", "error"]
-Style = Literal["chat", "plain"]
 
 
 class SampleTooLong(LongVILAError, ValueError):
@@ -120,7 +119,7 @@ class Encoder:
     Args:
         processor: The model's processor; for token rows alone it may be None.
         max_tokens: Most tokens of a document.
-        style: ``chat``, or ``plain`` for captions without a template.
+        style: ``chat``, or ``plain`` for captions without a template; a sample's own goes first.
         too_long: What happens to longer documents.
         num_frames: Frames of a video; None for the processor's, and what a sample says goes first.
         fps: Frames a second of a video, at most ``num_frames``; None as above.
@@ -261,7 +260,7 @@ class Encoder:
             )
             for video in videos
         ]
-        if self.style == "plain":
+        if (sample.style or self.style) == "plain":
             prompt, spans = self._plain(sample)
         else:
             prompt, spans = self._chat(sample)

@@ -170,12 +170,7 @@ def open_text(source: str, documents: Documents) -> Records:
         ImportError: If ``hf:`` is asked for and ``datasets`` is not installed.
     """
     if source.startswith("hf:"):
-        name, _, split = source.removeprefix("hf:").partition("#")
-        try:
-            from datasets import load_dataset
-        except ImportError as fault:
-            raise ImportError(f"{source}: install Hugging Face datasets to read it") from fault
-        return open_records(load_dataset(name, split=split or "train"))
+        return open_records(source)
     path = Path(source).expanduser()
     if path.is_dir():
         files = sorted(path.rglob("*.txt"))

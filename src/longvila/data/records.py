@@ -5,11 +5,13 @@
     .json  {...}      a mapping, read whole                 records get their key as ``__key__``
     .parquet          row groups                            the last ones stay decoded
     .tar, a folder    offsets of the members               WebDataset: files that share a stem
-    anything indexed  Hugging Face ``datasets``, lists      as they are
+    hf:NAME@CONFIG#SPLIT                                    Hugging Face ``datasets``, by name
+    a folder that ``save_to_disk`` wrote                    the same
+    anything indexed  a ``datasets.Dataset``, lists         as they are
 
 A ``.json`` file of one object a line is read as lines, as ``load_dataset("json")`` does. Offsets
-cost 8 bytes a record. Readers may be shared between threads and sent to other processes, which open
-the files again.
+cost 8 bytes a record. Pictures and videos in columns of ``datasets`` stay encoded: bytes and path.
+Readers may be shared between threads and sent to other processes, which open the files again.
 
 Tars are read with the standard library. Upstream's pickles (``.pkl``) are refused: reading one runs
 whatever code is in it; convert them to JSON lines or WebDataset where they were made.
@@ -19,6 +21,7 @@ It does not know what a record means: that is an adapter's part (`longvila.data.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import mmap
 import os
@@ -53,8 +56,8 @@ def open_records(source: Any, *, under: str | None = None) -> Records:
     """Open whatever holds records.
 
     Args:
-        source: A file or a folder (see the module's text), several files, or anything that has a
-            length and gives mappings by number.
+        source: A file or a folder (see the module's text), several files, ``hf:NAME``, or anything
+            that has a length and gives mappings by number.
         under: For a JSON mapping, the key below which the records are.
 
     Returns:
@@ -65,6 +68,8 @@ def open_records(source: Any, *, under: str | None = None) -> Records:
         ValueError: If the kind of file is unknown or its content is not what its name says.
         TypeError: If the source is none of these.
     """
+    if isinstance(source, str) and source.startswith("hf:"):
+        return _open_hub(source)
     if isinstance(source, str | os.PathLike):
         return _open_path(Path(source).expanduser(), under)
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
@@ -74,11 +79,36 @@ def open_records(source: Any, *, under: str | None = None) -> Records:
             raise TypeError(
                 f"expected one split or file, got a mapping of {sorted(source)}; choose one of them"
             )
-        return source  # type: ignore[return-value]
+        return _encoded(source) if hasattr(source, "cast_column") else source  # type: ignore[return-value]
     raise TypeError(
         "expected a path, paths, or records with a length and an index (a list, a datasets.Dataset)"
         f"; got {type(source).__name__}. Streams have no index: write them to parquet or JSON lines"
     )
+
+
+def _datasets(source: str) -> Any:
+    try:
+        import datasets
+    except ImportError as fault:
+        raise ImportError(f"{source}: pip install datasets to read it") from fault
+    return datasets
+
+
+def _open_hub(source: str) -> Records:
+    """A set that ``datasets.load_dataset`` finds, on the hub or in a folder."""
+    name, _, split = source.removeprefix("hf:").partition("#")
+    name, _, config = name.partition("@")
+    loaded = _datasets(source).load_dataset(name, config or None, split=split or "train")
+    return _encoded(loaded)
+
+
+def _encoded(dataset: Any) -> Records:
+    """Leave pictures, videos and sounds as bytes: they are decoded where they are needed."""
+    for column, feature in dataset.features.items():
+        if getattr(feature, "decode", False):
+            dataset = dataset.cast_column(column, dataclasses.replace(feature, decode=False))
+    found: Records = dataset
+    return found
 
 
 def _by_number(name: str) -> tuple[Any, ...]:
@@ -92,6 +122,11 @@ def _open_path(path: Path, under: str | None) -> Records:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir():
+        if (path / "dataset_dict.json").exists():
+            splits = sorted(json.loads((path / "dataset_dict.json").read_text())["splits"])
+            raise ValueError(f"{path} holds the splits {splits}; name one of these folders")
+        if (path / "dataset_info.json").exists() and (path / "state.json").exists():
+            return _encoded(_datasets(str(path)).load_from_disk(str(path)))
         if any(path.glob("*.tar")):
             return TarRecords(path)
         files = sorted(

@@ -15,6 +15,7 @@ import numpy as np
 
 Role = Literal["system", "user", "assistant"]
 Kind = Literal["image", "video"]
+Style = Literal["chat", "plain"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class Sample:
             assistant turn alone.
         token_ids: ``(T,)`` int32 or int64 ids of text that is tokenised already; all are targets.
         document_lengths: Tokens of each document in ``token_ids``; one document if empty.
+        style: ``chat``, or ``plain`` for text without a template, where its dataset is always read
+            so; None for what the stage says.
     """
 
     id: str
@@ -93,6 +96,7 @@ class Sample:
     turns: tuple[Turn, ...] = ()
     token_ids: np.ndarray[Any, Any] | None = field(default=None, compare=False)
     document_lengths: tuple[int, ...] = ()
+    style: Style | None = None
 
     def __post_init__(self) -> None:
         where = f"{self.dataset}/{self.id}"

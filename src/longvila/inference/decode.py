@@ -26,8 +26,9 @@ dim, V vocabulary, R ranks.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longvila.inference.cache import ShardedCache
+from longvila.inference.paging import Walk
 from longvila.ops.attention import attention_forward
 from longvila.ops.lse import merge, merge_many
 from longvila.parallel.families import Family
@@ -44,9 +46,14 @@ from longvila.parallel.hf_attention import NAME, AttentionStep, check_calls, sen
 
 #: At most so many queries (rows times tokens) are few.
 _FEW_QUERIES = 16
-#: Blocks of work that keep the largest GPU busy over several waves.
-_WANTED_BLOCKS = 512
+#: Chunks of a segment fill the multiprocessors so many times over. A block reads its chunk at the
+#: rate of one multiprocessor, so what counts is that the last round is full: rounds times
+#: multiprocessors is divided by the kv heads, and the chunks are cut to just that number.
+_ROUNDS = 4
 _SHORTEST_CHUNK = 512
+#: Many queries read a long segment in pieces of one length, so that a kernel library that plans for
+#: each shape plans for few.
+_PIECE_TOKENS = 131072
 
 
 # ---- one shard -------------------------------------------------------------------------------
@@ -71,13 +78,33 @@ def merge_stacked(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return out / total.where(seen, 1.0).unsqueeze(-1), top + total.log()
 
 
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def chunk_tokens(tokens: int, kv_heads: int, multiprocessors: int) -> int:
+    """Return the tokens of the chunks that few queries view a segment as.
+
+    Args:
+        tokens: n.
+        kv_heads: K; a chunk is K blocks of work.
+        multiprocessors: Of the device.
+
+    Returns:
+        A number that leaves fewer tokens over than there are chunks.
+    """
+    chunks = max(1, min(_ROUNDS * multiprocessors // kv_heads, tokens // _SHORTEST_CHUNK))
+    return tokens // chunks
+
+
 def _chunk(tokens: int, kv_heads: int, device: torch.device, split_tokens: int | None) -> int:
     """Tokens of the chunks that a segment is viewed as; all of them for no chunks."""
     if split_tokens is not None:
         return split_tokens
     if device.type != "cuda":
         return tokens
-    return max(_SHORTEST_CHUNK, -(-tokens * kv_heads // _WANTED_BLOCKS // 128) * 128)
+    return chunk_tokens(tokens, kv_heads, _multiprocessors(device))
 
 
 def attend_segment(
@@ -88,6 +115,7 @@ def attend_segment(
     causal: bool,
     softmax_scale: float | None,
     split_tokens: int | None = None,
+    piece_tokens: int = _PIECE_TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """Return attention of new queries over one segment.
 
@@ -98,6 +126,7 @@ def attend_segment(
         causal: Whether the segment ends with the tokens of the queries.
         softmax_scale: Factor on the scores.
         split_tokens: Tokens of a chunk for few queries; None to choose by device.
+        piece_tokens: Tokens of the pieces that many queries read a long segment in.
 
     Returns:
         ``out (B, T, H, D)`` and ``lse (B, H, T)``.
@@ -116,18 +145,23 @@ def attend_segment(
     if causal:
         if shared:
             raise ValueError("rows with tokens of their own cannot share the segment they end in")
-        return attention_forward(q, k, v, causal=True, **options)
+        if k.shape[1] <= piece_tokens:
+            return attention_forward(q, k, v, causal=True, **options)
+        before = k.shape[1] - new
+        own = attention_forward(q, k[:, before:], v[:, before:], causal=True, **options)
+        return merge(*_attend_pieces(q, k[:, :before], v[:, :before], options, piece_tokens), *own)
     if shared:
         out, lse = attend_segment(
             q.reshape(1, batch * new, heads, dim), k, v,
             causal=False, softmax_scale=softmax_scale, split_tokens=split_tokens,
+            piece_tokens=piece_tokens,
         )  # fmt: skip
         return (
             out.view(batch, new, heads, dim),
             lse.view(heads, batch, new).transpose(0, 1),
         )
     if batch * new > _FEW_QUERIES:
-        return attention_forward(q, k, v, causal=False, **options)
+        return _attend_pieces(q, k, v, options, piece_tokens)
     group = heads // kv_heads
     # (B, T, K, G, D) -> (B, T * G, K, D): the queries of a kv head side by side.
     folded = q.unflatten(2, (kv_heads, group)).transpose(2, 3).reshape(batch, -1, kv_heads, dim)
@@ -135,6 +169,64 @@ def attend_segment(
     out = out.view(batch, new, group, kv_heads, dim).transpose(2, 3)
     lse = lse.view(batch, kv_heads, new, group).transpose(2, 3)
     return out.reshape(q.shape), lse.reshape(batch, heads, new)
+
+
+def attend_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Sequence[int],
+    *,
+    causal: bool,
+    softmax_scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Return attention of rows over keys that each row has behind filler of its own length.
+
+    Args:
+        q: ``(B, T, H, D)``.
+        k: ``(B, n, K, D)``.
+        v: As ``k``.
+        starts: For each row, how many keys are filler.
+        causal: Whether the keys end with those of the queries.
+        softmax_scale: Factor on the scores.
+
+    Returns:
+        ``out (B, T, H, D)`` and ``lse (B, H, T)``; queries that are filler see no key.
+
+    Comm: None.
+    """
+    batch, new, heads, dim = q.shape
+    if new > 1:
+        results = [
+            attention_forward(
+                q[row : row + 1], k[row : row + 1, start:], v[row : row + 1, start:],
+                causal=causal, softmax_scale=softmax_scale, needs_backward=False,
+            )
+            for row, start in enumerate(starts)
+        ]  # fmt: skip
+        outs, lses = zip(*results, strict=True)
+        return torch.cat(outs), torch.cat(lses)
+    # One token a row: a few hundred keys, all rows at once.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    kv_heads = k.shape[2]
+    grouped = q.view(batch, kv_heads, heads // kv_heads, dim).to(wide)
+    scores = torch.einsum("bkgd,bnkd->bkgn", grouped, k.to(wide))
+    scores = scores * (dim**-0.5 if softmax_scale is None else softmax_scale)
+    first = torch.tensor(starts, device=q.device)
+    hidden = torch.arange(k.shape[1], device=q.device) < first[:, None]
+    scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - lse.masked_fill(torch.isneginf(lse), 0.0).unsqueeze(-1))
+    out = torch.einsum("bkgn,bnkd->bkgd", weights, v.to(wide))
+    return out.reshape(q.shape), lse.reshape(batch, heads, 1)
+
+
+def _attend_pieces(
+    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], piece_tokens: int
+) -> tuple[Tensor, Tensor]:
+    pieces = zip(k.split(piece_tokens, dim=1), v.split(piece_tokens, dim=1), strict=True)
+    results = [attention_forward(q, *piece, causal=False, **options) for piece in pieces]
+    return results[0] if len(results) == 1 else merge_many(*zip(*results, strict=True))
 
 
 def _attend_chunks(
@@ -163,6 +255,51 @@ def _attend_chunks(
 
 # ---- all shards ------------------------------------------------------------------------------
 
+# Renamed in torch 2.13, which warns of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def gather_equal(x: Tensor, cache: ShardedCache) -> Tensor:
+    """Return ``(R, *x.shape)`` of all ranks, whose tensors have one shape.
+
+    Comm: One all-gather of ``x.numel()`` elements a rank.
+    """
+    gathered = x.new_empty((cache.num_ranks, *x.shape))
+    _all_gather(gathered.flatten(0, 1), x.contiguous(), group=cache.group)
+    return gathered
+
+
+def attend_paged(
+    walk: Walk | None,
+    layer: int,
+    q: Tensor,
+    *,
+    softmax_scale: float | None,
+    split_tokens: int | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Return attention over what a layer has on the host; None if it has nothing there.
+
+    Args:
+        walk: The step's pass over it.
+        layer: Which layer.
+        q: ``(B, T, H, D)`` queries, which follow all of it.
+        softmax_scale: Factor on the scores.
+        split_tokens: As for `attend_segment`.
+
+    Comm: None.
+
+    Memory: One partial result, whatever there is.
+    """
+    total: tuple[Tensor, Tensor] | None = None
+    if walk is not None:
+        for keys, values in walk.layer(layer):
+            part = attend_segment(
+                q, keys, values, causal=False, softmax_scale=softmax_scale,
+                split_tokens=split_tokens,
+            )  # fmt: skip
+            total = part if total is None else merge(*total, *part)
+    return total
+
 
 class ReadStep(AttentionStep):
     """One pass of new tokens over a cache; travels to the attention function as ``sp_context``.
@@ -179,6 +316,7 @@ class ReadStep(AttentionStep):
     ) -> None:
         super().__init__(cache.get_seq_length() + tokens)
         self.cache, self.owner, self.split_tokens = cache, owner, split_tokens
+        self.walk = cache.walk()
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None
@@ -190,27 +328,34 @@ class ReadStep(AttentionStep):
         Memory: R times that.
         """
         cache = self.cache
+        past = attend_paged(
+            self.walk, layer, q, softmax_scale=softmax_scale, split_tokens=self.split_tokens
+        )
         parts = cache.shards[layer].parts()
         keeps = self.owner == cache.rank
-        results = [
-            attend_segment(
-                q, part_k, part_v,
-                causal=keeps and number == len(parts) - 1,
-                softmax_scale=softmax_scale,
-                split_tokens=self.split_tokens,
-            )
-            for number, (part_k, part_v) in enumerate(parts)
-        ]  # fmt: skip
+        results = []
+        for number, (part_k, part_v) in enumerate(parts):
+            causal = keeps and number == len(parts) - 1
+            starts = cache.shards[layer].starts(number)
+            if starts is not None:
+                part = attend_rows(
+                    q, part_k, part_v, starts, causal=causal, softmax_scale=softmax_scale
+                )
+            else:
+                part = attend_segment(
+                    q, part_k, part_v, causal=causal, softmax_scale=softmax_scale,
+                    split_tokens=self.split_tokens,
+                )  # fmt: skip
+            results.append(part)
+        if past is not None:
+            results.append(past)
         if not results:
             # No token of this rank: the neutral element, from the one place that defines it.
             results = [attention_forward(q, k[:, :0], v[:, :0], causal=False, needs_backward=False)]
         out, lse = results[0] if len(results) == 1 else merge_many(*zip(*results, strict=True))
         if cache.num_ranks > 1:
             packed = torch.cat([out.to(lse.dtype), lse.transpose(1, 2).unsqueeze(-1)], dim=-1)
-            gathered = packed.new_empty((cache.num_ranks, *packed.shape))
-            dist.all_gather_into_tensor(
-                gathered.flatten(0, 1), packed.contiguous(), group=cache.group
-            )
+            gathered = gather_equal(packed, cache)
             out, _ = merge_stacked(gathered[..., :-1], gathered[..., -1])
         return out.to(q.dtype)
 
@@ -223,6 +368,8 @@ def read_embeds(
     *,
     position_ids: Tensor | None = None,
     split_tokens: int | None = None,
+    further: Mapping[str, Any] | None = None,
+    pads: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Run the text model on new tokens that follow a cache, and keep their keys and values.
 
@@ -231,8 +378,10 @@ def read_embeds(
         family: Where its parts are.
         cache: What came before; extended.
         embeds: ``(B, T, M)`` embeddings of the new tokens, the same on every rank.
-        position_ids: ``(B, T)``; None for positions that count tokens.
+        position_ids: ``(B, T)`` or ``(3, B, T)``; None for those of text.
         split_tokens: As for `attend_segment`.
+        further: Keywords of the text model for rows that feed deeper layers.
+        pads: For each row, how many of the new tokens are filler that comes first.
 
     Returns:
         ``(B, T, M)`` last hidden states.
@@ -244,7 +393,10 @@ def read_embeds(
     """
     text = family.text_model(model)
     tokens = embeds.shape[1]
-    with cache.appending(tokens) as owner:
+    filler = pads or cache.pads
+    if position_ids is None and (cache.text_runs is not None or filler is not None):
+        position_ids = _text_positions(cache, embeds, filler)
+    with cache.appending(tokens, pads=pads) as owner:
         step = ReadStep(cache, tokens, owner, split_tokens)
         hidden: Tensor = text(
             inputs_embeds=embeds,
@@ -253,6 +405,7 @@ def read_embeds(
             past_key_values=cache,
             use_cache=True,
             sp_context=step,
+            **(further or {}),
         ).last_hidden_state
         check_calls(
             step.calls,
@@ -260,6 +413,18 @@ def read_embeds(
             implementation=text.config._attn_implementation,
         )
     return hidden
+
+
+def _text_positions(cache: ShardedCache, embeds: Tensor, filler: tuple[int, ...] | None) -> Tensor:
+    """Positions of text behind a cache: ``(B, T)``, or ``(3, B, T)`` where they are 3-D."""
+    rows, tokens = embeds.shape[:2]
+    runs = cache.text_runs
+    first = cache.get_seq_length() + (0 if runs is None else runs.offset)
+    positions = torch.arange(first, first + tokens, device=embeds.device).expand(rows, -1)
+    if filler is not None:
+        positions = positions - torch.tensor(filler, device=embeds.device)[:, None]
+        positions = positions.clamp(min=0)
+    return positions if runs is None else positions.expand(3, -1, -1)
 
 
 def shared_logits(logits: Tensor, cache: ShardedCache, source: int = 0) -> Tensor:
@@ -284,7 +449,7 @@ def shared_logits(logits: Tensor, cache: ShardedCache, source: int = 0) -> Tenso
 # ---- the model's forward ---------------------------------------------------------------------
 
 _TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
-_IGNORED = {"use_cache", "return_dict", "logits_to_keep", "cache_position"}
+_IGNORED = {"use_cache", "return_dict", "logits_to_keep", "cache_position", "mm_token_type_ids"}
 
 
 class CacheForward:
@@ -328,15 +493,17 @@ class CacheForward:
         embeds = given.get("inputs_embeds")
         if embeds is None:
             embeds = self._embed(given["input_ids"])
-        mask = given.get("attention_mask")
-        if mask is not None and embeds.shape[1] > 1 and not bool((mask != 0).all()):
-            raise ValueError(
-                "attention_mask hides tokens; a ShardedCache holds whole rows: leave padding out"
-            )
+        pads = _pads(given.get("attention_mask"), cache, embeds.shape[1])
+        positions = given.get("position_ids")
+        if cache.text_runs is not None or pads is not None or cache.pads is not None:
+            # generate has not seen the prefix's media, and makes positions that count tokens.
+            positions = None
         hidden = read_embeds(
             self.model, self.family, cache, embeds,
-            position_ids=given.get("position_ids"), split_tokens=self.split_tokens,
+            position_ids=positions, split_tokens=self.split_tokens, pads=pads,
         )  # fmt: skip
+        if cache.text_runs is not None:
+            cache.text_runs = cache.text_runs.count(embeds.shape[1])
         keep = given.get("logits_to_keep") or 0
         kept = hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
         logits = shared_logits(self.model.get_output_embeddings()(kept), cache)
@@ -351,6 +518,29 @@ class CacheForward:
                     "are read by Engine.prefill"
                 )
         return self.family.embed(self.model, input_ids.flatten()).view(*input_ids.shape, -1)
+
+
+def _pads(mask: Tensor | None, cache: ShardedCache, tokens: int) -> tuple[int, ...] | None:
+    """Filler before each row's own tokens, from a mask over the cache and the new tokens."""
+    if mask is None or tokens == 1:
+        return None
+    past = cache.get_seq_length()
+    new = mask[:, -tokens:] != 0
+    hidden = (~new).sum(1)
+    expected = torch.arange(tokens, device=mask.device) >= hidden[:, None]
+    before = mask[:, : mask.shape[1] - tokens]
+    known = cache.pads
+    if known is None:
+        whole = bool((before != 0).all())
+    else:  # filler that was read before: in its place, and nowhere else
+        whole = int((before == 0).sum()) == sum(known) and not bool(hidden.any())
+    if mask.shape[1] not in (tokens, past + tokens) or not whole or not torch.equal(new, expected):
+        raise ValueError(
+            "attention_mask hides tokens; a ShardedCache holds whole rows, which may differ in "
+            "length at one place: filler before the first tokens of their own"
+        )
+    pads = tuple(hidden.tolist())
+    return pads if any(pads) else None
 
 
 def set_attention(text: PreTrainedModel) -> str | None:

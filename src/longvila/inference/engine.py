@@ -16,8 +16,10 @@ a generator that all ranks seed alike: with the seed given, or with one that the
 A criterion given by the caller is decided by the first rank, since one rank that stops earlier
 leaves the others waiting.
 
-It serves one caller at a time. It does not pad: questions of different lengths are asked one by
-one, each on a fork.
+Questions of different lengths about one prefix are decoded together: each row has filler in front
+of its own tokens, which no query of it sees and no position counts.
+
+It serves one caller at a time.
 
 Letters: B rows, S tokens read, T new tokens, V vocabulary.
 """
@@ -26,9 +28,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -38,10 +41,23 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from longvila.errors import ContextLengthError
 from longvila.inference.cache import ShardedCache
 from longvila.inference.decode import CacheForward, set_attention
-from longvila.inference.prefill import prefill_chunks, prefill_ranks
+from longvila.inference.frames import FrameSource
+from longvila.inference.paging import Pager
+from longvila.inference.positions import TextRuns
+from longvila.inference.prefill import (
+    ReadTimes,
+    media_mask,
+    prefill_chunks,
+    prefill_ranks,
+)
+from longvila.inference.ranks import prefill_rank_chunks
+from longvila.inference.store import load_cache, model_key, save_cache
 from longvila.parallel.families import Family, find_family
 from longvila.parallel.mmsp import TwoStageForward, TwoStageOptions
 from longvila.sp.mesh import SPMesh
+
+#: So few tokens of text behind a cache are read by every rank: dealing them out costs more.
+_FEW_TOKENS = 512
 
 
 class CacheEngine(Protocol):
@@ -71,11 +87,14 @@ class Engine:
         chunk_tokens: Tokens of a prompt read at once where it is not dealt over ranks.
         split_tokens: Tokens of the chunks that long segments are viewed as when few queries read
             them; None to choose by device.
+        family: Where the model's parts are and how its media become rows, if not as its own family
+            says: media that are encoded already are a family whose encoder looks rows up.
+        kv_offload: Bytes of keys and values that stay on each rank's device, older ones being
+            paged to the host; a number, a `longvila.inference.paging.Pager`, or None for all.
 
     Raises:
         TypeError: If the model is of no known family.
-        ValueError: If ``chunk_tokens`` is not positive, an engine holds the model already, or its
-            family places tokens other than by counting them.
+        ValueError: If ``chunk_tokens`` is not positive, or an engine holds the model already.
 
     Comm: Making one: none.
     """
@@ -87,24 +106,29 @@ class Engine:
         *,
         chunk_tokens: int = 8192,
         split_tokens: int | None = None,
+        family: Family | None = None,
+        kv_offload: int | Pager | None = None,
     ) -> None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
         if hasattr(vars(model).get("forward"), "cache_forward"):
             raise ValueError(f"an engine holds this {type(model).__name__} already; close it first")
         self.model, self.mesh = model, mesh
-        self.family = find_family(model)
-        if self.family.position_ids is not Family.__dataclass_fields__["position_ids"].default:
-            raise ValueError(
-                f"{self.family.name} places media in 3-D; what follows a cache would be read at "
-                "wrong positions: use the model's own generate"
-            )
+        known = find_family(model)
+        self.family = known if family is None else family
+        self.places_in_3d = (
+            self.family.position_ids is not Family.__dataclass_fields__["position_ids"].default
+        )
         self.text = self.family.text_model(model)
-        self.chunk_tokens, self.split_tokens = chunk_tokens, split_tokens
+        self.chunk_tokens = chunk_tokens
+        self.pager = kv_offload if isinstance(kv_offload, Pager) else None
+        if isinstance(kv_offload, int):
+            self.pager = Pager(self._device, kv_offload)
         self._attention = set_attention(self.text)
         self._before = vars(model).get("forward")
         original = model.forward
         cache_forward = CacheForward(model, self.family, original, split_tokens)
+        self._cache_forward = cache_forward
 
         # wraps: generate reads the signature to see which arguments the model takes.
         @functools.wraps(original)
@@ -154,6 +178,15 @@ class Engine:
         self.close()
 
     @property
+    def split_tokens(self) -> int | None:
+        """Tokens of the chunks that few queries read a long segment in; may be changed."""
+        return self._cache_forward.split_tokens
+
+    @split_tokens.setter
+    def split_tokens(self, tokens: int | None) -> None:
+        self._cache_forward.split_tokens = tokens
+
+    @property
     def num_ranks(self) -> int:
         """Ranks that share a sequence."""
         return 1 if self.mesh is None else self.mesh.sp_size
@@ -162,7 +195,11 @@ class Engine:
 
     @torch.no_grad()
     def prefill(
-        self, inputs: Mapping[str, Any], *, onto: ShardedCache | None = None
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        onto: ShardedCache | None = None,
+        times: ReadTimes | None = None,
     ) -> ShardedCache:
         """Read a prompt with its media.
 
@@ -173,6 +210,7 @@ class Engine:
                 have its own frames only, as ``local_pixel_values_videos``.
             onto: A cache that the prompt follows; extended and returned. On several ranks every
                 rank then reads all of it, chunk by chunk.
+            times: Where to count time, and to report progress.
 
         Returns:
             The cache; ``logits (1, V)`` are those of the last token.
@@ -183,18 +221,60 @@ class Engine:
 
         Comm: On one process none, else as `longvila.inference.prefill.prefill_ranks`.
         """
-        rest = dict(inputs)
+        rest = {name: value for name, value in inputs.items() if value is not None}
         ids = _whole_row(rest.pop("input_ids"), rest.pop("attention_mask", None))
+        return self.read(
+            self.family.prepare(self.model.config, {"input_ids": ids, **rest}),
+            onto=onto, times=times,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def read(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        onto: ShardedCache | None = None,
+        times: ReadTimes | None = None,
+    ) -> ShardedCache:
+        """Read a prompt whose inputs its family has prepared already; see `prefill`.
+
+        Args:
+            batch: ``input_ids (1, S)`` without padding, pixels and counts as the family's media
+                name them; ``position_ids`` are those behind the cache.
+            onto: As for `prefill`.
+            times: As for `prefill`.
+
+        Returns:
+            The cache.
+
+        Comm: As `prefill`.
+        """
+        rest = dict(batch)
+        ids = rest.pop("input_ids")
         cache = onto
         if cache is None:
-            cache = ShardedCache(self.text.config.num_hidden_layers, mesh=self.mesh)
-        self._check_context(cache.get_seq_length() + ids.shape[1])
-        if self._two_stage is not None and onto is None:
+            layers = self.text.config.num_hidden_layers
+            cache = ShardedCache(layers, mesh=self.mesh, pager=self.pager)
+            cache.text_runs = TextRuns() if self.places_in_3d else None
+        self.check_context(cache.get_seq_length() + ids.shape[1])
+        positions = self._positions(cache, batch)
+        path = self._path(batch, onto)
+        if path == "one pass":
+            assert self._two_stage is not None
             cache.logits = prefill_ranks(self._two_stage, cache, ids, rest)
+            if positions is not None and cache.text_runs is not None:
+                is_media = media_mask(self.model, self.family, ids[0])
+                cache.text_runs = cache.text_runs.read(positions, is_media)
+        elif path == "over ranks":
+            cache.logits = prefill_rank_chunks(
+                self.model, self.family, cache, ids, rest,
+                chunk_tokens=self.chunk_tokens, positions=positions, times=times,
+            )  # fmt: skip
         else:
             cache.logits = prefill_chunks(
                 self.model, self.family, cache, ids, rest,
                 chunk_tokens=self.chunk_tokens, split_tokens=self.split_tokens,
+                positions=positions, times=times,
             )  # fmt: skip
         _append_ids(cache, ids.to(self._device))
         return cache
@@ -210,12 +290,13 @@ class Engine:
         return cache.fork()
 
     @torch.no_grad()
-    def decode(self, cache: ShardedCache, ids: Tensor) -> Tensor:
+    def decode(self, cache: ShardedCache, ids: Tensor | Sequence[Tensor]) -> Tensor:
         """Read further tokens.
 
         Args:
             cache: Extended.
-            ids: ``(B, T)`` text tokens; B rows share a prefix of one row.
+            ids: ``(B, T)`` text tokens; B rows share a prefix of one row. Or B rows of different
+                lengths, ``(T_b,)`` each, once behind a prefix of one row.
 
         Returns:
             ``(B, V)`` logits of the last token, the same to the bit on every rank.
@@ -226,25 +307,70 @@ class Engine:
 
         Comm: As a step of `longvila.inference.decode`, a chunk of the tokens.
         """
+        ids, mask = pad_rows(ids)
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids must be (B, T) with at least one token, got {tuple(ids.shape)}")
-        self._check_context(cache.get_seq_length() + ids.shape[1])
+        self.check_context(cache.get_seq_length() + ids.shape[1])
         ids = ids.to(self._device)
         logits = None
-        for part in ids.split(self.chunk_tokens, dim=1):
-            output = self.model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+        for part in ids.split(self.chunk_tokens if mask is None else ids.shape[1], dim=1):
+            output = self.model(
+                input_ids=part, past_key_values=cache, logits_to_keep=1, attention_mask=mask
+            )
             logits = output.logits[:, -1]
         assert logits is not None
         cache.logits = logits
         _append_ids(cache, ids)
         return logits
 
+    # ---- stored prompts
+
+    def save(
+        self,
+        cache: ShardedCache,
+        path: str | Path,
+        key: Mapping[str, Any] | None = None,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write a prompt that was read; see `longvila.inference.store.save_cache`.
+
+        Args:
+            cache: What was read.
+            path: Folder to write to.
+            key: What it depends on beside the model, which is added.
+            extra: What else to keep beside it; not compared.
+            overwrite: Whether a stored prompt that is there may be replaced.
+
+        Returns:
+            The folder.
+        """
+        whole = {**(key or {}), "model": model_key(self.model)}
+        return save_cache(cache, path, whole, extra=extra, overwrite=overwrite)
+
+    def load(self, path: str | Path, key: Mapping[str, Any] | None = None) -> ShardedCache:
+        """Read a stored prompt, by any number of ranks; see `longvila.inference.store.load_cache`.
+
+        Args:
+            path: Its folder.
+            key: What to compare beside the model.
+
+        Returns:
+            The cache.
+
+        Raises:
+            StoreError: If it is not there, not whole, or of another model or media.
+        """
+        whole = {**(key or {}), "model": model_key(self.model)}
+        return load_cache(path, whole, mesh=self.mesh, device=self._device, pager=self.pager)
+
     # ---- generate
 
     def generate(
         self,
         prompt: ShardedCache | Mapping[str, Any],
-        ids: Tensor | None = None,
+        ids: Tensor | Sequence[Tensor] | None = None,
         *,
         seed: int | None = None,
         **options: Any,
@@ -254,7 +380,9 @@ class Engine:
         Args:
             prompt: A cache from `prefill`, extended by the ids and what is generated (a fork of it
                 where rows multiply: beams, several return sequences); or inputs to prefill.
-            ids: ``(1, T)`` text tokens to read first; None for none.
+            ids: ``(1, T)`` text tokens to read first; None for none. Or B questions that share
+                the prefix: ``(B, T)``, or B rows of different lengths, ``(T_b,)`` each, which get
+                filler in front. The prefix then stays as it is.
             seed: Of sampling; drawn by the first rank if there are several.
             **options: Of ``generate``. Every rank must give the same; a streamer may be given on
                 one rank alone.
@@ -275,13 +403,17 @@ class Engine:
         def option(name: str) -> Any:
             return options[name] if name in options else getattr(config, name, None)
 
-        many = max(option("num_beams") or 1, option("num_return_sequences") or 1) > 1
+        mask: Tensor | None = None
+        if ids is not None:
+            ids, mask = pad_rows(ids)
+        rows = 1 if ids is None else ids.shape[0]
+        many = max(rows, option("num_beams") or 1, option("num_return_sequences") or 1) > 1
         if cache.input_ids is None or cache.input_ids.shape[0] != 1:
             raise ValueError("generate needs a cache of one row from prefill, or a fork of it")
         working = cache.fork() if many else cache
         whole = cache.input_ids
         if ids is not None and ids.shape[1]:
-            whole = torch.cat([whole, ids.to(whole.device)], dim=1)
+            whole = torch.cat([whole.expand(rows, -1), ids.to(whole.device)], dim=1)
         else:
             working.crop(-1)  # generate needs a token to read
         if self.num_ranks > 1:
@@ -291,14 +423,45 @@ class Engine:
             options["stopping_criteria"] = StoppingCriteriaList(
                 [_FirstRankDecides(each, cache) for each in given]
             )
-        options.setdefault("attention_mask", torch.ones_like(whole))
-        with self._seeded(seed, bool(option("do_sample"))):
+        seen = torch.ones_like(whole)
+        if mask is not None:
+            seen[:, -mask.shape[1] :] = mask
+        options.setdefault("attention_mask", seen)
+        with self._seeded(seed, bool(option("do_sample"))), self._no_rope_deltas():
             out = self.model.generate(whole, past_key_values=working, **options)  # type: ignore[operator]
         if not many:
             sequences = out if isinstance(out, Tensor) else out.sequences
             working.input_ids = sequences[:, : working.get_seq_length()]
             working.logits = None
         return out
+
+    def generate_many(
+        self, prompt: ShardedCache, questions: Sequence[Tensor], **options: Any
+    ) -> list[Tensor]:
+        """Answer questions of different lengths about one prefix, all at once.
+
+        Args:
+            prompt: A cache of one row; stays as it is.
+            questions: Text tokens of each, ``(T_b,)`` or ``(1, T_b)``.
+            **options: As for `generate`, which returns one sequence a question.
+
+        Returns:
+            For each question its new tokens, up to and with the first that ends a text.
+
+        Comm: As `generate`.
+        """
+        rows = [question.flatten() for question in questions]
+        out = self.generate(prompt, rows, **options)
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        start = prompt.get_seq_length() + max(row.numel() for row in rows)
+        config = options.get("generation_config") or self.model.generation_config
+        ends = options.get("eos_token_id", config.eos_token_id)
+        ends = torch.tensor([] if ends is None else ends, device=sequences.device).flatten()
+        answers = []
+        for row in sequences[:, start:]:
+            found = torch.isin(row, ends).nonzero().flatten()
+            answers.append(row[: int(found[0]) + 1] if len(found) else row)
+        return answers
 
     @contextlib.contextmanager
     def _seeded(self, seed: int | None, sampling: bool) -> Iterator[None]:
@@ -316,6 +479,37 @@ class Engine:
             torch.manual_seed(seed)
             yield
 
+    def over_ranks(self, work: Callable[[int, int], list[int]]) -> list[int]:
+        """Return what all ranks find, sorted, on every rank.
+
+        Args:
+            work: Given this rank and the number of ranks.
+
+        Comm: One all-gather of objects.
+        """
+        if self.mesh is None or self.num_ranks == 1:
+            return work(0, 1)
+        parts: list[Any] = [None] * self.num_ranks
+        found = work(self.mesh.sp_rank, self.num_ranks)
+        dist.all_gather_object(parts, found, group=self.mesh.sp_group)
+        return sorted(index for part in parts for index in part)
+
+    @contextlib.contextmanager
+    def _no_rope_deltas(self) -> Iterator[None]:
+        """Hide what the model's own last call left behind for positions in 3-D.
+
+        The cache knows its positions; deltas of another batch size would not even add up.
+        """
+        base: Any = self.model.base_model
+        if not hasattr(base, "rope_deltas"):
+            yield
+            return
+        before, base.rope_deltas = base.rope_deltas, None
+        try:
+            yield
+        finally:
+            base.rope_deltas = before
+
     # ---- inner
 
     @property
@@ -323,16 +517,64 @@ class Engine:
         device: torch.device = self.model.get_output_embeddings().weight.device
         return device
 
-    def _check_context(self, length: int) -> None:
-        config = self.model.config
-        limit = getattr(config, "context_length", None)
-        if limit is None:
-            limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    def _path(
+        self, batch: Mapping[str, Any], onto: ShardedCache | None
+    ) -> Literal["alone", "one pass", "over ranks"]:
+        """How a prompt is read; the same on every rank, since it follows from what all have."""
+        if self._two_stage is None:
+            return "alone"
+        tokens = batch["input_ids"].shape[1]
+        kinds = [
+            kind for kind in self.family.media
+            if batch.get(kind.pixels) is not None or batch.get(f"local_{kind.pixels}") is not None
+        ]  # fmt: skip
+        if onto is not None and not kinds and tokens <= _FEW_TOKENS:
+            return "alone"
+        streamed = any(isinstance(batch.get(kind.pixels), FrameSource) for kind in kinds)
+        if onto is None and not streamed and tokens <= self.chunk_tokens * self.num_ranks:
+            return "one pass"
+        return "over ranks"
+
+    def _positions(self, cache: ShardedCache, batch: Mapping[str, Any]) -> Tensor | None:
+        """``(3, S)`` positions of a prompt that follows a cache; None where tokens are counted."""
+        if cache.text_runs is None:
+            return None
+        given = batch.get("position_ids")
+        if given is not None:
+            positions: Tensor | None = given
+        else:
+            positions = self.family.position_ids(self.model, batch)
+            start = cache.get_seq_length() + cache.text_runs.offset
+            if positions is None:  # no media
+                positions = torch.arange(batch["input_ids"].shape[1]).expand(3, 1, -1)
+            positions = positions[-3:] + start
+        assert positions is not None
+        return positions[-3:, 0]
+
+    def check_context(self, length: int) -> None:
+        """Refuse a sequence that is too long.
+
+        Args:
+            length: Tokens.
+
+        Raises:
+            ContextLengthError: If they do not fit the model's context.
+        """
+        limit = self.context_length
         if limit is not None and length > limit:
             raise ContextLengthError(
                 f"{length} tokens do not fit the model's context of {limit}: use fewer frames or "
                 "tokens, or a model whose context was extended"
             )
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of a sequence, as the configuration has it."""
+        config = self.model.config
+        limit: int | None = getattr(config, "context_length", None)
+        if limit is None:
+            limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return limit
 
 
 class _FirstRankDecides(StoppingCriteria):
@@ -361,6 +603,32 @@ def _whole_row(input_ids: Tensor, mask: Tensor | None) -> Tensor:
     if input_ids.shape[1] == 0:
         raise ValueError("the prompt has no token")
     return input_ids
+
+
+def pad_rows(ids: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return rows of one length, filler in front, and which tokens are not filler.
+
+    Args:
+        ids: ``(B, T)``, or B rows ``(T_b,)``.
+
+    Returns:
+        ``(B, T)`` ids, and a mask of their shape; None where there is no filler.
+
+    Raises:
+        ValueError: If a row has no token.
+    """
+    if isinstance(ids, Tensor):
+        return ids, None
+    rows = [row.flatten() for row in ids]
+    longest = max((row.numel() for row in rows), default=0)
+    if not rows or min(row.numel() for row in rows) == 0:
+        raise ValueError(f"each of the {len(rows)} rows needs at least one token")
+    padded = rows[0].new_zeros(len(rows), longest)
+    mask = torch.zeros_like(padded)
+    for number, row in enumerate(rows):
+        padded[number, longest - row.numel() :] = row
+        mask[number, longest - row.numel() :] = 1
+    return padded, None if bool(mask.all()) else mask
 
 
 def _append_ids(cache: ShardedCache, ids: Tensor) -> None:

@@ -26,8 +26,9 @@ Letters: S tokens of the prompt, N rows, M model dim, F frames, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -36,12 +37,69 @@ from transformers import PreTrainedModel
 
 from longvila.inference.cache import ShardedCache
 from longvila.inference.decode import read_embeds, shared_logits
+from longvila.inference.frames import FrameSource
 from longvila.parallel.families import Family, MediaKind
 from longvila.parallel.mmsp import TwoStageForward
 from longvila.parallel.plan import StepPlan
 
-#: Pixels ``(F, 3, height, width)``, whole or in pieces as they are decoded.
-Pixels = Tensor | Iterable[Tensor]
+#: Pixels ``(F, ...)``: whole, in pieces as they are decoded, or a source that is asked for them.
+Pixels = Tensor | Iterable[Tensor] | FrameSource
+
+
+class ReadTimes:
+    """Where the time of a prefill went, apart from the text model.
+
+    Args:
+        device: Where the encoder runs; on a GPU its time is that of the device.
+        progress: Called with a stage, ``"encode"`` (frames) or ``"read"`` (tokens), what is done
+            of it, and its total.
+    """
+
+    def __init__(
+        self, device: torch.device, progress: Callable[[str, int, int], None] | None = None
+    ) -> None:
+        self.device, self.progress = device, progress
+        self.decode_s = 0.0
+        self._vision_s = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._done: dict[str, int] = {}
+        self._totals: dict[str, int] = {}
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Time a wait for frames."""
+        start = time.perf_counter()
+        yield
+        self.decode_s += time.perf_counter() - start
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """Time a call of the encoder, without waiting for it."""
+        if self.device.type == "cuda":
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            pair[0].record()
+            yield
+            pair[1].record()
+            self._events.append(pair)
+            return
+        start = time.perf_counter()
+        yield
+        self._vision_s += time.perf_counter() - start
+
+    def expect(self, stage: str, number: int) -> None:
+        """Add to the total of a stage."""
+        self._totals[stage] = self._totals.get(stage, 0) + number
+
+    def advance(self, stage: str, number: int) -> None:
+        """Report progress."""
+        self._done[stage] = self._done.get(stage, 0) + number
+        if self.progress is not None:
+            self.progress(stage, self._done[stage], self._totals[stage])
+
+    @property
+    def vision_s(self) -> float:
+        """Seconds in the encoder; on a GPU, of calls that have ended."""
+        return self._vision_s + sum(a.elapsed_time(b) for a, b in self._events) / 1000
 
 
 class RowStream:
@@ -52,14 +110,26 @@ class RowStream:
         kind: The kind of medium.
         pixels: Frames of all items, as one tensor or as pieces of any size.
         counts: Frames of each item, or what else describes it to its family.
+        times: Where to count.
     """
 
     def __init__(
-        self, model: PreTrainedModel, kind: MediaKind, pixels: Pixels, counts: Sequence[Any]
+        self,
+        model: PreTrainedModel,
+        kind: MediaKind,
+        pixels: Pixels,
+        counts: Sequence[Any],
+        times: ReadTimes | None = None,
     ) -> None:
         self.model, self.kind = model, kind
+        self.device: torch.device = model.get_output_embeddings().weight.device
+        self.times = times or ReadTimes(self.device)
         self.units = kind.units(model.config, list(counts))
         self.frames_per_call = kind.frames_per_call(model.config)
+        self.times.expect("encode", sum(self.units.frames))
+        if isinstance(pixels, FrameSource):
+            total = sum(self.units.frames)
+            pixels = pixels.stream([(0, total)], batch=self.frames_per_call)
         self._pieces: Iterator[Tensor] = iter([pixels] if isinstance(pixels, Tensor) else pixels)
         self._piece: Tensor | None = None
         self._next_unit = self._next_row = 0
@@ -106,10 +176,13 @@ class RowStream:
                 break
             frames += count
             self._next_unit += 1
-        parameter = self.model.get_output_embeddings().weight
-        pixels = self._pull(frames).to(parameter.device)
+        with self.times.decoding():
+            pixels = self._pull(frames)
         shapes = self.units.unit_shapes[first : self._next_unit]
-        rows = self.kind.encode(self.model, pixels, shapes)
+        with self.times.encoding():
+            pixels = pixels.to(self.device, non_blocking=True)
+            rows = self.kind.encode(self.model, pixels, shapes)
+        self.times.advance("encode", frames)
         start = self._next_row
         self._next_row += rows.shape[0]
         self._rows.append(rows)
@@ -132,7 +205,11 @@ class RowStream:
 
 
 def open_streams(
-    model: PreTrainedModel, family: Family, input_ids: Tensor, inputs: Mapping[str, Any]
+    model: PreTrainedModel,
+    family: Family,
+    input_ids: Tensor,
+    inputs: Mapping[str, Any],
+    times: ReadTimes | None = None,
 ) -> list[tuple[Tensor, RowStream]]:
     """Match the media of a prompt with its placeholders.
 
@@ -141,6 +218,7 @@ def open_streams(
         family: Its family.
         input_ids: ``(S,)`` on the host.
         inputs: Pixels and counts under the names of the model's forward.
+        times: Where to count.
 
     Returns:
         For each kind that there is: which tokens are its placeholders ``(S,)``, and its rows.
@@ -148,28 +226,54 @@ def open_streams(
     Raises:
         ValueError: If placeholders and rows differ in number, or counts are missing.
     """
-    streams = []
+    return [
+        (where, RowStream(model, kind, inputs[kind.pixels], items, times))
+        for kind, where, items in describe_items(model, family, input_ids, inputs)
+    ]
+
+
+def describe_items(
+    model: PreTrainedModel, family: Family, input_ids: Tensor, inputs: Mapping[str, Any]
+) -> list[tuple[MediaKind, Tensor, list[Any]]]:
+    """Match the media of a prompt with its placeholders, from what describes them alone.
+
+    Args:
+        model: The model.
+        family: Its family.
+        input_ids: ``(S,)`` on the host.
+        inputs: Pixels, or under ``local_...`` a rank's, and counts.
+
+    Returns:
+        For each kind that there is: which tokens are its placeholders ``(S,)``, and its items.
+
+    Raises:
+        ValueError: If placeholders and rows differ in number, or counts are missing.
+    """
+    found = []
     for kind in family.media:
         where = input_ids == kind.token_id(model.config)
         pixels, counts = inputs.get(kind.pixels), inputs.get(kind.counts)
+        own = inputs.get(f"local_{kind.pixels}")
+        if own is not None and counts is None:
+            raise ValueError(f"local_{kind.pixels} needs {kind.counts}, the frames of all items")
         if pixels is not None and counts is None:
             if not isinstance(pixels, Tensor):
                 raise ValueError(f"{kind.pixels} in pieces need {kind.counts}")
             counts = kind.default_counts(pixels.shape[0])
-        stream = None
-        if pixels is not None:
-            items = torch.as_tensor(counts).tolist()
-            items = [tuple(n) if isinstance(n, list) else n for n in items]
-            stream = RowStream(model, kind, pixels, items)
-        wanted, given = int(where.sum()), 0 if stream is None else stream.num_rows
+        items: list[Any] = []
+        if pixels is not None or own is not None:
+            listed = torch.as_tensor(counts).tolist()
+            items = [tuple(n) if isinstance(n, list) else n for n in listed]
+        given = kind.units(model.config, items).slots.numel() if items else 0
+        wanted = int(where.sum())
         if wanted != given:
             raise ValueError(
                 f"input_ids have {wanted} {kind.name} placeholders but the {kind.name} media give "
                 f"{given} rows; the prompt was cut, or expanded for other media"
             )
-        if stream is not None and wanted:
-            streams.append((where, stream))
-    return streams
+        if wanted:
+            found.append((kind, where, items))
+    return found
 
 
 def prefill_chunks(
@@ -181,6 +285,8 @@ def prefill_chunks(
     *,
     chunk_tokens: int,
     split_tokens: int | None = None,
+    positions: Tensor | None = None,
+    times: ReadTimes | None = None,
 ) -> Tensor:
     """Read a prompt in chunks behind what a cache holds.
 
@@ -195,44 +301,79 @@ def prefill_chunks(
         inputs: Pixels, whole or in pieces, and counts.
         chunk_tokens: Tokens read at once.
         split_tokens: As for `longvila.inference.decode.attend_segment`.
+        positions: ``(3, S)`` positions, for families that have them in 3-D.
+        times: Where to count time, and report.
 
     Returns:
         ``(1, V)`` logits of the last token.
 
     Raises:
-        ValueError: If media and placeholders do not match, or the family cannot be read in chunks.
+        ValueError: If media and placeholders do not match.
 
     Comm: On one rank none, else as a step of `longvila.inference.decode` a chunk.
 
     Memory: The cache, one chunk's activations and one micro-batch's.
     """
-    if family.position_ids(model, {"input_ids": input_ids, **inputs}) is not None:
-        raise ValueError(f"{family.name} places media in 3-D and cannot be read in chunks")
     on_host = input_ids[0].cpu()
-    streams = open_streams(model, family, on_host, inputs)
+    times = times or ReadTimes(model.get_output_embeddings().weight.device)
+    streams = open_streams(model, family, on_host, inputs, times)
     head = model.get_output_embeddings()
+    is_media = media_mask(model, family, on_host)
     taken = [0] * len(streams)
     hidden = None
+    times.expect("read", on_host.numel())
     cache.reserve(-(-on_host.numel() // cache.num_ranks))
     for start in range(0, on_host.numel(), chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        embeds = family.embed(model, on_host[part].to(head.weight.device))
+        embeds = family.embed(model, on_host[part].to(head.weight.device, non_blocking=True))
+        found: list[tuple[Tensor, Tensor]] = []
         for number, (where, stream) in enumerate(streams):
             places = where[part].nonzero().flatten()
-            if not places.numel():
-                continue
-            taken[number] += places.numel()
-            places = places.to(embeds.device)
-            rows, further = family.text_inputs(stream.take(taken[number]), places, embeds)
-            if further:
-                raise ValueError(
-                    f"{family.name} feeds rows into deeper layers ({sorted(further)}), which "
-                    "reading in chunks does not do"
-                )
-            embeds = embeds.index_copy(0, places, rows.to(embeds))
-        hidden = read_embeds(model, family, cache, embeds[None], split_tokens=split_tokens)
+            if places.numel():
+                taken[number] += places.numel()
+                places = places.to(embeds.device, non_blocking=True)
+                found.append((stream.take(taken[number]), places))
+        embeds, further = place_media(family, embeds, found)
+        own = None if positions is None else positions[:, part]
+        hidden = read_embeds(
+            model, family, cache, embeds[None],
+            position_ids=None if own is None else own[:, None].to(embeds.device),
+            split_tokens=split_tokens, further=further,
+        )  # fmt: skip
+        if cache.text_runs is not None and own is not None:
+            cache.text_runs = cache.text_runs.read(own, is_media[part])
+        times.advance("read", embeds.shape[0])
     assert hidden is not None
     return shared_logits(head(hidden[:, -1]), cache)
+
+
+def media_mask(model: PreTrainedModel, family: Family, input_ids: Tensor) -> Tensor:
+    """Return which tokens are placeholders of any kind."""
+    mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for kind in family.media:
+        mask |= input_ids == kind.token_id(model.config)
+    return mask
+
+
+def place_media(
+    family: Family, embeds: Tensor, found: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Put rows in place of the embeddings of their placeholders.
+
+    Args:
+        family: Splits rows that feed deeper layers too.
+        embeds: ``(T, M)``, not changed.
+        found: Rows ``(n, M)`` or wider of each kind, and their places ``(n,)``.
+
+    Returns:
+        Embeddings, and keywords of the text model.
+    """
+    if not found:
+        return embeds, {}
+    rows = torch.cat([rows for rows, _ in found])
+    places = torch.cat([places for _, places in found])
+    rows, further = family.text_inputs(rows.to(embeds.dtype), places, embeds)
+    return embeds.index_copy(0, places, rows), further
 
 
 def prefill_ranks(

@@ -1,19 +1,19 @@
-"""One conversation about images and videos on one device.
+"""One conversation about images and videos, on one device or on every rank of a group.
 
-1. ``load_video`` and ``load_image`` decode a medium and keep its pixels until they are needed.
+1. ``load_video`` and ``load_image`` choose frames; a video is decoded when it is read.
 2. ``ask`` adds a turn, renders the whole conversation and refuses it before anything is computed if
    it does not fit the context.
-3. Media that are new are encoded, once; their rows are kept, their pixels are dropped.
-4. What the cache holds already, up to the first token that differs, is kept; the rest of the prompt
-   is read in one pass (the prefill), its media given as ``mm_encoder_outputs``.
-5. The answer is generated from there, token by token, and handed on as text while it grows.
+3. What the cache holds already, up to the first token that differs, is kept. The rest of the prompt
+   is read behind it by the engine, a chunk at a time, its frames decoded and encoded as their
+   placeholders come (`longvila.inference.frames`).
+4. The answer is generated from there, token by token, and handed on as text while it grows.
 
-A second question about an hour of video thus costs its own tokens only. A turn that fails leaves
-the conversation as it was. Every step is timed apart, on a GPU with the queue drained.
+``watch`` reads media before there is a question. A second question about an hour of video costs
+its own tokens only. Every turn works on a fork of the cache, so that a turn that fails leaves the
+conversation as it was. Every step is timed apart, on a GPU with the queue drained.
 
-It does not prefill in chunks nor over several devices, and holds one sequence.
-
-Dimension legend: S prompt tokens, N media rows, M model dim.
+Over ranks, each of them makes the same calls; ``on_text`` may be given on one alone. It holds one
+sequence.
 """
 
 from __future__ import annotations
@@ -21,45 +21,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, TextStreamer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import GenerationConfig, TextStreamer
 
 from longvila.errors import ContextLengthError
+from longvila.inference.cache import ShardedCache
+from longvila.inference.engine import Engine
+from longvila.inference.frames import MissingFrames, VideoFrames
+from longvila.inference.prefill import ReadTimes
+from longvila.inference.prompts import (
+    FamilyPrompts,
+    LongVILAPrompts,
+    Medium,
+    Message,
+    Progress,
+    Prompts,
+    Rendered,
+    common_prefix,
+    said,
+)
+from longvila.inference.store import file_key, read_index
 
-Kind = Literal["image", "video"]
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass
-class Medium:
-    """One image or video of a conversation.
-
-    Attributes:
-        kind: ``"image"`` or ``"video"``.
-        name: What the user called it.
-        text: What its placeholder becomes in the prompt.
-        frames: Frames of a video, tiles of an image.
-        tokens: Tokens that ``text`` adds to the prompt.
-        timestamps_s: When each frame of a video appears.
-        missing: Frames of a video that could not be decoded.
-        pixels: Pixel values, shape (frames, 3, height, width), until they are encoded.
-        rows: Encoded rows, shape (N, M), from then on.
-    """
-
-    kind: Kind
-    name: str
-    text: str
-    frames: int
-    tokens: int
-    timestamps_s: list[float] = field(default_factory=list)
-    missing: tuple[int, ...] = ()
-    pixels: Tensor | None = None
-    rows: Tensor | None = None
+__all__ = ["Answer", "Medium", "Progress", "Session", "Timings"]
 
 
 @dataclass(frozen=True)
@@ -67,9 +54,9 @@ class Timings:
     """Where the time of an answer went, in seconds.
 
     Attributes:
-        decode_s: Decoding and preprocessing the media that are new in this turn.
+        decode_s: Opening the media that are new in this turn, and waiting for their frames.
         vision_s: Encoding them.
-        prefill_s: Reading the prompt, without its last token.
+        prefill_s: Reading the prompt, without its last token, and without both of the above.
         generate_s: Generating the answer.
         prompt_tokens: Tokens of the whole prompt.
         cached_tokens: Those of them that earlier turns had left in the cache.
@@ -111,21 +98,53 @@ class Session:
     """A conversation with one model.
 
     Args:
-        model: A LongVILA model for generation.
+        model: A model for generation of a known family, or an engine that holds it; sessions of one
+            model share its engine.
         processor: Its processor.
-        progress: Called with (stage, done, total) while ``"decode"`` and ``"encode"`` go on.
+        progress: Called with (stage, done, total) while ``"decode"`` (frames of a video),
+            ``"encode"`` (frames of a turn) and ``"read"`` (tokens of a turn) go on.
+        background: Whether videos are decoded in a thread; None for on a GPU.
     """
 
-    def __init__(self, model: Any, processor: Any, *, progress: Progress | None = None) -> None:
-        self.model, self.processor = model, processor
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        progress: Progress | None = None,
+        background: bool | None = None,
+    ) -> None:
+        self.engine = model if isinstance(model, Engine) else Engine(model)
+        self.model, self.processor = self.engine.model, processor
+        family = self.engine.family
+        self.prompts: Prompts
+        if family.name == "LongVILA":
+            self.prompts = LongVILAPrompts(self.model, processor, family, background=background)
+        else:
+            self.prompts = FamilyPrompts(self.model, processor, family)
         self.progress = progress
         self.clear()
 
+    @property
+    def progress(self) -> Progress | None:
+        """Who is told how far things are."""
+        return self.prompts.progress
+
+    @progress.setter
+    def progress(self, progress: Progress | None) -> None:
+        self.prompts.progress = progress
+
+    def close(self) -> None:
+        """Give the model back its own forward; the conversation ends."""
+        self.clear()
+        self.engine.close()
+
     def clear(self) -> None:
         """Forget the conversation and its media."""
-        self.messages: list[dict[str, Any]] = []
+        self.messages: list[Message] = []
         self.media: list[Medium] = []
-        self._cache: Any = None
+        self.watched: list[Medium] = []
+        self._cache: ShardedCache | None = None
         self._cached: list[int] = []
         self._decode_s = 0.0
 
@@ -139,45 +158,24 @@ class Session:
         fps: float | None = None,
         **options: Any,
     ) -> Medium:
-        """Sample and decode a video; the model sees it in the turn it is asked with.
+        """Open a video and choose its frames; the model sees it in the turn it is asked with.
 
         Args:
             source: Whatever `longvila.media.video.open_video` takes.
             num_frames: Frames to sample; with ``fps``, at most so many; None as the processor says.
             fps: Frames per second to sample.
-            **options: Further options of `longvila.media.video.read_frames`.
+            **options: Further options of sampling and opening, as of
+                `longvila.media.video.read_frames`.
 
         Returns:
-            The medium, with pixels.
+            The medium. Its frames are decoded when it is read; one that cannot be decoded is left
+            out then, and named in ``missing``.
 
         Raises:
-            VideoError: If the video gives no frame.
+            VideoError: If the video cannot be opened.
         """
         start = time.perf_counter()
-        part = self.processor.video_processor
-        video = part.sample(
-            source,
-            num_frames=num_frames,
-            fps=fps,
-            progress=lambda done, total: self._report("decode", done, total),
-            **options,
-        )
-        times = video.timestamps_s.tolist()
-        text = self.processor.video_text(
-            len(video.frames),
-            separator=self.processor.frame_separator,
-            times_s=times if self.processor.timestamps else None,
-        )
-        medium = Medium(
-            kind="video",
-            name=video.metadata.name,
-            text=text,
-            frames=len(video.frames),
-            tokens=len(self._tokenise(text)),
-            timestamps_s=times,
-            missing=video.missing,
-            pixels=part.frame_pixels(video),
-        )
+        medium = self.prompts.load_video(source, num_frames=num_frames, fps=fps, **options)
         self._decode_s += time.perf_counter() - start
         return medium
 
@@ -190,32 +188,86 @@ class Session:
                 original tiles only the image of a prompt that has no other medium.
 
         Returns:
-            The medium, with pixels.
+            The medium.
 
         Raises:
             ImageError: If it cannot be read.
         """
         start = time.perf_counter()
-        part = self.processor.image_processor
-        out = part([source], dynamic=[tiled], return_tensors="pt")
-        tiles = int(out["image_num_tiles"][0])
-        text = self.processor.image_text(
-            tiles,
-            separator=self.processor.frame_separator,
-            tiled=tiled and part.image_aspect_ratio == "dynamic",
-        )
-        medium = Medium(
-            kind="image",
-            name=str(source) if isinstance(source, str) else f"<{type(source).__name__}>",
-            text=text,
-            frames=tiles,
-            tokens=len(self._tokenise(text)),
-            pixels=out["pixel_values"],
-        )
+        medium = self.prompts.load_image(source, tiled=tiled)
         self._decode_s += time.perf_counter() - start
         return medium
 
     # ---- turns
+
+    def watch(self, media: Sequence[Medium]) -> Timings:
+        """Read media before there is a question; they belong to the next turn.
+
+        Args:
+            media: In the order of the prompt.
+
+        Returns:
+            Where the time went.
+
+        Raises:
+            ContextLengthError: If they do not fit the context.
+        """
+        decode_s, self._decode_s = self._decode_s, 0.0
+        watched = [*self.watched, *media]
+
+        def shared() -> tuple[Rendered, int]:
+            # What prompts have in common whatever is asked: everything up to the question.
+            first, second = (self._render(text, watched) for text in ("A", "b"))
+            return first, common_prefix(first.ids, second.ids)
+
+        times, (rendered, stop), kept, prefill_s = self._read(shared, watched, new=0)
+        self._cached = rendered.ids[:stop]
+        self.watched = watched
+        return Timings(decode_s + times.decode_s, times.vision_s, prefill_s, 0.0, stop, kept, 0)
+
+    def save(self, path: str | Path, *, note: Any = None, overwrite: bool = False) -> Path:
+        """Keep what was watched on disk, for sessions of the same model; see `load`.
+
+        Args:
+            path: Folder to write to.
+            note: Anything JSON takes, for whoever reads the index.
+            overwrite: Whether a stored prompt that is there may be replaced.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: If nothing was watched, or a question was asked already.
+            StoreError: If the folder holds something.
+        """
+        if not self.watched or self.messages or self._cache is None:
+            raise ValueError("only what was watched, before any question, can be saved")
+        media = [self.prompts.describe(medium) for medium in self.watched]
+        key = {"media": [_media_key(each) for each in media]}
+        extra = {"media": media, "note": note}
+        return self.engine.save(self._cache, path, key, extra=extra, overwrite=overwrite)
+
+    def load(self, path: str | Path) -> list[Medium]:
+        """Watch what another session saved, by any number of ranks; the conversation is new.
+
+        Args:
+            path: Folder of the stored prompt.
+
+        Returns:
+            The media; they belong to the next turn.
+
+        Raises:
+            StoreError: If it is not whole, or was made with another model, or a file has changed;
+                files that are not there any more are not compared.
+        """
+        self.clear()
+        media = read_index(path)["extra"]["media"]
+        key = {"media": [_media_key(each) for each in media]}
+        self._cache = self.engine.load(path, key)
+        assert self._cache.input_ids is not None
+        self._cached = self._cache.input_ids[0].tolist()
+        self.watched = [self.prompts.recall(each) for each in media]
+        return list(self.watched)
 
     def ask(
         self,
@@ -231,7 +283,8 @@ class Session:
 
         Args:
             question: The text.
-            media: Media new in this turn, which come before the text, in this order.
+            media: Media new in this turn, which come before the text, in this order, and after
+                those watched.
             max_new_tokens: Most tokens of the answer.
             temperature: Of sampling; zero takes the likeliest token.
             top_p: Probability mass sampled from.
@@ -243,51 +296,41 @@ class Session:
         Raises:
             ContextLengthError: If the conversation and the answer do not fit the context.
         """
-        content: list[dict[str, Any]] = [{"type": medium.kind} for medium in media]
-        turn = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
         decode_s, self._decode_s = self._decode_s, 0.0
-        messages, every = [*self.messages, turn], [*self.media, *media]
-        ids = self._prompt(messages, every)
-        self._check_context(len(ids), max_new_tokens, every)
+        media = [*self.watched, *media]
+
+        def whole() -> tuple[Rendered, int]:
+            rendered = self._render(question, media)
+            return rendered, len(rendered.ids) - 1
+
+        before = self._cache, self._cached
         try:
-            with torch.inference_mode():
-                with self._timed() as vision:
-                    self._encode(every)
-                with self._timed() as prefill:
-                    kept = self._prefill(ids, every)
-                with self._timed() as generate:
-                    new = self._generate(ids, max_new_tokens, temperature, top_p, on_text)
+            times, (rendered, _), kept, prefill_s = self._read(whole, media, new=max_new_tokens)
+            ids = rendered.ids
+            with self._timed() as generate:
+                new = self._generate(ids, max_new_tokens, temperature, top_p, on_text)
         except BaseException:
-            # The cache may hold half a turn.
-            self._cache, self._cached = None, []
+            self._cache, self._cached = before
             raise
         text = self.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
-        self.messages = [*messages, {"role": "assistant", "content": text}]
-        self.media = every
+        self.messages = [*self.messages, said("user", question, media), _reply(text)]
+        self.media, self.watched = [*self.media, *media], []
         # The last token was never fed back.
         self._cached = [*ids, *new[:-1]]
-        timings = Timings(decode_s, vision[0], prefill[0], generate[0], len(ids), kept, len(new))
+        timings = Timings(
+            decode_s + times.decode_s, times.vision_s, prefill_s, generate[0], len(ids), kept,
+            len(new),
+        )  # fmt: skip
         return Answer(text, tuple(new), bool(new) and new[-1] in self._stops(), timings)
 
     # ---- steps
 
-    def _prompt(self, messages: list[dict[str, Any]], media: Sequence[Medium]) -> list[int]:
-        text = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        texts: dict[Kind, list[str]] = {"image": [], "video": []}
-        for medium in media:
-            texts[medium.kind].append(medium.text)
-        (expanded,), _ = self.processor.get_text_with_replacements(
-            [text], texts["image"], texts["video"]
-        )
-        return self._tokenise(expanded)
-
-    def _tokenise(self, text: str) -> list[int]:
-        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _render(self, question: str, media: Sequence[Medium]) -> Rendered:
+        messages = [*self.messages, said("user", question, media)]
+        return self.prompts.render(messages, [*self.media, *media])
 
     def _check_context(self, length: int, new: int, media: Sequence[Medium]) -> None:
-        limit = self.model.config.context_length
+        limit = self.engine.context_length
         if limit is None or length + new <= limit:
             return
         parts = ", ".join(f"{one.name}: {one.tokens}" for one in media) or "text only"
@@ -297,62 +340,60 @@ class Session:
             "extended"
         )
 
-    def _encode(self, media: Sequence[Medium]) -> None:
-        pending = [medium for medium in media if medium.rows is None]
-        if not pending:
-            return
-        total, done = sum(medium.frames for medium in pending), 0
+    def _read(
+        self,
+        render: Callable[[], tuple[Rendered, int]],
+        media: Sequence[Medium],
+        *,
+        new: int,
+    ) -> tuple[ReadTimes, tuple[Rendered, int], int, float]:
+        """Read a prompt behind what is known of it, without frames that turn out to be missing.
 
-        def count(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            nonlocal done
-            done += inputs[0].shape[0]
-            self._report("encode", done, total)
+        Args:
+            render: Gives the prompt, and how many of its tokens to read.
+            media: Media new in it.
+            new: Tokens that must fit behind it.
 
-        base = self.model.model
-        handle = base.multi_modal_projector.register_forward_hook(count)
-        try:
-            for medium in pending:
-                assert medium.pixels is not None
-                pixels = medium.pixels.to(base.vision_tower.device, base.vision_tower.dtype)
-                counts = [medium.frames]
-                medium.rows = base.encode_media(pixels, counts, kind=medium.kind).rows
-                medium.pixels = None
-        finally:
-            handle.remove()
+        Returns:
+            Times, what was rendered, how many tokens the cache had, and seconds.
+        """
+        for _ in range(3):
+            rendered, stop = render()
+            self._check_context(len(rendered.ids), new, [*self.media, *media])
+            times = ReadTimes(self.model.device, self.progress)
+            try:
+                with self._timed() as spent:
+                    kept = self._fill(rendered, stop, times)
+            except MissingFrames as fault:
+                last = fault
+                self._leave_out([*self.media, *media])
+                continue
+            return times, (rendered, stop), kept, spent[0] - times.decode_s - times.vision_s
+        raise last
 
-    def _prefill(self, ids: list[int], media: Sequence[Medium]) -> int:
-        """Read the prompt up to its last token; return how many tokens were read before."""
-        kept = _common_prefix(self._cached, ids[:-1])
-        if self._cache is None or kept == 0:
-            self._cache, kept = DynamicCache(config=self.model.config.text_config), 0
-        elif (surplus := self._cache.get_seq_length() - kept) > 0:
-            self._cache.crop(-surplus)
-        rest = torch.tensor([ids[kept:-1]], device=self.model.device)
-        if rest.shape[1] == 0:
-            return kept
-        self.model(
-            input_ids=rest,
-            attention_mask=torch.ones(1, len(ids) - 1, device=rest.device, dtype=torch.long),
-            past_key_values=self._cache,
-            mm_encoder_outputs=self._features(rest, media),
-            use_cache=True,
-            logits_to_keep=1,
-        )
+    def _fill(self, rendered: Rendered, stop: int, times: ReadTimes) -> int:
+        """Make the cache hold the first tokens of a prompt; return how many it held before."""
+        engine, cache = self.engine, self._cache
+        kept = common_prefix(self._cached[:stop], rendered.ids[:stop])
+        kept, batch = rendered.behind(kept, stop, engine.family, self.model.config)
+        if cache is None or kept == 0:
+            cache = None
+        else:
+            cache = engine.fork(cache)
+            if surplus := cache.get_seq_length() - kept:
+                cache.crop(-surplus)
+        if kept < stop:
+            cache = engine.read(batch, onto=cache, times=times)
+        self._cache, self._cached = cache, rendered.ids[:stop]
         return kept
 
-    def _features(
-        self, ids: Tensor, media: Sequence[Medium]
-    ) -> dict[str, BaseModelOutputWithPooling]:
-        """Rows of the placeholders in the part of the prompt that is still to be read: the last."""
-        outputs = {}
-        for kind in ("image", "video"):
-            wanted = int((ids == getattr(self.model.config, f"{kind}_token_id")).sum())
-            rows = [medium.rows for medium in media if medium.kind == kind]
-            if wanted:
-                # transformers types it as one tensor; several are what its own models return.
-                packed: Any = [torch.cat([row for row in rows if row is not None])[-wanted:]]
-                outputs[kind] = BaseModelOutputWithPooling(pooler_output=packed)
-        return outputs
+    def _leave_out(self, media: Sequence[Medium]) -> None:
+        """Find the frames that cannot be decoded, in all videos, and leave them out."""
+        for medium in media:
+            if isinstance(medium.pixels, VideoFrames) and not medium.missing:
+                missing = self.engine.over_ranks(medium.pixels.find_missing)
+                if missing:
+                    self.prompts.leave_out(medium, missing)
 
     def _generate(
         self,
@@ -372,11 +413,10 @@ class Session:
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
             **sampling,
         )
-        prompt = torch.tensor([ids], device=self.model.device)
-        out = self.model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            past_key_values=self._cache,
+        assert self._cache is not None
+        out = self.engine.generate(
+            self._cache,
+            torch.tensor([ids[-1:]]),
             generation_config=config,
             streamer=_Pieces(tokenizer, on_text) if on_text is not None else None,
         )
@@ -388,10 +428,6 @@ class Session:
         return {
             token for token in (*stops, self.processor.tokenizer.eos_token_id) if token is not None
         }
-
-    def _report(self, stage: str, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(stage, done, total)
 
     @contextmanager
     def _timed(self) -> Iterator[list[float]]:
@@ -421,7 +457,11 @@ class _Pieces(TextStreamer):
             self._emit(text)
 
 
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Count the leading tokens that two sequences share."""
-    shared = min(len(first), len(second))
-    return next((i for i in range(shared) if first[i] != second[i]), shared)
+def _media_key(described: dict[str, Any]) -> dict[str, Any]:
+    """What a stored prompt depends on of one medium; a file is looked at as it is now."""
+    names = ("kind", "frames", "sampling", "missing")
+    return {**{name: described[name] for name in names}, "file": file_key(described["name"])}
+
+
+def _reply(text: str) -> Message:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}

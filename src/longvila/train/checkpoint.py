@@ -1,9 +1,10 @@
 """Saves of a run: written beside, renamed when whole, resumed on as many ranks as there are.
 
     OUTPUT/saves/step-40/         a whole save
-                  .metadata, *.distcp   weights and optimiser states, each rank its shards
+                  .metadata, *.distcp   tuned weights and optimiser states, each rank its shards
                   rank-0.pt ...         random generators and data state of each rank
                   run.json              step, counts, settings; written last
+    OUTPUT/saves/frozen/          weights that the run never changes, written with its first save
     OUTPUT/saves/.partial-...     being written, or left by a run that was killed
 
 1. Every rank writes into a folder whose name begins with a dot. When all are done, the first
@@ -15,23 +16,28 @@
    bit: data order and random generators included. On others, generators are seeded from seed, step
    and rank, and the data go on where they stopped.
 
-Adapters, frozen parts and buffers are all in a save, so it does not depend on the folder the stage
-began from. Nothing is kept of older layouts.
+Adapters, frozen parts and buffers are all in the folder, so it does not depend on the model that
+the stage began from; what is frozen is there once, however many saves there are. Saves name the
+frozen weights that they belong to. Nothing is kept of older layouts.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import random
 import re
+import secrets
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -39,6 +45,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -50,7 +57,8 @@ from longvila.log import get_logger
 
 _LOG = get_logger(__name__)
 _NAME = re.compile(r"step-(\d+)")
-_VERSION = 1
+_VERSION = 2
+_FROZEN = "frozen"
 _PARTIAL = ".partial-"
 
 
@@ -152,13 +160,122 @@ def seed_everything(*numbers: int) -> None:
     random.seed(mixed)
 
 
+@contextmanager
+def held(output: Path, *, patience_s: float = 10.0) -> Iterator[None]:
+    """Keep other runs out of an output folder until this one ends, however it does.
+
+    Two runs in one folder would delete each other's saves. A run that was killed a moment ago may
+    still be ending, so the folder is waited for a little.
+
+    Args:
+        output: The folder; made if absent.
+        patience_s: How long to wait.
+
+    Raises:
+        CheckpointError: On every rank, if another run holds it.
+
+    Comm: One broadcast of an object.
+    """
+    file, held_by_other = None, [False]
+    if _rank() == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        file = (output / ".lock").open("w")
+        held_by_other[0] = not _lock(file, patience_s)
+    try:
+        if dist.is_initialized():
+            dist.broadcast_object_list(held_by_other, src=0)
+        if held_by_other[0]:
+            raise CheckpointError(
+                f"another run is at work in {output}; wait for it, stop it, or give this one "
+                "another output folder"
+            )
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _lock(file: IO[str], patience_s: float) -> bool:
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.2)
+        except OSError as fault:
+            if fault.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            _LOG.warning(
+                "%s: this file system has no locks (%s); nothing keeps a second run out of the "
+                "folder",
+                file.name, fault,
+            )  # fmt: skip
+            return True
+
+
 def clean(folder: Path) -> None:
-    """Delete what a killed run left; the first rank does it, all wait."""
+    """Delete what a killed run left; the first rank does it, all wait.
+
+    Frozen weights without a save are of a run that never came to one, perhaps of another model.
+    """
     if _rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"{_PARTIAL}*"):
             shutil.rmtree(path)
+        if (folder / _FROZEN).exists() and not find_saves(folder):
+            shutil.rmtree(folder / _FROZEN)
     _together()
+
+
+def _split(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's state: what is tuned with all buffers, and what is frozen."""
+    whole: dict[str, Any] = get_model_state_dict(model)
+    tuned: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(ignore_frozen_params=True)
+    )
+    return tuned, {name: value for name, value in whole.items() if name not in tuned}
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    with _one_process():
+        dcp.save(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+
+
+def _read(state: dict[str, Any], path: Path) -> None:
+    try:
+        with _one_process():
+            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    except (dcp.CheckpointException, KeyError, RuntimeError, ValueError) as fault:
+        raise CheckpointError(
+            f"{path} does not fit the model: {str(fault)[-500:]}. Was it saved by a stage "
+            "with other tuned parts or another adapter? Then begin a new output folder"
+        ) from fault
+
+
+def _save_frozen(folder: Path, frozen: dict[str, Any]) -> str | None:
+    """Write frozen weights unless they are there; return what saves call them, on rank 0."""
+    if not frozen:
+        return None
+    final, partial = folder / _FROZEN, folder / f"{_PARTIAL}{_FROZEN}"
+    there = [final.exists()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(there, src=0)
+    if not there[0]:
+        if _rank() == 0:
+            partial.mkdir(parents=True)
+        _together()
+        _write({"model": frozen}, partial)
+        if _rank() == 0:
+            (partial / "name").write_text(secrets.token_hex(8))
+            _flush(partial / "name")
+            _flush(partial)
+            partial.rename(final)
+            _flush(folder)
+        _together()
+    return (final / "name").read_text() if _rank() == 0 else None
 
 
 def save(
@@ -185,7 +302,7 @@ def save(
     Returns:
         The folder of the save.
 
-    Comm: Barriers, and the plan of torch.distributed.checkpoint.
+    Comm: Barriers, a broadcast, and the plan of torch.distributed.checkpoint.
     """
     partial, final = folder / f"{_PARTIAL}{step}", folder / f"step-{step}"
     if _rank() == 0:
@@ -193,18 +310,17 @@ def save(
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
     _together()
-    state: dict[str, Any] = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-    }
-    with _one_process():
-        dcp.save(state, checkpoint_id=partial, no_dist=not dist.is_initialized())
+    tuned, frozen = _split(model)
+    name = _save_frozen(folder, frozen)
+    _write({"model": tuned, "optimizer": get_optimizer_state_dict(model, optimizer)}, partial)
     own = partial / f"rank-{_rank()}.pt"
     torch.save({"random": _random_state(), "data": json.dumps(data)}, own)
     _flush(own)
     _together()
     if _rank() == 0:
-        written = {"version": _VERSION, "step": step, "world_size": _world(), **run}
+        written = {
+            "version": _VERSION, "step": step, "world_size": _world(), "frozen": name, **run
+        }  # fmt: skip
         (partial / "run.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
         _flush(partial / "run.json")
         _flush(partial)
@@ -242,21 +358,24 @@ def load(
         The loader's state for this rank.
 
     Raises:
-        CheckpointError: If the save has other parameters than the model.
+        CheckpointError: If the save has other parameters than the model, or the frozen weights that
+            it belongs to are not beside it.
     """
-    state: dict[str, Any] = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-    }
-    try:
-        with _one_process():
-            dcp.load(state, checkpoint_id=chosen.path, no_dist=not dist.is_initialized())
-    except (dcp.CheckpointException, KeyError, RuntimeError, ValueError) as fault:
-        raise CheckpointError(
-            f"{chosen.path} does not fit the model: {str(fault)[-500:]}. Was it saved by a stage "
-            "with other tuned parts or another adapter? Then begin a new output folder"
-        ) from fault
-    set_model_state_dict(model, state["model"])
+    tuned, frozen = _split(model)
+    state = {"model": tuned, "optimizer": get_optimizer_state_dict(model, optimizer)}
+    _read(state, chosen.path)
+    if frozen:
+        beside = chosen.path.parent / _FROZEN
+        name = (beside / "name").read_text() if (beside / "name").is_file() else None
+        if name is None or name != chosen.run["frozen"]:
+            raise CheckpointError(
+                f"{chosen.path} has no frozen weights beside it: {beside} is "
+                f"{'absent' if name is None else 'of another run'}; copy saves with their folder"
+            )
+        values = {"model": frozen}
+        _read(values, beside)
+        frozen = values["model"]
+    set_model_state_dict(model, {**state["model"], **frozen})
     set_optimizer_state_dict(model, optimizer, optim_state_dict=state["optimizer"])
     same = chosen.run["world_size"] == _world()
     own = torch.load(chosen.path / f"rank-{_rank() if same else 0}.pt", weights_only=True)

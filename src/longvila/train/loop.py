@@ -21,7 +21,7 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -75,6 +75,7 @@ class Progress:
         done: Share of the stage.
         losses: Loss of each step of this process.
         stopped: Whether the run was asked to stop before the end.
+        terminated: Whether it was SIGTERM that asked.
     """
 
     step: int = 0
@@ -82,6 +83,7 @@ class Progress:
     done: float = 0.0
     losses: list[float] = field(default_factory=list)
     stopped: bool = False
+    terminated: bool = False
 
 
 class _Asked:
@@ -155,7 +157,7 @@ def run_stage(
     *,
     stop_after: int | None = None,
     fused: bool = True,
-    tensorboard: bool | None = None,
+    trackers: Sequence[str] | None = None,
 ) -> Progress:
     """Train a model through a stage.
 
@@ -167,7 +169,7 @@ def run_stage(
         output: Folder for saves and metrics, shared by all ranks.
         stop_after: Save and return after this many steps of this call; None for the whole stage.
         fused: Whether AdamW's fused kernel is used.
-        tensorboard: Whether to write for TensorBoard; None for where it is installed.
+        trackers: Names of trackers instead of the stage's.
 
     Returns:
         How far the run is.
@@ -187,7 +189,8 @@ def run_stage(
         Operations.of(model),
         world_size=mesh.world_size,
         device=device,
-        tensorboard=tensorboard,
+        trackers=stage.saving.trackers if trackers is None else trackers,
+        settings=to_plain(stage),
     )
     source, asked = _Source(loader), _Asked(mesh)
     saved, first = progress.step, progress.step
@@ -216,7 +219,8 @@ def run_stage(
                 metrics.write(line)
                 if mesh.rank == 0:
                     _LOG.info("%s", _say(line))
-            progress.stopped = asked.anywhere() or progress.step - first == stop_after
+            progress.terminated = asked.anywhere()
+            progress.stopped = progress.terminated or progress.step - first == stop_after
             every = stage.saving.every
             due = every is not None and progress.step % every == 0
             if due or progress.stopped or progress.done >= 1:
@@ -231,8 +235,20 @@ def run_stage(
                     keep=stage.saving.keep,
                 )
                 saved = progress.step
+            if progress.terminated and mesh.rank == 0:
+                _LOG.info(
+                    "SIGTERM: saved step %d (%.1f %% of the stage) in %s and ending; the same "
+                    "command goes on from there",
+                    progress.step, 100 * progress.done, folder,
+                )  # fmt: skip
             if progress.stopped:
                 break
+    except Exception as fault:
+        # Others may fail for this rank's failing, so each says where it was.
+        where = f"{mesh.describe_rank()}, step {progress.step + 1}"
+        fault.add_note(f"on {where}")
+        _LOG.error("%s failed: %s: %s", where, type(fault).__name__, fault)
+        raise
     finally:
         source.close()
         metrics.close()

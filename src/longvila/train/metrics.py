@@ -16,17 +16,17 @@ forward (two products of 2 operations), + 8 where gradients pass through. An ada
 are left out. The ceiling is the published dense bfloat16 rate of the GPU; where that is not known
 here, no MFU is given.
 
-Lines go to ``metrics.jsonl``, always, and to TensorBoard where it is installed. Only the first rank
-writes. Times are of the first rank.
+Lines go to ``metrics.jsonl``, always, and to trackers by name (`longvila.train.trackers`). Only the
+first rank writes. Times are of the first rank.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from torch import nn
 from longvila.parallel.families import find_family
 from longvila.train.parts import base_model, named_parts
 from longvila.train.step import StepResult
+from longvila.train.trackers import Tracker, open_trackers
 
 #: Dense bfloat16 operations a second, in the makers' data sheets.
 PEAK_FLOPS = {"H200": 989.4e12, "H100": 989.4e12, "H800": 989.4e12, "A100": 312e12, "L40S": 362e12}
@@ -155,7 +156,11 @@ class Metrics:
         operations: What a step needs.
         world_size: Ranks.
         device: This rank's device.
-        tensorboard: Whether to write for TensorBoard too; None for where it is installed.
+        trackers: Names of trackers; None for TensorBoard where it is installed.
+        settings: What trackers show as the run's settings.
+
+    Raises:
+        TrackerError: If a tracker is unknown or not installed.
     """
 
     def __init__(
@@ -165,22 +170,18 @@ class Metrics:
         *,
         world_size: int,
         device: torch.device,
-        tensorboard: bool | None = None,
+        trackers: Sequence[str] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.operations, self.world_size, self.device = operations, world_size, device
         self.ceiling = peak_flops(device)
         self.file: Any = None
-        self.board: Any = None
+        self.trackers: list[Tracker] = []
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        if tensorboard is None:
-            tensorboard = importlib.util.find_spec("tensorboard") is not None
-        if tensorboard:
-            from torch.utils.tensorboard.writer import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"))
+        self.trackers = open_trackers(trackers, folder, settings or {})
 
     def measure(self, step: int, result: StepResult, clock: Clock, **more: float) -> dict[str, Any]:
         """Return the measures of a step.
@@ -222,14 +223,17 @@ class Metrics:
         if self.file is not None:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
-        if self.board is not None:
-            for name, value in line.items():
-                if name != "step" and isinstance(value, int | float):
-                    self.board.add_scalar(f"train/{name}", value, line["step"])
+        numbers = {
+            f"train/{name}": value
+            for name, value in line.items()
+            if name != "step" and isinstance(value, int | float)
+        }
+        for tracker in self.trackers:
+            tracker.write(line["step"], numbers)
 
     def close(self) -> None:
         """Close the files."""
         if self.file is not None:
             self.file.close()
-        if self.board is not None:
-            self.board.close()
+        for tracker in self.trackers:
+            tracker.close()

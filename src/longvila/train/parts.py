@@ -16,7 +16,6 @@ It does not shard, load or save anything.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,14 +23,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from longvila.errors import CheckpointError
-from longvila.log import get_logger
 from longvila.parallel.families import find_family
+from longvila.train.lora import adapt
+from longvila.train.lora import merge_adapter as merge_adapter
 from longvila.train.stages import Adapter, Context, Rates, StageError
 
 PARTS = ("vision_tower", "projector", "language_model")
-_LOG = get_logger(__name__)
-_PREFIX = "base_model.model."
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -87,97 +84,7 @@ def tune(model: PreTrainedModel, rates: Rates, adapter: Adapter | None = None) -
         tuned = rate is not None and not (part == "language_model" and adapter is not None)
         for _, parameter in parameters:
             parameter.requires_grad_(tuned)
-    return model if adapter is None else _adapt(model, adapter)
-
-
-def _adapt(model: PreTrainedModel, adapter: Adapter) -> nn.Module:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as fault:
-        raise StageError(
-            "the stage has an adapter, which needs peft (pip install longvila[train]); "
-            "--set adapter=null trains the language model in full"
-        ) from fault
-    text = find_family(model).text_model(model)
-    prefix = next(name for name, module in model.named_modules() if module is text)
-    linear = {
-        f"{prefix}.{name}" if prefix else name
-        for name, module in text.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in adapter.targets
-    }
-    absent = set(adapter.targets) - {name.rsplit(".", 1)[-1] for name in linear}
-    if absent:
-        raise StageError(
-            f"adapter.targets names {sorted(absent)}, which no linear layer of "
-            f"{type(text).__name__} is called"
-        )
-    groups = {name: _group(model, text, name) for name in adapter.also_tune}
-    outside = [p for p in model.parameters() if p.requires_grad]
-    settings = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        bias="none",
-        target_modules=sorted(linear),
-    )
-    with warnings.catch_warnings():
-        # PEFT asks transformers by a name that is on its way out; nothing here can change that.
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        wrapped = get_peft_model(model, settings, autocast_adapter_dtype=False)
-    # PEFT freezes all it finds; what is tuned in full is tuned as itself, not as a copy.
-    for parameter in [*outside, *(p for group in groups.values() for p in group)]:
-        parameter.requires_grad_(True)
-    for name, group in groups.items():
-        _LOG.info("tuned in full: %s, %d parameters", name, sum(p.numel() for p in group))
-    return wrapped
-
-
-def _group(model: PreTrainedModel, text: PreTrainedModel, name: str) -> list[nn.Parameter]:
-    modules: list[nn.Module | None]
-    if name == "embeddings":
-        modules = [text.get_input_embeddings()]
-    elif name == "head":
-        modules = [model.get_output_embeddings()]
-    else:
-        modules = [
-            module
-            for module in text.modules()
-            if "norm" in type(module).__name__.lower() and not list(module.children())
-        ]
-    found = [p for module in modules if module is not None for p in module.parameters()]
-    if not found:
-        raise StageError(f"adapter.also_tune names {name!r}, but the language model has none")
-    return found
-
-
-def merge_adapter(state: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
-    """Fold low-rank adapters into the weights of a state dict.
-
-    Args:
-        state: Full tensors under the names that PEFT gives them.
-        adapter: What the adapters were made with.
-
-    Returns:
-        Full tensors under the names of the model without PEFT; merged weights in float32.
-
-    Raises:
-        CheckpointError: If an adapter stands beside no weight.
-    """
-    merged: dict[str, Tensor] = {}
-    low: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        name = name.removeprefix(_PREFIX)
-        owner, found, kind = name.partition(".lora_")
-        if found:
-            low.setdefault(f"{owner}.weight", {})[kind[0]] = tensor
-        else:
-            merged[name.replace(".base_layer.", ".")] = tensor
-    for name, pair in low.items():
-        if name not in merged or set(pair) != {"A", "B"}:
-            raise CheckpointError(f"an adapter for {name} has {sorted(pair)} and no weight beside")
-        delta = pair["B"].float() @ pair["A"].float()
-        merged[name] = merged[name].float() + delta * (adapter.alpha / adapter.rank)
-    return merged
+    return model if adapter is None else adapt(model, adapter)
 
 
 def set_context(model: PreTrainedModel, context: Context) -> None:

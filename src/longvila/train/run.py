@@ -46,7 +46,7 @@ from longvila.parallel.apply import ParallelPlan, parallelize
 from longvila.parallel.families import find_family
 from longvila.parallel.mmsp import plan_media
 from longvila.sp.mesh import SPMesh, build_mesh
-from longvila.train.checkpoint import seed_everything
+from longvila.train.checkpoint import held, seed_everything
 from longvila.train.loop import Progress, run_stage
 from longvila.train.parts import base_model, export_state, named_parts, set_context, tune
 from longvila.train.settings import to_yaml
@@ -121,7 +121,8 @@ def train(job: Job) -> Progress | None:
         if finished[0]:
             _LOG.info("%s is finished; nothing to do", job.output)
             return None
-        return _train(job, device)
+        with held(job.output):
+            return _train(job, device)
 
 
 def _train(job: Job, device: torch.device) -> Progress:

@@ -115,7 +115,8 @@ class Data:
     Attributes:
         mixture: Names of datasets with weights, or of a mixture that the data file names; null
             takes every dataset of the file once.
-        style: ``chat``, or ``plain`` for captions and documents without a template.
+        style: ``chat``, or ``plain`` for captions and documents without a template; a dataset that
+            says its own goes first.
         max_tokens: Tokens of a packed row, and most of a sample.
         max_documents: Most samples of a row; null for as many as fit.
         too_long: What becomes of longer samples.
@@ -245,6 +246,8 @@ class Saving:
         log_every: Steps between lines of the log.
         vila: Whether the end of the stage is also written in the original's layout.
         dtype: Type of the weights that the stage ends with.
+        trackers: Where numbers are shown beside ``metrics.jsonl``; null for TensorBoard where it is
+            installed.
     """
 
     every: int | None = 20
@@ -252,6 +255,7 @@ class Saving:
     log_every: int = 1
     vila: bool = False
     dtype: Precision = "bfloat16"
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.keep < 1 or self.log_every < 1 or (self.every is not None and self.every < 1):
@@ -356,10 +360,9 @@ _ALL = (
         name="pretrain",
         base="align",
         rates=Rates(projector=5e-5, language_model=5e-5),
-        # Two of its three sets are pictures with text and have no conversation.
+        # Two of its sets are pictures with text, plain by their adapters; one is conversations.
         data=Data(
             mixture="coyo_25m + mmc4core + sharegpt4v_pretrain",
-            style="plain",
             samples_per_step=1024,
         ),
     ),

@@ -69,6 +69,26 @@ def test_an_answer_and_a_line_of_timings(
     assert json.loads(as_json)["answer"] == out.strip()
 
 
+def test_two_processes_answer_as_one(
+    checkpoint: str,
+    media: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    argv = (media["film"], "What?", "--chat", "--model", checkpoint, "--device", "cpu")
+    argv = (*argv, "--frames", "7", "--max-new-tokens", "8")
+    outs = []
+    for gpus in ("1", "2"):
+        lines = ["And then?", "/video no/such.mp4", f"/video {media['other']} 3", "Both?"]
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+        status, out, err = run(capsys, *argv, "--gpus", gpus)
+        assert status == 0
+        assert "no/such.mp4: no such file" in err
+        assert sum(line.startswith("[") for line in err.splitlines()) == 3
+        outs.append(out)
+    assert outs[0] == outs[1]
+
+
 def test_a_checkpoint_in_the_original_layout_answers_alike(
     checkpoint: str, media: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

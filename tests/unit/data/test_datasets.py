@@ -122,7 +122,7 @@ def test_the_first_sample_of_each_set(name: str) -> None:
 @pytest.mark.parametrize("name", FIRST)
 def test_every_sample_becomes_a_document(name: str, processor: Any, media_dir: Path) -> None:
     """With real media in place of the names."""
-    style: Any = "plain" if name == "mmc4" else "chat"
+    style: Any = "chat"
     encoder = Encoder(processor, 4096, style=style)
     dataset = opened(name)
     for index in range(len(dataset)):
@@ -207,6 +207,22 @@ def test_options_of_adapters() -> None:
     assert shown(opened("shot2story")[4])[1] == "a A street, then a hall."
     with pytest.raises(ValueError, match=r"no options \['size'\]"):
         opened("coyo", options={"size": 3})
+
+
+def test_pictures_with_text_are_plain_beside_conversations(tmp_path: Path) -> None:
+    assert {name for name, adapter in ADAPTERS.items() if adapter.style} == {"mmc4", "coyo"}
+    assert opened("mmc4")[0].style == opened("coyo")[0].style == "plain"
+    assert opened("llava")[0].style is None
+    (tmp_path / "a.jsonl").write_text('{"text": "a kettle", "image": "a.jpg"}\n')
+    (tmp_path / "sets.yaml").write_text(
+        "datasets:\n"
+        "  own: {adapter: coyo, path: a.jsonl, style: chat}\n"
+        "  as_it_is: {adapter: coyo, path: a.jsonl}\n"
+    )
+    datasets = read_file(tmp_path / "sets.yaml").datasets
+    assert [datasets[name][0].style for name in ("own", "as_it_is")] == ["chat", "plain"]
+    with pytest.raises(ValueError, match="style must be chat or plain, got 'llama_3'"):
+        open_dataset("coyo", tmp_path / "a.jsonl", style="llama_3")
 
 
 def test_webdataset_shards(tmp_path: Path) -> None:

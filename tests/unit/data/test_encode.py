@@ -87,6 +87,19 @@ def test_plain_captions_have_no_template(processor: Any, media_dir: Path) -> Non
     assert text == "<image>" * 9 + "\nA grey\n\nsquare.\n"
 
 
+def test_a_samples_own_style_goes_before_the_stages(processor: Any, media_dir: Path) -> None:
+    image = Media("image", str(media_dir / "image0.png"))
+    turns = (Turn("user", (image, "Describe.")), Turn("assistant", ("A square.",)))
+    for style, other in (("plain", "chat"), ("chat", "plain")):
+        own: Any = Sample("x", "y", turns, style=style)  # type: ignore[arg-type]
+        stage: Any = Encoder(processor, 4096, style=other)
+        expected = encoded(Encoder(processor, 4096, style=style), Sample("x", "y", turns))  # type: ignore[arg-type]
+        assert torch.equal(encoded(stage, own).input_ids, expected.input_ids)
+        assert not torch.equal(
+            encoded(stage, own).input_ids, encoded(stage, Sample("x", "y", turns)).input_ids
+        )
+
+
 def test_interleaved_documents_learn_their_sentences(processor: Any, media_dir: Path) -> None:
     image = Media("image", str(media_dir / "image0.png"))
     sample = Sample("x", "y", (Turn("assistant", ("First. ", image, "Second.")),))

@@ -157,3 +157,62 @@ def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="a folder without"):
         open_records(tmp_path / "empty")
+
+
+def test_hugging_face_datasets_are_read_for_real(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed")
+    from PIL import Image
+
+    from longvila.data.datasets import open_dataset, read_file
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Image.new("RGB", (8, 6), (9, 90, 9)).save(tmp_path / "a.png")
+    rows = [
+        {
+            "id": str(n),
+            "image": str(tmp_path / "a.png"),
+            "conversations": [
+                {"from": "human", "value": f"<image>\nQuestion {n}?"},
+                {"from": "gpt", "value": "Green."},
+            ],
+        }
+        for n in range(5)
+    ]
+    whole = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    whole.save_to_disk(str(tmp_path / "disk"))
+    datasets.DatasetDict({"train": whole}).save_to_disk(str(tmp_path / "splits"))
+    (tmp_path / "parquet").mkdir()
+    whole.to_parquet(str(tmp_path / "parquet" / "train-0.parquet"))
+    named = f"hf:{tmp_path / 'parquet'}#train"
+    (tmp_path / "sets.yaml").write_text(
+        "datasets:\n"
+        "  disk: {adapter: llava, path: disk}\n"
+        f"  hub: {{adapter: llava, path: '{named}'}}\n"
+    )
+    listed = read_file(tmp_path / "sets.yaml").datasets
+    shuffled = whole.select([4, 3, 2, 1, 0]).select([4, 3, 2, 1, 0])
+    for dataset in (open_dataset("llava", shuffled), listed["disk"], listed["hub"]):
+        assert [sample.turns[0].text for sample in dataset] == [f"Question {n}?" for n in range(5)]
+        assert len(dataset) == 5
+        # Pictures are not decoded for their records; a file keeps its bytes.
+        source = dataset[1].media[0].source
+        assert isinstance(source, str | bytes)
+        assert len(pickle.loads(pickle.dumps(dataset.records))) == 5
+    assert isinstance(listed["disk"][0].media[0].source, bytes)
+    with pytest.raises(ValueError, match=r"holds the splits \['train'\]; name one"):
+        open_records(tmp_path / "splits")
+    assert len(open_records(tmp_path / "splits" / "train")) == 5
+    with pytest.raises(TypeError, match="a mapping of"):
+        open_records(datasets.DatasetDict({"train": whole}))
+    with pytest.raises(TypeError, match="Streams have no index"):
+        open_records(whole.to_iterable_dataset())
+
+
+def test_datasets_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="hf:owner/set: pip install datasets"):
+        open_records("hf:owner/set")

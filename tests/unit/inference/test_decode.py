@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longvila.inference.decode import attend_segment, merge_stacked
+from longvila.inference.decode import attend_segment, chunk_tokens, merge_stacked
 from longvila.ops.attention import attention_forward
 from longvila.ops.lse import merge_many
 
@@ -35,6 +35,26 @@ def test_folding_sharing_and_splitting_change_nothing(
     )
     torch.testing.assert_close(out, expected[0])
     torch.testing.assert_close(lse, expected[1])
+
+
+@pytest.mark.parametrize("piece", [5, 17, 22, 40])
+@pytest.mark.parametrize("causal", [False, True])
+def test_pieces_of_a_long_segment_change_nothing(causal: bool, piece: int) -> None:
+    q, k, v = tensors(1, 20, 40)
+    out, lse = attend_segment(q, k, v, causal=causal, softmax_scale=None, piece_tokens=piece)
+    expected = attention_forward(q, k, v, causal=causal, backend="eager", needs_backward=False)
+    torch.testing.assert_close(out, expected[0])
+    torch.testing.assert_close(lse, expected[1])
+
+
+@pytest.mark.parametrize("tokens", [600, 9000, 65_537, 1_182_000])
+@pytest.mark.parametrize("kv_heads", [1, 4, 8, 32])
+def test_chunks_fill_every_round_and_leave_little_over(tokens: int, kv_heads: int) -> None:
+    chunk = chunk_tokens(tokens, kv_heads, 132)
+    chunks = tokens // chunk
+    assert chunk >= 512 and tokens - chunks * chunk < max(chunks, 2)
+    if tokens > 10**6:
+        assert 4 * 132 - kv_heads < chunks * kv_heads <= 4 * 132
 
 
 @pytest.mark.parametrize("new", [1, 4])

@@ -268,6 +268,53 @@ def test_padding_of_a_prompt_is_left_out() -> None:
     assert said(out)[9:] == expected
 
 
+@pytest.mark.parametrize("lengths", [(3, 1), (2, 7, 4), (5, 5)])
+def test_questions_of_different_lengths_are_answered_together(lengths: tuple[int, ...]) -> None:
+    model, inputs = language_model(), prompt(40)
+    questions = [prompt(n, seed=n)["input_ids"][0] for n in lengths]
+    wholes = [torch.cat([inputs["input_ids"], q[None]], 1) for q in questions]
+    expected = [greedy(model, {"input_ids": w}, 8)[w.shape[1] :] for w in wholes]
+    with Engine(model, split_tokens=8) as engine:
+        cache = engine.prefill(inputs)
+        answers = engine.generate_many(cache, questions, max_new_tokens=8, do_sample=False)
+        assert [a.tolist() for a in answers] == expected
+        assert cache.get_seq_length() == 40 and cache.pads is None
+        end = expected[0][3]
+        cut = engine.generate_many(
+            cache, questions, max_new_tokens=8, do_sample=False, eos_token_id=end
+        )
+        for answer, whole in zip(cut, expected, strict=True):
+            stop = whole.index(end) + 1 if end in whole else 8
+            assert answer.tolist() == whole[:stop]
+        beams = engine.generate_many(
+            cache, questions, max_new_tokens=4, num_beams=2, do_sample=False
+        )
+        # Logits of a step, and of one after it that all rows take; then the rows go apart again.
+        fork = engine.fork(cache)
+        logits = [engine.decode(fork, questions), engine.decode(fork, torch.ones(len(lengths), 3,
+                                                                dtype=torch.long))]  # fmt: skip
+        later = engine.decode(engine.fork(fork), torch.full((len(lengths), 1), 2))
+        if len(set(lengths)) > 1:
+            with pytest.raises(ValueError, match="differ in length at one place"):
+                engine.decode(engine.fork(fork), questions)
+        fork.crop(-3 - max(lengths))
+        assert fork.pads is None and greedy_behind(engine, fork) == greedy(model, inputs, 3)
+    for row, whole in enumerate(wholes):
+        more = torch.cat([whole, torch.ones(1, 3, dtype=torch.long), torch.tensor([[2]])], 1)
+        after = model(input_ids=more).logits[0]
+        torch.testing.assert_close(logits[0][row], after[whole.shape[1] - 1])
+        torch.testing.assert_close(logits[1][row], after[-2])
+        torch.testing.assert_close(later[row], after[-1])
+        alone = model.generate(
+            whole, max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0
+        )
+        assert beams[row].tolist() == alone[0, whole.shape[1] :].tolist()
+
+
+def greedy_behind(engine: Engine, cache: Any) -> list[int]:
+    return said(engine.generate(cache, max_new_tokens=3, do_sample=False))
+
+
 def test_rows_of_questions_share_a_prefix_of_one_row() -> None:
     model, inputs = language_model(), prompt(40)
     rows = torch.cat([prompt(5, seed=n)["input_ids"] for n in (1, 2, 3)])

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from longvila.errors import ContextLengthError
+from longvila.inference.engine import Engine
 from longvila.inference.session import Session
 from longvila.media.synthetic import clip, damage, numbered_frame
 from longvila.model.processing_longvila import LongVILAProcessor
@@ -195,7 +196,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_anything_is_encoded(film: P
     long = session.load_video(film, num_frames=16)
     with pytest.raises(ContextLengthError, match=r"film\.mp4: 160\).*the model's context is 128"):
         session.ask("What?", [long], max_new_tokens=4)
-    assert long.rows is None and session.messages == [] and session.media == []
+    assert session.messages == [] and session.media == []
     with pytest.raises(ContextLengthError, match="100 new ones"):
         session.ask("What?", max_new_tokens=100)
     assert session.ask("What?", max_new_tokens=4).timings.new_tokens <= 4
@@ -230,13 +231,69 @@ def test_progress_and_missing_frames(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     session = Session(model, processor, progress=lambda *step: seen.append(step))
     medium = session.load_video(path, num_frames=30)
-    assert medium.frames + len(medium.missing) == 30
-    session.ask("What?", [medium], max_new_tokens=2)
-    decoded = [step for step in seen if step[0] == "decode"]
-    encoded = [step for step in seen if step[0] == "encode"]
-    assert decoded[-1] == ("decode", medium.frames, 30)
-    assert encoded[-1] == ("encode", medium.frames, medium.frames)
-    assert len(encoded) > 1
+    answer = session.ask("What?", [medium], max_new_tokens=2)
+    assert medium.missing and medium.frames + len(medium.missing) == 30
+    assert len(medium.timestamps_s) == medium.frames
+    stages = {name: [step for step in seen if step[0] == name] for name in ("decode", "encode")}
+    for name, steps in stages.items():
+        assert steps[-1] == (name, medium.frames, medium.frames)
+        assert len(steps) > 1
+    messages = [user({"type": "video", "path": str(path)}, text("What?"))]
+    _, expected = whole(model, processor, messages, 2, num_frames=30)
+    assert list(answer.token_ids) == expected
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_frames_are_decoded_while_the_prompt_is_read_and_are_not_kept(
+    film: Path, background: bool
+) -> None:
+    model, processor = build(vision_batch_size=2)
+    session = Session(Engine(model, chunk_tokens=16), processor, background=background)
+    medium = session.load_video(film, num_frames=12)
+    seen: list[str] = []
+    session.progress = lambda stage, done, total: seen.append(stage)
+    assert seen == []  # nothing is decoded before it is asked for
+    alive: list[int] = []
+    model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: alive.append((args or tuple(kwargs.values()))[0].shape[0]),
+        with_kwargs=True,
+    )
+    answer = session.ask("What?", [medium], max_new_tokens=4)
+    assert max(alive) == 2 and sum(alive) == 12
+    if not background:
+        # The text model reads before the last frames are decoded.
+        assert seen.index("read") < len(seen) - 1 - seen[::-1].index("decode")
+    messages = [user({"type": "video", "path": str(film)}, text("What?"))]
+    _, expected = whole(model, processor, messages, 4, num_frames=12)
+    assert list(answer.token_ids) == expected
+
+
+def test_a_video_is_watched_before_it_is_asked_about(film: Path) -> None:
+    model, processor = build(seed=6)
+    session = Session(model, processor)
+    watching = session.watch([session.load_video(film, num_frames=5)])
+    assert watching.prompt_tokens > 50 and watching.new_tokens == 0
+    answer = session.ask("What is it?", max_new_tokens=8)
+    assert answer.timings.cached_tokens == watching.prompt_tokens
+    _, expected = whole(
+        model, processor, [user({"type": "video", "path": str(film)}, text("What is it?"))], 8,
+        num_frames=5,
+    )  # fmt: skip
+    assert list(answer.token_ids) == expected
+    second = session.ask("And?", max_new_tokens=4)
+    assert second.timings.cached_tokens >= answer.timings.prompt_tokens
+
+
+def test_sessions_of_one_model_share_its_engine(film: Path) -> None:
+    model, processor = build(seed=7)
+    with Engine(model) as engine:
+        one, two = (Session(engine, processor) for _ in range(2))
+        first = one.ask("What?", [one.load_video(film, num_frames=3)], max_new_tokens=4)
+        second = two.ask("What?", [two.load_video(film, num_frames=3)], max_new_tokens=4)
+        assert first.token_ids == second.token_ids
+    alone = Session(model, processor)
+    alone.close()
+    assert "forward" not in vars(model)
 
 
 def test_sampling_follows_the_seed() -> None:

@@ -20,6 +20,7 @@ from train_cases import Rows, assert_same, fresh_model, put_on_mesh, whole
 from longvila.errors import CheckpointError
 from longvila.testing import Rank
 from longvila.testing.ranks import run_ranks
+from longvila.testing.tiny import tiny_model
 from longvila.train import checkpoint
 from longvila.train.loop import run_stage
 from longvila.train.parts import tune
@@ -41,13 +42,14 @@ def train(
     stop_after: int | None = None,
     stage: Stage = STAGE,
     rows_per_epoch: int = 1000,
+    seed: int = 3,
 ) -> dict[str, Any]:
     checkpoint.seed_everything(0)
-    model = tune(fresh_model(torch.float64), stage.rates, stage.adapter)
+    model = tune(tiny_model(seed=seed, dtype=torch.float64), stage.rates, stage.adapter)
     model, mesh = put_on_mesh(model, sp=sp, fsdp=_ is not None)
     loader = Rows(mesh, dtype=torch.float64, rows_per_epoch=rows_per_epoch)
     progress = run_stage(
-        model, mesh, loader, stage, Path(output), stop_after=stop_after, tensorboard=False
+        model, mesh, loader, stage, Path(output), stop_after=stop_after, trackers=()
     )
     return {
         "step": progress.step, "losses": progress.losses, "seen": progress.seen,
@@ -79,6 +81,30 @@ def test_random_numbers_go_on_too(tmp_path: Path) -> None:
     assert begun["losses"] + resumed["losses"] == whole_run["losses"]
     for name, value in whole_run["weights"].items():
         assert np.array_equal(resumed["weights"][name], value), name
+
+
+def breaks(_: Rank, output: str) -> str:
+    """Rank 1 cannot make its second row."""
+    model, mesh = put_on_mesh(tune(fresh_model(torch.float64), STAGE.rates))
+    loader = Rows(mesh, dtype=torch.float64)
+
+    class Broken(Rows):
+        def __iter__(self) -> Any:
+            for number, batch in enumerate(Rows.__iter__(self)):
+                if number == 2 and mesh.rank == 1:
+                    raise OSError("the disk is gone")
+                yield batch
+
+    loader.__class__ = Broken
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        run_stage(model, mesh, loader, STAGE, Path(output), trackers=())
+    return f"{caught.value} {caught.value.__notes__}"
+
+
+def test_a_rank_that_breaks_says_where_it_was(tmp_path: Path) -> None:
+    said = run_ranks(breaks, 2, str(tmp_path))
+    assert "the disk is gone ['on rank 1 (dp 1, ring 0, ulysses 0), step 2']" in said[1]
+    assert "on rank 0 (dp 0, ring 0, ulysses 0), step 2" in said[0]
 
 
 def test_a_finished_stage_takes_no_further_step(tmp_path: Path) -> None:
@@ -117,6 +143,34 @@ def test_epochs_and_samples_end_a_stage(tmp_path: Path) -> None:
     assert {"tokens_per_s_per_gpu", "data_wait_share", "tflops_per_gpu"} <= set(lines[0])
 
 
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*.distcp"))
+
+
+def test_frozen_parts_are_saved_once(tmp_path: Path) -> None:
+    frozen = replace(STAGE, rates=Rates(projector=1e-3), saving=Saving(every=1, keep=2))
+    whole_run = train(None, str(tmp_path / "one"), stage=frozen)
+    run_ranks(train, 2, str(tmp_path / "two"), 2, 2, frozen)
+    saves = tmp_path / "two" / "saves"
+    before = {p: p.stat().st_mtime_ns for p in (saves / "frozen").iterdir()}
+    # Saves hold the projector and its two moments; all else is beside them.
+    assert size_of(saves / "step-2") < size_of(saves / "frozen")
+    # On another number of ranks, and from another model: the frozen weights are the run's own.
+    resumed = train(None, str(tmp_path / "two"), stage=frozen, seed=8)
+    assert resumed["step"] == 4
+    assert_same(resumed["weights"], whole_run["weights"], 1e-5)
+    name = "model.language_model.embed_tokens.weight"
+    assert np.array_equal(resumed["weights"][name], whole_run["weights"][name])
+    assert {p: p.stat().st_mtime_ns for p in (saves / "frozen").iterdir()} == before
+    (saves / "frozen" / "name").write_text("other")
+    with pytest.raises(CheckpointError, match="of another run; copy saves with their folder"):
+        train(None, str(tmp_path / "two"), stage=frozen)
+    for path in saves.glob("step-*"):
+        path.rename(path.with_name(f"gone-{path.name}"))
+    train(None, str(tmp_path / "two"), stage=frozen, stop_after=1)
+    assert (saves / "frozen" / "name").read_text() != "other"
+
+
 def test_a_save_of_another_stage_or_adapter_is_refused(tmp_path: Path) -> None:
     train(None, str(tmp_path), stop_after=1)
     with pytest.raises(CheckpointError, match="a save of the stage sft, this is align"):
@@ -125,7 +179,7 @@ def test_a_save_of_another_stage_or_adapter_is_refused(tmp_path: Path) -> None:
         train(None, str(tmp_path), stage=replace(STAGE, adapter=Adapter()))
     run = tmp_path / "saves" / "step-1" / "run.json"
     run.write_text(json.dumps({**json.loads(run.read_text()), "version": 99}))
-    with pytest.raises(CheckpointError, match="is of version 99, this is 1"):
+    with pytest.raises(CheckpointError, match="is of version 99, this is 2"):
         checkpoint.find_saves(tmp_path / "saves")
 
 

@@ -69,7 +69,7 @@ def test_lines(tmp_path: Path) -> None:
     clock.began -= 2.0
     clock.waited_s = 1.0
     device = torch.device("cpu")
-    metrics = Metrics(tmp_path, needed, world_size=4, device=device, tensorboard=False)
+    metrics = Metrics(tmp_path, needed, world_size=4, device=device, trackers=())
     line = metrics.measure(7, result, clock, rate=0.5)
     metrics.write(line)
     metrics.close()

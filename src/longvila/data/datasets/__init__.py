@@ -6,7 +6,11 @@
     mixtures:
       sft: clips*2 + text
 
-Paths in such a file are relative to it. Unknown keys are errors.
+Paths in such a file are relative to it; ``hf:`` names are as they are. Unknown keys are errors.
+
+``style: plain`` (or ``chat``) says how a set is read whatever the stage says. Pictures with text
+and interleaved documents (``coyo``, ``mmc4``) are plain by themselves, as in the original, so that
+pre-training mixes them with conversations.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from longvila.data.records import open_records
 ADAPTERS: Mapping[str, Adapter] = {
     adapter.name: adapter for adapter in (*llava.ADAPTERS, *captions.ADAPTERS, *questions.ADAPTERS)
 }
-_KEYS = {"adapter", "path", "media_dir", "under", "options"}
+_KEYS = {"adapter", "path", "media_dir", "under", "options", "style"}
 
 __all__ = ["ADAPTERS", "Adapter", "DataFile", "Dataset", "SchemaError", "open_dataset", "read_file"]
 
@@ -40,6 +44,7 @@ def open_dataset(
     media_dir: str | Path | None = None,
     under: str | None = None,
     options: Mapping[str, Any] | None = None,
+    style: Any = None,
 ) -> Dataset:
     """Open a dataset.
 
@@ -50,6 +55,7 @@ def open_dataset(
         media_dir: Folder that media paths are relative to.
         under: For a JSON mapping, the key below which records are; None for the adapter's.
         options: Options of the adapter.
+        style: ``chat`` or ``plain``; None for the adapter's own, or else the stage's.
 
     Returns:
         The dataset.
@@ -68,7 +74,9 @@ def open_dataset(
     if adapter.under is not None and under is None and isinstance(source, str | Path):
         under = adapter.under
     records = open_records(source, under=under)
-    return Dataset(name or adapter.name, records, adapter, media_dir=media_dir, options=options)
+    return Dataset(
+        name or adapter.name, records, adapter, media_dir=media_dir, options=options, style=style
+    )
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ def read_file(path: str | Path) -> DataFile:
                 f"got {sorted(entry)}"
             )
         paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
-        found = [path.parent / each for each in paths]
+        found = [each if str(each).startswith("hf:") else path.parent / each for each in paths]
         media_dir = entry.get("media_dir")
         datasets[name] = open_dataset(
             entry["adapter"],
@@ -116,5 +124,6 @@ def read_file(path: str | Path) -> DataFile:
             media_dir=None if media_dir is None else path.parent / media_dir,
             under=entry.get("under"),
             options=entry.get("options"),
+            style=entry.get("style"),
         )
     return DataFile(datasets, dict(content.get("mixtures") or {}))

@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from longvila.data.records import Record, Records
-from longvila.data.sample import Kind, Media, Sample, Turn
+from longvila.data.sample import Kind, Media, Sample, Style, Turn
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -75,6 +75,7 @@ class Adapter:
         source: Where and how the schema was read.
         under: For a JSON mapping, the key below which records are.
         options: Names of the options it takes.
+        style: How its samples are always read; None for what the stage says.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Adapter:
     source: str
     under: str | None = None
     options: tuple[str, ...] = ()
+    style: Style | None = None
 
     def __call__(self, record: Record, context: Context) -> Sample:
         """Make a sample of a record.
@@ -120,9 +122,11 @@ class Dataset:
         adapter: The adapter.
         media_dir: Folder that media paths are relative to.
         options: Options of the adapter.
+        style: How its samples are read, ``chat`` or ``plain``; None for the adapter's style, or
+            else the stage's.
 
     Raises:
-        ValueError: If the adapter has no such option.
+        ValueError: If the adapter has no such option, or there is no such style.
     """
 
     def __init__(
@@ -133,10 +137,14 @@ class Dataset:
         *,
         media_dir: str | Path | None = None,
         options: Mapping[str, Any] | None = None,
+        style: Style | None = None,
     ) -> None:
         self.name, self.records, self.adapter = name, records, adapter
         self.media_dir = None if media_dir is None else Path(media_dir)
         self.options = dict(options or {})
+        if style not in (None, *get_args(Style)):
+            raise ValueError(f"dataset {name!r}: style must be chat or plain, got {style!r}")
+        self.style = style or adapter.style
         unknown = sorted(set(self.options) - set(adapter.options))
         if unknown:
             raise ValueError(
@@ -151,7 +159,8 @@ class Dataset:
     def __getitem__(self, index: int) -> Sample:
         """Return one sample."""
         context = Context(self.name, index, self.media_dir, self.options)
-        return self.adapter(self.records[index], context)
+        sample = self.adapter(self.records[index], context)
+        return sample if self.style is None else replace(sample, style=self.style)
 
 
 def conversation(

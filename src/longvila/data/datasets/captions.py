@@ -162,13 +162,13 @@ ADAPTERS = (
         "mmc4", "Multimodal C4, documents with images", ("text_list", "image_info"),
         ("url", "similarity_matrix", "could_have_url_duplicate"), _mmc4, True,
         "the README of allenai/mmc4; image_base64 is what the original's own shards add",
-        options=("max_images", "min_similarity"),
+        options=("max_images", "min_similarity"), style="plain",
     ),
     Adapter(
         "coyo", "COYO-700M, image and alt text", (),
         ("text", "caption", "image", "rawbytes", *_COYO_META), _coyo, True,
         "the dataset card of kakaobrain/coyo-700m; image and rawbytes are the original's shards",
-        options=("question",),
+        options=("question",), style="plain",
     ),
     Adapter(
         "wit", "Wikipedia image-text", ("language", "page_title", "image_url"), _WIT_META, _wit,

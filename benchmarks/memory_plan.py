@@ -1,0 +1,449 @@
+"""How far is the planned peak of a training step from the measured one?
+
+Real training steps (`longvila.train.step.train_step`: FSDP2, checkpoints, tiled loss, AdamW) of
+random-weight models with the layers of Qwen2-7B and the tower of SigLIP-so400m, few enough of them
+that a case takes seconds. Each case runs twice; the second step is measured, by phase: up to the
+loss, backward, optimiser. The allocator's own count is read at the seams without waiting for the
+device. Beside it stands what `longvila.memory.estimate` says of the same model (read from the model
+by `longvila.parallel.sizes`), row and settings, and the error in percent.
+
+The rows ``rate/...`` are sustained rates of this machine, which ``longvila plan --rates FILE``
+reads: matrix products as wide as the model's, copies within the device, and to and from pinned
+host memory.
+
+On a CPU the live bytes of tensors are counted operator by operator, for tests with tiny shapes.
+
+    python -m benchmarks.memory_plan
+    torchrun --nproc-per-node 2 -m benchmarks.memory_plan
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import _cluster
+from benchmarks._cluster import Cluster
+from benchmarks._results import Report, Row, hardware
+
+QUESTION = "How far is the planned peak of a training step from the measured one?"
+GIB = 2**30
+PHASES = ("forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One shape.
+
+    Attributes:
+        name: For the row.
+        layers: Text layers.
+        tokens: Tokens of the row a rank, frames included.
+        frames: Frames a rank.
+        targets: Tokens with a loss a rank; None for all.
+        checkpointing: Whether layers run again.
+        offload_gib: Host budget.
+        frames_per_call: Frames in the tower at once.
+        tuned: Parts that are tuned, by their first letters: tower, projector, language model.
+        micro_batches: Rows of a step.
+    """
+
+    name: str
+    layers: int = 4
+    tokens: int = 32768
+    frames: int = 0
+    targets: int | None = None
+    checkpointing: bool = True
+    offload_gib: float = 0.0
+    frames_per_call: int = 32
+    tuned: str = "tpl"
+    micro_batches: int = 1
+
+
+CASES = (
+    Case(name="text 32K"),
+    Case(name="text 64K, short answer", tokens=65536, targets=512),
+    Case(name="text 16K, two micro-batches", tokens=16384, micro_batches=2),
+    Case(name="text 96K, offload", tokens=98304, targets=512, offload_gib=8.0),
+    Case(name="no checkpoints 12K", tokens=12288, checkpointing=False),
+    Case(name="128 frames, 32 at once", tokens=26240, frames=128, targets=512),
+    Case(name="128 frames, 8 at once", tokens=26240, frames=128, targets=512, frames_per_call=8),
+    Case(name="128 frames, frozen tower", tokens=26240, frames=128, targets=512, tuned="pl"),
+    Case(name="2 layers, 160K", layers=2, tokens=163840, targets=512),
+)
+
+TINY = (
+    Case(name="text", layers=3, tokens=1024, targets=64),
+    Case(name="no checkpoints", layers=3, tokens=512, targets=64, checkpointing=False),
+    Case(name="frames", layers=2, tokens=256, frames=16, targets=32, frames_per_call=8),
+)
+
+
+def build_model(options: argparse.Namespace, case: Case, device: torch.device) -> Any:
+    """A model of random weights in float32, its untuned parts frozen."""
+    from transformers import Qwen2Config, SiglipVisionConfig
+
+    from longvila.model.configuration_longvila import LongVILAConfig
+    from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
+    from longvila.train.parts import tune
+
+    vision = SiglipVisionConfig(
+        hidden_size=options.width,
+        intermediate_size=options.mlp_width,
+        num_hidden_layers=options.vision_layers,
+        num_attention_heads=options.vision_heads,
+        image_size=options.image_size,
+        patch_size=14,
+    )
+    text = Qwen2Config(
+        hidden_size=options.model_dim,
+        intermediate_size=options.text_mlp,
+        num_hidden_layers=case.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.kv_heads,
+        vocab_size=options.vocab,
+        max_position_embeddings=2**21,
+        layer_types=["full_attention"] * case.layers,
+        tie_word_embeddings=False,
+    )
+    config = LongVILAConfig(
+        vision_config=vision,
+        text_config=text,
+        vision_batch_size=case.frames_per_call,
+        image_token_id=options.vocab,
+        video_token_id=options.vocab + 1,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LongVILAForConditionalGeneration(config)
+    return tune(model.train(), rates(case))
+
+
+def rates(case: Case) -> Any:
+    from longvila.train.stages import Rates
+
+    return Rates(
+        vision_tower=1e-5 if "t" in case.tuned else None,
+        projector=1e-5 if "p" in case.tuned else None,
+        language_model=1e-5 if "l" in case.tuned else None,
+    )
+
+
+def make_batch(config: Any, case: Case, world_size: int) -> dict[str, Any]:
+    """A row on the host, as a loader gives it: frames first, targets last, a rank's own pixels."""
+    generator = torch.Generator().manual_seed(1)
+    tokens, frames = case.tokens * world_size, case.frames * world_size
+    vocabulary = config.text_config.vocab_size
+    ids = torch.randint(0, vocabulary, (1, tokens), generator=generator)
+    rows = config.tokens_per_frame + 1
+    if frames:
+        if frames * rows > tokens:
+            raise ValueError(f"{frames} frames have {frames * rows} tokens, the row {tokens}")
+        ids[0, : frames * rows].view(frames, rows)[:, :-1] = config.video_token_id
+    labels = ids.clone()
+    targets = tokens if case.targets is None else case.targets * world_size
+    labels[:, : tokens - targets] = -100
+    batch: dict[str, Any] = {"input_ids": ids, "labels": labels}
+    if frames:
+        # Frames cost alike, so every rank is dealt as many.
+        size = (case.frames, 3, *config.image_size)
+        batch["local_pixel_values_videos"] = torch.randn(size, generator=generator)
+        batch["video_num_frames"] = torch.tensor([frames])
+    return batch
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Phases:
+    """Peaks of the phases of a step; the counter starts anew at each seam."""
+
+    cluster: Cluster
+    live: Any = None
+    peaks: dict[str, int] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        if self.live is not None:
+            self.live.reset_peak()
+        else:
+            torch.cuda.reset_peak_memory_stats(self.cluster.device)
+
+    def end(self, phase: str) -> None:
+        peak = self.live.peak_bytes if self.live is not None else self.cluster.peak_bytes()
+        self.peaks[phase] = max(self.peaks.get(phase, 0), peak)
+        self.begin()
+
+
+@contextlib.contextmanager
+def phases(model: Any, optimizer: Any, cluster: Cluster) -> Iterator[Phases]:
+    """Mark the seams of the steps inside: the forward's end, the optimiser's begin."""
+    if cluster.is_cuda:
+        found = Phases(cluster)
+        counted: Any = contextlib.nullcontext()
+    else:
+        from longvila.testing.live_bytes import LiveBytes
+
+        states = [s for each in optimizer.state.values() for s in each.values()]
+        counted = LiveBytes([*model.parameters(), *model.buffers(), *states])
+        found = Phases(cluster, counted)
+    handles = [
+        model.register_forward_pre_hook(lambda *_: found.end("backward")),
+        model.register_forward_hook(lambda *_: found.end("forward")),
+        optimizer.register_step_pre_hook(lambda *_: found.end("backward")),
+    ]
+    with counted:
+        found.begin()
+        yield found
+        found.end("optimizer")
+    for handle in handles:
+        handle.remove()
+
+
+def phase_of(moment: str) -> str:
+    if moment.startswith(("tower forward", "loss")):
+        return "forward"
+    return "optimizer" if moment == "optimizer" else "backward"
+
+
+def measure(case: Case, options: argparse.Namespace, cluster: Cluster) -> Row:
+    """Run one case; return planned and measured peaks."""
+    from longvila.memory.estimate import training_peak
+    from longvila.memory.offload import Offload
+    from longvila.memory.operations import Load, Tuned
+    from longvila.memory.settings import Ranks, Settings
+    from longvila.parallel.apply import ParallelPlan, parallelize
+    from longvila.parallel.sizes import size_of
+    from longvila.sp.mesh import build_mesh
+    from longvila.train.stages import Optimizer
+    from longvila.train.step import build_optimizer, train_step
+
+    world = cluster.world_size
+    model = build_model(options, case, cluster.device)
+    config, size = model.config, size_of(model)
+    mesh = build_mesh(
+        world, num_heads=options.heads, num_kv_heads=options.kv_heads,
+        device_type=cluster.device.type,
+    )  # fmt: skip
+    budget = int(case.offload_gib * GIB)
+    plan = ParallelPlan(
+        activation_checkpointing=case.checkpointing,
+        offload=Offload(budget_bytes=budget) if budget else None,
+        two_stage=True,
+    )
+    parallelize(model, mesh, plan)
+    optimizer = build_optimizer(model, rates(case), Optimizer())
+    batches = [make_batch(config, case, world)] * case.micro_batches
+    backend = options.backend or chosen_backend(options, cluster)
+    train_step(model, batches, optimizer, mesh)
+    gc.collect()
+    cluster.barrier()
+    steady = torch.cuda.memory_allocated(cluster.device) if cluster.is_cuda else 0
+    began = time.perf_counter()
+    with phases(model, optimizer, cluster) as found:
+        train_step(model, batches, optimizer, mesh)
+    cluster.synchronize()
+    step_s = time.perf_counter() - began
+    load = Load(
+        tokens=case.tokens * world,
+        frames=case.frames * world,
+        targets=(case.tokens if case.targets is None else case.targets) * world,
+        micro_batches=case.micro_batches,
+    )
+    settings = Settings(
+        checkpointing=case.checkpointing, offload_bytes=budget, backend=backend,
+        loss_tile_rows=plan.loss_tile_rows,
+    )  # fmt: skip
+    tuned = Tuned(tower="t" in case.tuned, projector="p" in case.tuned, text="l" in case.tuned)
+    ranks = Ranks(ring=mesh.ring_size, ulysses=mesh.ulysses_size, kv_exchange=mesh.plan.kv_exchange)
+    peak = training_peak(size, load, ranks=ranks, settings=settings, tuned=tuned)
+    predicted = dict.fromkeys(PHASES, 0.0)
+    for moment, parts in peak.moments.items():
+        phase = phase_of(moment)
+        predicted[phase] = max(predicted[phase], sum(parts.values()))
+    values = cluster.everywhere([float(found.peaks[phase]) for phase in PHASES])
+    measured = dict(zip(PHASES, values, strict=True))
+    highest = max(measured.values())
+    metrics = {
+        "peak_gib": highest / GIB,
+        "planned_gib": peak.bytes / GIB,
+        "error_percent": 100 * (peak.bytes / highest - 1),
+        "step_s": step_s,
+    }
+    for phase in PHASES:
+        metrics[f"{phase}_peak_gib"] = measured[phase] / GIB
+        metrics[f"{phase}_planned_gib"] = predicted[phase] / GIB
+    if cluster.is_cuda:
+        metrics["between_steps_gib"] = steady / GIB
+        metrics["reserved_gib"] = torch.cuda.max_memory_reserved(cluster.device) / GIB
+        free, total = torch.cuda.mem_get_info(cluster.device)
+        outside = total - free - torch.cuda.memory_reserved(cluster.device)
+        metrics["outside_torch_gib"] = outside / GIB
+    shape = {
+        "layers": case.layers, "frames": load.frames, "targets": load.targets,
+        "sequence_parallel": world, "checkpointing": case.checkpointing,
+        "offload_gib": case.offload_gib, "frames_per_call": case.frames_per_call,
+        "tuned": case.tuned, "micro_batches": case.micro_batches, "backend": backend,
+    }  # fmt: skip
+    about = {
+        "moment": peak.moment,
+        "planned_parts_gib": {name: round(n / GIB, 4) for name, n in peak.parts.items()},
+        "planned_moments_gib": {
+            name: round(sum(parts.values()) / GIB, 4) for name, parts in peak.moments.items()
+        },
+    }
+    return Row(
+        f"step/{case.name}", "ours", load.tokens, shape,
+        {name: float(f"{value:.5g}") for name, value in metrics.items()}, about=about,
+    )  # fmt: skip
+
+
+def chosen_backend(options: argparse.Namespace, cluster: Cluster) -> str:
+    """The attention back end that a step of this shape takes."""
+    from longvila.ops.attention import select_backend
+    from longvila.ops.backends import AttentionSpec
+
+    spec = AttentionSpec(
+        device_type=cluster.device.type,
+        capability=torch.cuda.get_device_capability(cluster.device) if cluster.is_cuda else None,
+        dtype=torch.bfloat16,
+        head_dim=options.model_dim // options.heads,
+        packed=False,
+        causal=True,
+        needs_backward=True,
+    )
+    return select_backend(spec).name
+
+
+# ---- rates -------------------------------------------------------------------------------------
+
+
+def sustained(cluster: Cluster, call: Any, seconds: float) -> float:
+    """Seconds of one call, over so many seconds of them after a warm-up."""
+    for _ in range(3):
+        call()
+    cluster.synchronize()
+    calls, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        for _ in range(5):
+            call()
+        cluster.synchronize()
+        calls += 5
+    return (time.perf_counter() - began) / calls
+
+
+def measure_rates(options: argparse.Namespace, cluster: Cluster) -> list[Row]:
+    """Rates of this device that a plan's times rest on."""
+    device, seconds = cluster.device, options.rate_seconds
+    rows, m, i = options.rate_rows, options.model_dim, options.text_mlp
+    found: list[Row] = []
+
+    def add(name: str, **metrics: float) -> None:
+        metrics = {key: float(f"{value:.5g}") for key, value in metrics.items()}
+        found.append(Row(f"rate/{name}", "ideal", rows, {"model_dim": m, "mlp": i}, metrics))
+
+    x = torch.randn(rows, m, device=device, dtype=torch.bfloat16)
+    w = torch.randn(i, m, device=device, dtype=torch.bfloat16)
+    y = torch.randn(rows, i, device=device, dtype=torch.bfloat16)
+    flops = 2.0 * rows * m * i
+    forward = sustained(cluster, lambda: x @ w.T, seconds)
+    inputs = sustained(cluster, lambda: y @ w, seconds)
+    weights = sustained(cluster, lambda: y.T @ x, seconds)
+    add(
+        "matrices",
+        forward_tflops_per_gpu=flops / forward / 1e12,
+        backward_tflops_per_gpu=2 * flops / (inputs + weights) / 1e12,
+        total_tflops_per_gpu=3 * flops / (forward + inputs + weights) / 1e12,
+    )
+    copied = torch.empty_like(y)
+    took = sustained(cluster, lambda: copied.copy_(y), seconds)
+    add("device_memory", gb_per_s=2 * y.nbytes / took / 1e9)
+    if cluster.is_cuda:
+        host = torch.empty(y.shape, dtype=y.dtype, pin_memory=True)
+        down = sustained(cluster, lambda: host.copy_(y, non_blocking=True), seconds)
+        up = sustained(cluster, lambda: y.copy_(host, non_blocking=True), seconds)
+        add("host", to_host_gb_per_s=y.nbytes / down / 1e9, from_host_gb_per_s=y.nbytes / up / 1e9)
+    return found
+
+
+# ---- run ---------------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace, cluster: Cluster) -> Report:
+    report = Report("memory_plan", QUESTION, hardware(cluster))
+    if not options.no_rates:
+        report.rows += measure_rates(options, cluster)
+        for row in report.rows:
+            cluster.say(f"  {row.method:40s} {row.metrics}")
+    cases = CASES if cluster.is_cuda else TINY
+    wanted = [case for case in cases if not options.only or options.only in case.name]
+    for case in wanted:
+        if options.shrink > 1:
+            case = replace(case, tokens=case.tokens // options.shrink)
+        try:
+            row = measure(case, options, cluster)
+        except torch.OutOfMemoryError as fault:
+            report.not_measured.append({"method": f"step/{case.name}", "why": str(fault)[:200]})
+            cluster.say(f"  {case.name}: out of memory")
+            continue
+        finally:
+            gc.collect()
+            if cluster.is_cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(cluster.device)
+        report.rows.append(row)
+        shown = " ".join(f"{n} {v:.4g}" for n, v in row.metrics.items())
+        cluster.say(f"  {row.method:40s} {shown} ({row.about['moment']})")
+        if cluster.is_main and options.out is not None:
+            report.write(options.out, suffix=options.suffix)
+    return report
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=QUESTION)
+    parser.add_argument("--only", default="", help="cases whose name has this")
+    parser.add_argument("--shrink", type=int, default=1, help="divide tokens by this")
+    parser.add_argument("--backend", help="name of the attention back end the plan assumes")
+    parser.add_argument("--no-rates", action="store_true")
+    parser.add_argument("--rate-seconds", type=float, default=1.5)
+    parser.add_argument("--rate-rows", type=int, default=32768)
+    parser.add_argument("--image-size", type=int, default=384)
+    parser.add_argument("--width", type=int, default=1152)
+    parser.add_argument("--mlp-width", type=int, default=4304)
+    parser.add_argument("--vision-layers", type=int, default=27)
+    parser.add_argument("--vision-heads", type=int, default=16)
+    parser.add_argument("--model-dim", type=int, default=3584)
+    parser.add_argument("--text-mlp", type=int, default=18944)
+    parser.add_argument("--heads", type=int, default=28)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=152064)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--suffix", default="")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    cluster = _cluster.start()
+    # One process alone shards over itself, as `longvila train` does.
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cluster.is_cuda else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        run(options, cluster)
+    finally:
+        cluster.synchronize()
+        _cluster.stop()
+
+
+if __name__ == "__main__":
+    main()

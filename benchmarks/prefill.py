@@ -1,0 +1,714 @@
+"""How long until the first token of an answer about a long video, and how fast do the others come?
+
+A LongVILA of SigLIP-so400m and Qwen2-7B's shape, random weights made on the device, reads a prompt
+of frames (made on the device too, batch by batch: decoding files is another question) and answers.
+
+1. *Check.* At a short length the engine's logits are compared with those of the model's forward.
+2. *Ceilings, in the same process.* The rate of the attention kernel (a chunk of queries over a long
+   block of keys, the fastest back end), of the text model's matrix products on a chunk, the time of
+   the tower on a micro-batch, and the rate at which memory is copied. From these follow
+   ``floor_s``, the time of the prompt's arithmetic at those rates, and ``decode_floor_ms``, the
+   time to read weights and keys once.
+3. *Ours*, length by length: time to first token and decode rate as a streamer sees them, from
+   ``Engine.generate``; the decode step by ``split_tokens``; a further question on a fork.
+4. *Peer*: transformers' own ``generate`` of the same model, placed by accelerate's
+   ``device_map="auto"`` over the same GPUs, at the lengths it holds. Running out of memory is a
+   row.
+
+``--sample-chunks K`` reads K chunks behind random keys instead of the whole prompt and adds up the
+straight line through their times (a chunk's time is linear in what is before it). Such rows say so:
+``sampled`` is 1 and ``fit_error_percent`` is how far the line is from the samples.
+
+    python -m benchmarks.prefill
+    torchrun --nproc-per-node 2 -m benchmarks.prefill
+
+``--tiny`` runs all of it on the CPU in seconds, with shapes that say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks import _cluster
+from benchmarks._cluster import Cluster, timed_ms
+from benchmarks._results import Report, Row, hardware
+
+QUESTION = "How long until the first token about a long video, and how fast are the others?"
+GIB = 2**30
+#: Longest a rank waits while the first one runs a peer alone.
+PEER_WAIT = timedelta(minutes=20)
+LIMIT = {"bfloat16": 5e-2, "float32": 1e-4}
+
+
+# ---- model and prompt --------------------------------------------------------------------------
+
+
+def build_model(options: argparse.Namespace, device: torch.device) -> Any:
+    """Random weights of the shape asked for, made on the device in their final type."""
+    from transformers import Qwen2Config, SiglipVisionConfig
+
+    from longvila.model.configuration_longvila import LongVILAConfig
+    from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
+
+    vision = SiglipVisionConfig(
+        hidden_size=options.width, intermediate_size=options.mlp_width,
+        num_hidden_layers=options.vision_layers, num_attention_heads=options.vision_heads,
+        image_size=options.image_size, patch_size=options.patch_size,
+    )  # fmt: skip
+    text = Qwen2Config(
+        hidden_size=options.model_dim, intermediate_size=options.text_mlp,
+        num_hidden_layers=options.layers, num_attention_heads=options.heads,
+        num_key_value_heads=options.kv_heads, vocab_size=options.vocab,
+        max_position_embeddings=2**21, rope_theta=1e9, bos_token_id=None, eos_token_id=None,
+        layer_types=["full_attention"] * options.layers,
+    )  # fmt: skip
+    config = LongVILAConfig(
+        vision_config=vision, text_config=text, vision_batch_size=options.frame_batch,
+        image_token_id=options.vocab - 2, video_token_id=options.vocab - 1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, options.dtype))
+    try:
+        with torch.device(device):
+            model = LongVILAForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+class DrawnFrames:
+    """Frames of noise, drawn on the device when they are asked for.
+
+    Args:
+        options: Their size.
+        frames: How many.
+        device: Where.
+    """
+
+    def __init__(self, options: argparse.Namespace, frames: int, device: torch.device) -> None:
+        self.num_frames = frames
+        self.shape = (3, options.image_size, options.image_size)
+        self.dtype, self.device = getattr(torch, options.dtype), device
+
+    def draw(self, start: int, stop: int) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(start)
+        pixels = torch.empty(stop - start, *self.shape, dtype=self.dtype, device=self.device)
+        return pixels.normal_(generator=generator)
+
+    def stream(self, ranges: Sequence[tuple[int, int]], *, batch: int | None) -> Iterator[Tensor]:
+        step = batch or 16
+        for start, stop in ranges:
+            for first in range(start, stop, step):
+                yield self.draw(first, min(first + step, stop))
+
+
+def tokens_per_frame(options: argparse.Namespace) -> int:
+    side = -(-(options.image_size // options.patch_size) // 2)
+    return side * side + 1
+
+
+def prompt(options: argparse.Namespace, tokens: int, device: torch.device) -> dict[str, Any]:
+    """A prompt of about so many tokens: as many frames as fit, then words."""
+    per_frame = tokens_per_frame(options)
+    frames = max(1, (tokens - options.words) // per_frame)
+    generator = torch.Generator().manual_seed(7)
+    video = torch.full((frames, per_frame), options.vocab - 1)
+    video[:, -1] = 1
+    words = torch.randint(2, options.vocab - 2, (options.words,), generator=generator)
+    return {
+        "input_ids": torch.cat([video.flatten(), words])[None],
+        "pixel_values_videos": DrawnFrames(options, frames, device),
+        "video_num_frames": torch.tensor([frames]),
+    }
+
+
+# ---- ceilings ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates measured in this run.
+
+    Attributes:
+        attention_tflops: Of the fastest kernel.
+        attention_kernel: Its name.
+        layer_ms: Matrix products of one text layer on a chunk.
+        tower_ms: The tower and projector on a micro-batch.
+        copy_gb_per_s: Bytes read and written by a copy.
+    """
+
+    attention_tflops: float
+    attention_kernel: str
+    layer_ms: float
+    tower_ms: float
+    copy_gb_per_s: float
+
+
+def attention_rates(options: argparse.Namespace, cluster: Cluster) -> dict[str, float]:
+    """TFLOP/s of a chunk of queries over a long block of keys, by back end."""
+    from longvila.ops.attention import attention_forward
+
+    chunk, block = options.chunk_tokens, options.attention_block
+    head_dim = options.model_dim // options.heads
+    dtype = getattr(torch, options.dtype)
+    q, k, v = (
+        torch.randn(1, tokens, heads, head_dim, dtype=dtype, device=cluster.device)
+        for tokens, heads in (
+            (chunk, options.heads), (block, options.kv_heads), (block, options.kv_heads)
+        )
+    )  # fmt: skip
+    rates: dict[str, float] = {}
+    tera = 4.0 * chunk * block * options.model_dim / 1e9
+    for name in ("fa4", "fa3", "cudnn", "flash", "cpu"):
+
+        def call(name: str = name) -> None:
+            attention_forward(q, k, v, causal=False, backend=name, needs_backward=False)
+
+        try:
+            call()
+        except (ValueError, ImportError, RuntimeError) as error:
+            cluster.say(f"  attention {name}: {str(error).splitlines()[0][:120]}")
+            continue
+        rates[name] = tera / timed_ms(cluster, call, calls=options.calls)
+        cluster.say(f"  attention {name}: {rates[name]:.0f} TFLOP/s")
+    return rates
+
+
+def measure_ceilings(model: Any, options: argparse.Namespace, cluster: Cluster) -> Ceilings:
+    """Time the kernels that a prompt is made of, alone."""
+    dtype, device = getattr(torch, options.dtype), cluster.device
+    rates = attention_rates(options, cluster)
+    kernel = max(rates, key=rates.__getitem__)
+    layer = model.model.language_model.layers[0]
+    x = torch.randn(options.chunk_tokens, options.model_dim, dtype=dtype, device=device)
+    mlp, own = layer.mlp, layer.self_attn
+
+    def products() -> None:
+        own.o_proj(own.q_proj(x))
+        own.k_proj(x), own.v_proj(x)
+        mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+    products()
+    layer_ms = timed_ms(cluster, products, calls=options.calls)
+    pixels = DrawnFrames(options, options.frame_batch, device).draw(0, options.frame_batch)
+
+    def encode() -> None:
+        model.model.encode_media(pixels, [options.frame_batch], kind="video")
+
+    encode()
+    tower_ms = timed_ms(cluster, encode, calls=options.calls)
+    size = options.copy_bytes // 2
+    source = torch.zeros(size, dtype=torch.int16, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    copy_ms = timed_ms(cluster, lambda: target.copy_(source), calls=options.calls)
+    found = Ceilings(rates[kernel], kernel, layer_ms, tower_ms, 2 * 2 * size / copy_ms / 1e6)
+    cluster.say(f"  {found}")
+    return found
+
+
+def floor_s(
+    options: argparse.Namespace, ceilings: Ceilings, tokens: int, frames: int, ranks: int
+) -> float:
+    """Seconds that the prompt's arithmetic takes at the measured rates, evenly over the ranks."""
+    attention = 2.0 * tokens**2 * options.model_dim * options.layers
+    products = options.layers * ceilings.layer_ms / 1e3 * tokens / options.chunk_tokens
+    tower = ceilings.tower_ms / 1e3 * frames / options.frame_batch
+    return (attention / ceilings.attention_tflops / 1e12 + products + tower) / ranks
+
+
+def decode_floor_ms(
+    model: Any, options: argparse.Namespace, ceilings: Ceilings, tokens: int, ranks: int
+) -> float:
+    """Milliseconds to read the text model's weights, and a rank's keys and values, once."""
+    text = model.model.language_model
+    weights = sum(p.numel() * p.element_size() for p in text.layers.parameters())
+    head = model.get_output_embeddings().weight
+    weights += head.numel() * head.element_size()
+    return (weights + cache_bytes(options, tokens) / ranks) / ceilings.copy_gb_per_s / 1e6
+
+
+def cache_bytes(options: argparse.Namespace, tokens: int) -> int:
+    head_dim = options.model_dim // options.heads
+    width = torch.empty(0, dtype=getattr(torch, options.dtype)).element_size()
+    return 2 * options.layers * options.kv_heads * head_dim * width * tokens
+
+
+# ---- what is timed -----------------------------------------------------------------------------
+
+
+class Clock:
+    """A streamer that notes when tokens come; the prompt is the first thing put."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Seconds to the first token, and of a further one."""
+
+    ttft_s: float
+    step_s: float
+
+
+def timed_answer(call: Any, cluster: Cluster) -> Answer:
+    """Run ``call(streamer)`` and read the streamer's clock, on the slowest rank."""
+    clock = Clock()
+    if cluster.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call(clock)
+    first, last = clock.times[1], clock.times[-1]
+    return Answer(first - start, (last - first) / max(len(clock.times) - 2, 1))
+
+
+def slowest(answer: Answer, cluster: Cluster) -> Answer:
+    return Answer(*cluster.everywhere([answer.ttft_s, answer.step_s]))
+
+
+def greedy(options: argparse.Namespace) -> dict[str, Any]:
+    new = options.new_tokens
+    return {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+
+
+def fill(cache: Any, options: argparse.Namespace, tokens: int, cluster: Cluster) -> None:
+    """Put random keys and values into a cache, as if so many tokens had been read."""
+    from longvila.sp.layout import SequenceLayout
+
+    ranks = cluster.world_size
+    layout = SequenceLayout((tokens,), ranks, 1, "contiguous")
+    own = layout.local_lengths[cluster.rank]
+    shape = (1, options.kv_heads, own, options.model_dim // options.heads)
+    dtype = getattr(torch, options.dtype)
+    cache.reserve(own)
+    with cache.receiving(layout, tokens, behind=True):
+        for layer in range(options.layers):
+            keys, values = (
+                torch.empty(shape, dtype=dtype, device=cluster.device).normal_() for _ in range(2)
+            )
+            cache.update(keys, values, layer)
+    length = cache.get_seq_length()
+    cache.input_ids = torch.ones(1, length, dtype=torch.int64, device=cluster.device)
+
+
+def check(model: Any, options: argparse.Namespace, mesh: Any, cluster: Cluster) -> float:
+    """Relative error of the engine's logits at a short length, chunks and ranks included."""
+    from longvila.inference.engine import Engine
+
+    batch = prompt(options, options.check_tokens, cluster.device)
+    frames = batch["pixel_values_videos"]
+    pixels = frames.draw(0, frames.num_frames)
+    ids = batch["input_ids"].to(cluster.device)
+    with torch.no_grad():
+        want = model(
+            input_ids=ids, pixel_values_videos=pixels, logits_to_keep=1,
+            video_num_frames=batch["video_num_frames"],
+        ).logits[0, -1].float()  # fmt: skip
+    step = max(2, options.check_tokens // 3 // cluster.world_size)
+    whole = {**batch, "pixel_values_videos": TensorAsFrames(pixels)}
+    with Engine(model, mesh, chunk_tokens=step) as engine:
+        got = engine.prefill(whole).logits[0].float()
+    error = float((got - want).norm() / want.norm())
+    (error,) = cluster.everywhere([error])
+    cluster.say(f"check at {ids.shape[1]} tokens: error {error:.1e}")
+    if not error <= LIMIT[options.dtype]:
+        raise RuntimeError(f"logits are wrong, not timing: {error} above {LIMIT[options.dtype]}")
+    return error
+
+
+class TensorAsFrames:
+    """Frames that are there, asked for like those that are not."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        self.pixels, self.num_frames = pixels, pixels.shape[0]
+
+    def stream(self, ranges: Sequence[tuple[int, int]], *, batch: int | None) -> Iterator[Tensor]:
+        for start, stop in ranges:
+            yield self.pixels[start:stop]
+
+
+def sampled_prefill(
+    engine: Any, options: argparse.Namespace, batch: dict[str, Any], cluster: Cluster
+) -> tuple[Any, float, dict[str, float], list[dict[str, float]]]:
+    """Time some chunks behind random keys; return a full cache, seconds, and how well it fits."""
+    tokens = batch["input_ids"].shape[1]
+    chunk = options.chunk_tokens * cluster.world_size
+    frames = chunk // tokens_per_frame(options)
+    ids = batch["input_ids"][:, : frames * tokens_per_frame(options)]
+    length = ids.shape[1]
+    last = max(tokens - length, 0)
+    count = max(options.sample_chunks, 2)
+    cache = new_cache(engine)
+    samples: list[dict[str, float]] = []
+    for number in range(count):
+        past = last * number // (count - 1)
+        if more := past - cache.get_seq_length():
+            fill(cache, options, more, cluster)
+        piece = {
+            "input_ids": ids,
+            "pixel_values_videos": DrawnFrames(options, frames, cluster.device),
+            "video_num_frames": torch.tensor([frames]),
+        }
+        spent = []
+        for _ in range(2):  # the first one plans and compiles
+            fork = engine.fork(cache)
+            cluster.barrier()
+            start = time.perf_counter()
+            engine.prefill(piece, onto=fork)
+            cluster.synchronize()
+            spent.append(time.perf_counter() - start)
+            del fork
+        (seconds,) = cluster.everywhere([spent[-1]])
+        samples.append({"past_tokens": past, "chunk_s": seconds})
+        cluster.say(f"    chunk of {length} behind {past}: {seconds:.3f} s")
+    if more := tokens - cache.get_seq_length():
+        fill(cache, options, more, cluster)
+    base, slope, error = line([(s["past_tokens"], s["chunk_s"]) for s in samples])
+    chunks = tokens / length
+    total = chunks * (base + slope * (tokens - length) / 2)
+    return cache, total, {"sampled": 1.0, "fit_error_percent": 100 * error}, samples
+
+
+def line(points: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """Least squares ``y = a + b x``, and the largest relative distance from it."""
+    middle_x, middle_y = (statistics.mean(column) for column in zip(*points, strict=True))
+    spread = sum((x - middle_x) ** 2 for x, _ in points)
+    slope = sum((x - middle_x) * (y - middle_y) for x, y in points) / spread if spread else 0.0
+    base = middle_y - slope * middle_x
+    return base, slope, max(abs(base + slope * x - y) / y for x, y in points)
+
+
+def new_cache(engine: Any) -> Any:
+    from longvila.inference.cache import ShardedCache
+
+    return ShardedCache(engine.text.config.num_hidden_layers, mesh=engine.mesh)
+
+
+# ---- ours --------------------------------------------------------------------------------------
+
+
+def run_ours(
+    model: Any, options: argparse.Namespace, mesh: Any, cluster: Cluster, ceilings: Ceilings,
+    tokens: int, error: float,
+) -> Row:  # fmt: skip
+    """Prefill, decode and a further question at one length."""
+    from longvila.inference.engine import Engine
+
+    ranks = cluster.world_size
+    batch = prompt(options, tokens, cluster.device)
+    length, frames = batch["input_ids"].shape[1], int(batch["video_num_frames"])
+    question = torch.randint(2, options.vocab - 2, (1, options.words))
+    cluster.reset_peak()
+    samples: list[Any] = []
+    with Engine(model, mesh, chunk_tokens=options.chunk_tokens) as engine:
+        if options.sample_chunks:
+            film, ttft_s, more, samples = sampled_prefill(engine, options, batch, cluster)
+            first = slowest(
+                timed_answer(
+                    lambda clock: engine.generate(
+                        engine.fork(film), question, streamer=clock, **greedy(options)
+                    ), cluster,
+                ), cluster,
+            )  # fmt: skip
+            first = Answer(ttft_s, first.step_s)
+        else:
+            film, more = new_cache(engine), {"sampled": 0.0}
+            film_box: list[Any] = []
+
+            def answer(clock: Clock) -> None:
+                cache = engine.prefill(batch)
+                film_box.append(engine.fork(cache))
+                engine.generate(cache, streamer=clock, **greedy(options))
+
+            first = slowest(timed_answer(answer, cluster), cluster)
+            film = film_box[0]
+        further = slowest(
+            timed_answer(
+                lambda clock: engine.generate(
+                    engine.fork(film), question, streamer=clock, **greedy(options)
+                ), cluster,
+            ), cluster,
+        )  # fmt: skip
+        sweep = sweep_split(engine, film, options, cluster)
+        local_bytes = film.local_bytes
+    peak = cluster.everywhere([float(cluster.peak_bytes())])[0]
+    ideal = floor_s(options, ceilings, length, frames, ranks)
+    step_floor = decode_floor_ms(model, options, ceilings, length, ranks)
+    whole_question = further.ttft_s + further.step_s * (options.new_tokens - 1)
+    metrics = {
+        "ttft_s": first.ttft_s,
+        "floor_s": ideal,
+        "ttft_over_floor": first.ttft_s / ideal,
+        "percent_of_ideal": 100 * ideal / first.ttft_s,
+        "tokens_per_s_per_gpu": length / first.ttft_s / ranks,
+        "decode_tokens_per_s": 1 / first.step_s,
+        "decode_step_ms": 1e3 * first.step_s,
+        "decode_floor_ms": step_floor,
+        "decode_percent_of_floor": 100 * step_floor / (1e3 * first.step_s),
+        "question_s": whole_question,
+        "question_percent_of_first": 100 * whole_question / first.ttft_s,
+        "peak_gib": peak / GIB,
+        "cache_gib": local_bytes / GIB,
+        "error_logits": error,
+        **more,
+        **sweep,
+    }
+    return row("longvila_engine", "ours", options, length, frames, ranks, metrics, samples)
+
+
+def sweep_split(
+    engine: Any, film: Any, options: argparse.Namespace, cluster: Cluster
+) -> dict[str, float]:
+    """Milliseconds of a decode step by the chunks that a segment is viewed as; 0 is the choice."""
+    from longvila.inference.decode import chunk_tokens
+
+    held = max(film.held)
+    choices: dict[str, int | None] = {"chosen": None, "one": held}
+    for rounds in options.rounds:
+        processors = 132
+        if cluster.is_cuda:
+            properties = torch.cuda.get_device_properties(cluster.device)
+            processors = properties.multi_processor_count
+        chunks = max(1, rounds * processors // options.kv_heads)
+        choices[f"{rounds}_rounds"] = max(1, held // chunks)
+    token = torch.ones(1, 1, dtype=torch.int64)
+    found: dict[str, float] = {}
+    for name, split in choices.items():
+        engine.split_tokens = split
+        fork = engine.fork(film)
+        for _ in range(2):
+            engine.decode(fork, token)
+        ms = timed_ms(cluster, lambda fork=fork: engine.decode(fork, token), calls=options.calls)
+        found[f"decode_ms_{name}"] = ms
+        del fork
+    engine.split_tokens = None
+    assert chunk_tokens(held, options.kv_heads, 132) > 0
+    return found
+
+
+# ---- the peer ----------------------------------------------------------------------------------
+
+
+def run_peer(options: argparse.Namespace, cluster: Cluster, lengths: list[int]) -> list[Row]:
+    """transformers' generate over the same GPUs, from the first process alone."""
+    rows: list[Row] = []
+    if cluster.is_main:
+        rows = _peer_alone(options, cluster, lengths)
+    if cluster.world_size > 1:
+        store = dist.distributed_c10d._get_default_store()
+        if cluster.is_main:
+            store.set("longvila-peer-done", "1")
+        else:
+            store.wait(["longvila-peer-done"], PEER_WAIT)
+    return rows
+
+
+def _peer_alone(options: argparse.Namespace, cluster: Cluster, lengths: list[int]) -> list[Row]:
+    ranks = cluster.world_size
+    model = build_model(options, cluster.device)
+    if ranks > 1 and cluster.is_cuda:
+        from accelerate import dispatch_model, infer_auto_device_map
+        from accelerate.utils import get_balanced_memory
+
+        names = list(model._no_split_modules or [])
+        memory = get_balanced_memory(model, no_split_module_classes=names)
+        plan = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=names)
+        model = dispatch_model(model, plan)
+    devices = range(ranks) if cluster.is_cuda else ()
+    rows: list[Row] = []
+    for tokens in lengths:
+        batch = prompt(options, tokens, cluster.device)
+        frames = batch["pixel_values_videos"].num_frames
+        length = batch["input_ids"].shape[1]
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+        metrics: dict[str, float] = {"out_of_memory": 0.0}
+        try:
+            batch["pixel_values_videos"] = batch["pixel_values_videos"].draw(0, frames)
+            batch["input_ids"] = batch["input_ids"].to(cluster.device)
+
+            def call(clock: Clock, batch: dict[str, Any] = batch) -> None:
+                model.generate(**batch, streamer=clock, **greedy(options))
+
+            found = timed_answer(call, cluster)
+            metrics |= {
+                "ttft_s": found.ttft_s,
+                "tokens_per_s_per_gpu": length / found.ttft_s / ranks,
+                "decode_tokens_per_s": 1 / found.step_s,
+                "decode_step_ms": 1e3 * found.step_s,
+            }
+        except torch.OutOfMemoryError:
+            metrics["out_of_memory"] = 1.0
+        peaks = [torch.cuda.max_memory_allocated(device) for device in devices]
+        metrics["peak_gib"] = max(peaks, default=0) / GIB
+        rows.append(
+            row("transformers_generate_auto", "peer", options, length, frames, ranks, metrics, [])
+        )
+        del batch
+        gc.collect()
+        if cluster.is_cuda:
+            torch.cuda.empty_cache()
+        if metrics["out_of_memory"]:
+            break  # longer ones cannot fit either
+    return rows
+
+
+# ---- run ---------------------------------------------------------------------------------------
+
+
+def row(
+    method: str, kind: Any, options: argparse.Namespace, tokens: int, frames: int, ranks: int,
+    metrics: dict[str, float], samples: list[Any],
+) -> Row:  # fmt: skip
+    shape = {
+        "frames": frames, "layers": options.layers, "heads": options.heads,
+        "kv_heads": options.kv_heads, "model_dim": options.model_dim,
+        "sequence_parallel": ranks, "chunk_tokens": options.chunk_tokens,
+    }  # fmt: skip
+    rounded = {name: float(f"{value:.5g}") for name, value in metrics.items()}
+    return Row(method, kind, tokens, shape, rounded, samples)
+
+
+def run(options: argparse.Namespace, cluster: Cluster) -> Report:
+    from longvila.sp import build_mesh
+
+    report = Report("prefill", QUESTION, hardware(cluster))
+
+    def save() -> None:
+        if cluster.is_main and options.out is not None:
+            cluster.say(f"wrote {report.write(options.out, suffix=options.suffix)}")
+
+    def add(found: Row) -> None:
+        report.rows.append(found)
+        shown = " ".join(f"{name} {value:g}" for name, value in found.metrics.items())
+        cluster.say(f"  {found.kind:5s} {found.method} at {found.tokens}: {shown}")
+        save()
+
+    with torch.no_grad():
+        if options.peer:
+            for found in run_peer(options, cluster, options.peer_lengths or options.lengths):
+                add(found)
+            free(cluster)
+        mesh = None
+        if cluster.world_size > 1:
+            mesh = build_mesh(
+                cluster.world_size, num_heads=options.heads, num_kv_heads=options.kv_heads,
+                device_type=cluster.device.type,
+            )  # fmt: skip
+        model = build_model(options, cluster.device)
+        error = check(model, options, mesh, cluster)
+        ceilings = measure_ceilings(model, options, cluster)
+        report.notes["ceilings"] = {
+            name: value if isinstance(value, str) else float(f"{value:.5g}")
+            for name, value in vars(ceilings).items()
+        }
+        for tokens in options.lengths:
+            free(cluster)
+            try:
+                add(run_ours(model, options, mesh, cluster, ceilings, tokens, error))
+            except torch.OutOfMemoryError as fault:
+                if cluster.world_size > 1:
+                    raise  # the other ranks are in a collective
+                report.not_measured.append(
+                    {"method": "longvila_engine", "reason": f"{tokens} tokens: {fault}"[:300]}
+                )
+                save()
+                break
+    return report
+
+
+def free(cluster: Cluster) -> None:
+    gc.collect()
+    if cluster.is_cuda:
+        torch.cuda.empty_cache()
+
+
+def _lengths(text: str) -> list[int]:
+    """``64k,1182000`` as ``[65536, 1182000]``."""
+    parts = [part.strip().lower() for part in text.split(",") if part.strip()]
+    return [int(p[:-1]) * 1024 if p.endswith("k") else int(p) for p in parts]
+
+
+#: Shapes for the CPU.
+TINY = {
+    "lengths": [120, 200], "chunk_tokens": 16, "image_size": 28, "patch_size": 14, "width": 16,
+    "mlp_width": 24, "vision_layers": 2, "vision_heads": 2, "model_dim": 32, "text_mlp": 48,
+    "layers": 2, "heads": 4, "kv_heads": 2, "vocab": 96, "frame_batch": 4, "words": 5,
+    "new_tokens": 4, "check_tokens": 60, "attention_block": 64, "copy_bytes": 1 << 16, "calls": 2,
+    "dtype": "float32", "rounds": [1],
+}  # fmt: skip
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=QUESTION)
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, for the CPU")
+    parser.add_argument("--lengths", type=_lengths, default=_lengths("64k,256k,1182000"))
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--peer-lengths", type=_lengths, help="as --lengths if left out")
+    parser.add_argument("--sample-chunks", type=int, default=0, help="0 reads whole prompts")
+    parser.add_argument("--chunk-tokens", type=int, default=8192, help="of a rank")
+    parser.add_argument("--new-tokens", type=int, default=33)
+    parser.add_argument("--words", type=int, default=32, help="of a question")
+    parser.add_argument("--check-tokens", type=int, default=3000)
+    parser.add_argument("--attention-block", type=int, default=131072)
+    parser.add_argument("--copy-bytes", type=int, default=4 * GIB)
+    parser.add_argument("--calls", type=int, default=8)
+    parser.add_argument("--rounds", type=lambda t: [int(n) for n in t.split(",")],
+                        default=[1, 2, 4, 8])  # fmt: skip
+    parser.add_argument("--image-size", type=int, default=384)
+    parser.add_argument("--patch-size", type=int, default=14)
+    parser.add_argument("--width", type=int, default=1152)
+    parser.add_argument("--mlp-width", type=int, default=4304)
+    parser.add_argument("--vision-layers", type=int, default=27)
+    parser.add_argument("--vision-heads", type=int, default=16)
+    parser.add_argument("--frame-batch", type=int, default=32)
+    parser.add_argument("--model-dim", type=int, default=3584)
+    parser.add_argument("--text-mlp", type=int, default=18944)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--heads", type=int, default=28)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=152064)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--suffix", default="")
+    if argv is None:
+        import sys
+
+        argv = sys.argv[1:]
+    if "--tiny" in argv:
+        parser.set_defaults(**TINY)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    cluster = _cluster.start()
+    try:
+        run(options, cluster)
+    finally:
+        _cluster.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Read a video once and keep what was read, for any number of questions later.
+
+Examples:
+    longvila index film.mp4 --output film.index --model CHECKPOINT --frames 2048
+    longvila index film.mp4 --output film.index --model CHECKPOINT --frames 6000 --gpus 8
+    longvila ask film.index "What happens at 00:12?"
+
+The folder holds the keys and values of the text model, a file for each GPU that read, and is read
+by any number of them. Asking checks that model, file and frames are those it was made with.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from longvila.cli import ask
+from longvila.errors import LongVILAError
+
+if TYPE_CHECKING:
+    from longvila.inference.workers import Ranks
+
+
+@dataclass(frozen=True)
+class Options:
+    """Read a video once and keep what was read."""
+
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MEDIUM...")]
+    """Videos and images in the order they are shown."""
+    output: Path
+    """Folder to write."""
+    model: str | None = None
+    """Folder or hub id of the checkpoint; the small model of this package if absent."""
+    frames: int | None = None
+    """Frames sampled from each video; with --fps, at most so many."""
+    fps: float | None = None
+    """Frames a second sampled from each video."""
+    gpus: int = 1
+    """GPUs (with --device cpu: processes) that share the work; torchrun's count instead."""
+    device: str = "auto"
+    """Where the model runs, as torch names it; auto is the first GPU, or the CPU."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision; auto is bfloat16 on a GPU and float32 on a CPU."""
+    kv_offload: float | None = None
+    """GiB of keys and values that stay on each GPU; the rest is paged to the host."""
+    overwrite: bool = False
+    """Replace a stored prompt that is there."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb.
+
+    Args:
+        argv: Arguments after the verb.
+
+    Returns:
+        The exit status.
+    """
+    options = tyro.cli(
+        Options,
+        args=argv,
+        prog="longvila index",
+        description=__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    if not options.inputs:
+        raise LongVILAError("there is nothing to read: longvila index VIDEO --output DIR")
+    if options.gpus < 1:
+        raise LongVILAError(f"--gpus must be at least 1, got {options.gpus}")
+    device = ask.find_device(options.device)
+    return ask.run_over_ranks(run, options, size=options.gpus, device=device)
+
+
+def run(ranks: Ranks, options: Options) -> int:
+    """Read and write on one rank.
+
+    Args:
+        ranks: This process among those that share the work.
+        options: The options.
+
+    Returns:
+        The exit status.
+    """
+    from longvila.inference.store import StoreError, is_stored
+
+    if is_stored(options.output) and not options.overwrite:
+        raise StoreError(f"{options.output} holds a stored prompt already; give --overwrite")
+    with ask.progress_bars(quiet=not ranks.is_first) as progress:
+        session = ask.open_session(options, ranks, progress)
+        media = ranks.together(lambda: ask.load(session, list(options.inputs), options))
+        timings = session.watch(media)
+        note = {"model": options.model}
+        session.save(options.output, note=note, overwrite=options.overwrite)
+    if ranks.is_first:
+        written = sum(file.stat().st_size for file in options.output.iterdir())
+        print(
+            f"[{timings.prompt_tokens} tokens, {written / 2**20:.1f} MiB in {options.output}; "
+            f"decode {timings.decode_s:.2f} s; vision {timings.vision_s:.2f} s; "
+            f"prefill {timings.prefill_s:.2f} s]",
+            file=sys.stderr,
+        )
+    return 0

@@ -1,0 +1,234 @@
+"""Hide pictures in a long film and measure whether a model finds them.
+
+    longvila needle --model CHECKPOINT --haystack film.mp4 --out out/needle
+    longvila needle --model CHECKPOINT --haystack films/ --needles mine/ --max-frames 1400
+    longvila needle --model CHECKPOINT --haystack film.mp4 --needles lmms-lab/v_niah_needles \
+        --protocol paper --preset paper-6000
+    torchrun --nproc-per-node 8 -m longvila.cli.needle --model CHECKPOINT --haystack film.mp4
+
+Every answer is on disk as soon as it is given: the same command goes on where it stopped. The
+folder gets records.jsonl, result.json, page.html and a heat map for each kind of question.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from longvila.errors import CheckpointError, LongVILAError
+from longvila.packaged import asset, default_model
+
+
+@dataclass(frozen=True)
+class Options:
+    """Hide pictures in a long film and measure whether a model finds them."""
+
+    haystack: str = "synthetic"
+    """A film, a folder of films or of pictures, or "synthetic" for one drawn in code."""
+    needles: str | None = None
+    """A folder, a file, or a data set's name; the pictures of this package if absent."""
+    tier: str | None = None
+    """Use the needles of this tier only ("seen" or "unseen" for the package's own)."""
+    model: str | None = None
+    """Folder or hub id of the checkpoint; the small model of this package if absent."""
+    out: Path = Path("out/needle")
+    """Folder for answers and pages."""
+    preset: Literal["paper-6000", "paper-1400"] | None = None
+    """A figure of the paper; sets the grid."""
+    max_frames: int = 6000
+    """Most frames of the film."""
+    interval: int = 300
+    """Step of the numbers of frames."""
+    depth_interval: float = 0.2
+    """Step of depths."""
+    protocol: Literal["paper", "strict", "both"] = "both"
+    """The paper's teacher-forced test, the stricter one, or both."""
+    insert: Literal["frame", "paste"] = "frame"
+    """The paper's test: a frame of its own, or pasted on a frame of the film."""
+    strict_insert: Literal["frame", "paste"] = "paste"
+    """The same for the stricter test."""
+    layout: Literal["needle", "model"] = "needle"
+    """The paper's test: frames with nothing between them, or the model's own layout."""
+    strict_layout: Literal["needle", "model"] = "model"
+    """The same for the stricter test."""
+    trials: int = 1
+    """Films in each cell of the stricter test."""
+    per_film: int = 4
+    """Needles in each of them."""
+    control: bool = True
+    """Ask the stricter test's questions about films without needles and grey ones, too."""
+    fps: float = 1.0
+    """Frames taken from the film each second."""
+    step_s: float | None = None
+    """Seconds between frames as the prompt's times say; as in the film if absent."""
+    part: tuple[float, float] = (0.0, 1.0)
+    """Where each film begins and ends, as shares of its length."""
+    repeat: bool = False
+    """Show a film again that is too short."""
+    words: Path | None = None
+    """JSON file with other words for the questions."""
+    seed: int = 0
+    """Decides which needles, where, and in which words they are offered."""
+    beyond_context: bool = False
+    """Measure also beyond the length the model's configuration allows."""
+    chunk_tokens: int = 8192
+    """Tokens read at once."""
+    seq_parallel_size: int = -1
+    """Ranks that share a sequence under torchrun; -1 for all."""
+    device: str = "auto"
+    """Where the model runs; auto is this process's GPU, or the CPU."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision; auto is bfloat16 on a GPU and float32 on a CPU."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb.
+
+    Args:
+        argv: Arguments after the verb.
+
+    Returns:
+        The exit status.
+    """
+    options = tyro.cli(Options, args=argv, prog="longvila needle", description=__doc__)
+    from longvila.evaluation.needle import run_needle
+    from longvila.evaluation.needle_sets import load_needles, open_haystack
+    from longvila.evaluation.page import text_table
+
+    plan = plan_of(options)
+    plan.grid  # wrong steps are told before anything is loaded  # noqa: B018
+    needles = load_needles(options.needles or shipped(), tier=options.tier)
+    source = options.model or str(default_model())
+    model, processor, mesh = load(source, options)
+    if options.beyond_context:
+        model.config.get_text_config().max_position_embeddings = 2**31 - 1
+    haystack = open_haystack(
+        options.haystack,
+        num_frames=plan.max_frames,
+        fps=plan.fps,
+        processor=processor.video_processor,
+        repeat=options.repeat,
+        part=options.part,
+    )
+    first = mesh is None or mesh.rank == 0
+    groups = run_needle(
+        model, processor, plan, haystack, needles, out=options.out, name=Path(source).name,
+        mesh=mesh, chunk_tokens=options.chunk_tokens, progress=progress_line() if first else None,
+    )  # fmt: skip
+    if first:
+        print(text_table(groups))
+        print(f"\n{options.out / 'page.html'}")
+    return 0
+
+
+def plan_of(options: Options) -> Any:
+    """Return the plan that the options describe.
+
+    Raises:
+        LongVILAError: If the file of words is not one.
+    """
+    from longvila.evaluation.needle import PRESETS, Plan
+    from longvila.evaluation.needle_plan import Words
+
+    words = Words()
+    if options.words is not None:
+        given = json.loads(options.words.read_text(encoding="utf-8"))
+        known = {each.name for each in fields(Words)}
+        if not isinstance(given, dict) or not set(given) <= known:
+            raise LongVILAError(f"{options.words} must map some of {sorted(known)} to texts")
+        words = Words(**given)
+    names = {each.name for each in fields(Plan)} - {"words"}
+    values = {name: getattr(options, name) for name in names}
+    if options.preset is not None:
+        values.update(PRESETS[options.preset])
+    return Plan(**values, words=words)
+
+
+def shipped() -> Path:
+    """Return the folder of this package's pictures.
+
+    Raises:
+        LongVILAError: If this build has none.
+    """
+    folder = asset("needles")
+    if folder is None:
+        raise LongVILAError("this build of longvila has no pictures (longvila/assets): --needles")
+    return folder
+
+
+def load(source: str, options: Any) -> tuple[Any, Any, Any]:
+    """Load a model for this process, and its mesh where torchrun started several.
+
+    Args:
+        source: Folder or hub id.
+        options: ``device``, ``dtype`` and ``seq_parallel_size`` are read.
+
+    Returns:
+        Model, processor, and mesh or None.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from longvila import LongVILAForConditionalGeneration, LongVILAProcessor
+    from longvila.sp.mesh import build_mesh
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    device = options.device
+    if device == "auto":
+        cuda = torch.cuda.is_available()
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "float32" if kind == "cpu" else "bfloat16"
+    try:
+        processor = LongVILAProcessor.from_pretrained(source)
+        model = LongVILAForConditionalGeneration.from_pretrained(
+            source, dtype=getattr(torch, dtype)
+        )
+    except OSError as fault:
+        raise CheckpointError(f"--model {source}: {fault}") from fault
+    mesh = None
+    if world > 1:
+        text = model.config.get_text_config()
+        size = options.seq_parallel_size
+        mesh = build_mesh(
+            world if size == -1 else size,
+            num_heads=text.num_attention_heads,
+            num_kv_heads=text.num_key_value_heads,
+            device_type=kind,
+        )
+    return model.to(device).eval(), processor, mesh
+
+
+def progress_line() -> Any:
+    """Return a progress function that says on standard error what is done and left."""
+    began = time.monotonic()
+
+    def tell(done: int, total: int, scene: Any) -> None:
+        spent = time.monotonic() - began
+        left = spent / done * (total - done)
+        print(f"[{done}/{total}] {scene.id}  {spent:.0f} s, about {left:.0f} s left",
+              file=sys.stderr)  # fmt: skip
+
+    return tell
+
+
+if __name__ == "__main__":
+    from longvila.cli.main import main as command
+
+    sys.exit(command(["needle", *sys.argv[1:]]))

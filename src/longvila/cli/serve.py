@@ -1,0 +1,328 @@
+"""Serve a model to OpenAI clients.
+
+Examples:
+    longvila serve --model CHECKPOINT
+    longvila serve --model CHECKPOINT --root /data/videos --port 8080
+    longvila serve --model CHECKPOINT --host 0.0.0.0 --key-file keys.txt --host-names gpu7 --http
+
+Requests may carry media as data: URIs. Files are read only below a --root, addresses are fetched
+only with --http, and then only public ones. The server listens on this machine alone unless --host
+says otherwise; then give out keys.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from longvila.errors import CheckpointError, LongVILAError
+from longvila.packaged import default_model
+
+if TYPE_CHECKING:
+    from longvila.inference.serving.app import Server
+    from longvila.inference.serving.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Limits on requests."""
+
+    body_mib: int = 256
+    """Size of a request, media in it counted."""
+    upload_mib: int = 4096
+    """Size of an uploaded file."""
+    stored_mib: int = 16384
+    """Uploaded files together."""
+    media_items: int = 16
+    """Images and videos of a conversation."""
+    media_mib: int = 8192
+    """Size of one file or download."""
+    frames: int = 2048
+    """Frames of a conversation's videos."""
+    duration_s: float = 21600.0
+    """Length of a video."""
+    prompt_tokens: int | None = None
+    """Tokens of a prompt; what the context holds if absent."""
+    new_tokens: int = 4096
+    """Tokens of an answer."""
+    active: int = 8
+    """Requests that the model works on at once."""
+    preparing: int = 2
+    """Requests whose media are decoded at once."""
+    waiting: int = 64
+    """Requests in the queue."""
+    per_client: int = 16
+    """Requests of one client at once."""
+    wait_s: float = 900.0
+    """Longest wait in the queue."""
+    media_s: float = 600.0
+    """Longest fetching and decoding of a request's media."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Serve a model to OpenAI clients."""
+
+    model: str | None = None
+    """Folder or hub id of the checkpoint; the small model of this package if absent."""
+    name: str | None = None
+    """What requests call the model; the last part of --model if absent."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 8000
+    """Port to listen on; 0 for any that is free."""
+    host_names: tuple[str, ...] = ()
+    """Names that requests may be addressed to, beside --host; * for any."""
+    key_file: Path | None = None
+    """File with the keys that clients present, one a line."""
+    root: tuple[Path, ...] = ()
+    """Folders whose files requests may name."""
+    http: bool = False
+    """Fetch http(s) addresses."""
+    http_networks: tuple[str, ...] = ()
+    """Networks that may be fetched from although they are not public, such as 10.1.0.0/16."""
+    frames: int | None = None
+    """Frames sampled from a video where a request does not say."""
+    max_new_tokens: int = 512
+    """Longest answer where a request does not say."""
+    temperature: float = 0.0
+    """Of sampling where a request does not say; 0 takes the likeliest token."""
+    kv_gib: float | None = None
+    """Memory for keys and values, in use and kept; most of what the GPU has left if absent."""
+    media_cache_mib: int = 1024
+    """Decoded frames that are kept."""
+    limits: Bounds = field(default_factory=Bounds)
+    """Limits on requests."""
+    device: str = "auto"
+    """Where the model runs, as torch names it; auto is the first GPU, or the CPU."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision; auto is bfloat16 on a GPU and float32 on a CPU."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb.
+
+    Args:
+        argv: Arguments after the verb.
+
+    Returns:
+        The exit status.
+    """
+    options = tyro.cli(
+        Options,
+        args=argv,
+        prog="longvila serve",
+        description=__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return serve(options, page=False)
+
+
+def serve(
+    options: Options, *, page: bool, ready: Callable[[str], None] = lambda address: None
+) -> int:
+    """Load the model and serve until interrupted.
+
+    Args:
+        options: Of the command line.
+        page: Whether the page is served too.
+        ready: Called with the server's address once it listens.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        LongVILAError: If the server cannot start.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+    except ImportError as fault:
+        raise LongVILAError(
+            f"the server needs {fault.name}: pip install 'longvila[serve]'"
+        ) from fault
+    listener = listen(options.host, options.port)
+    try:
+        server = build(options, page=page)
+    except BaseException:
+        listener.close()
+        raise
+    limits = server.settings.limits
+    config = uvicorn.Config(
+        server.app,
+        log_level="warning",
+        limit_concurrency=4 * (limits.waiting + limits.active) + 64,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+        proxy_headers=False,
+    )
+    shown = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"http://{shown}:{listener.getsockname()[1]}"
+    running = uvicorn.Server(config)
+    print(f"{server.settings.name} is served at {address}/v1", file=sys.stderr, flush=True)
+    ready(address)
+    try:
+        running.run(sockets=[listener])
+    finally:
+        server.close()
+        listener.close()
+    return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the socket before the model is loaded, so that a taken port is known at once.
+
+    Raises:
+        LongVILAError: If it cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen(128)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as fault:
+        raise LongVILAError(f"cannot listen on {host} port {port}: {fault}") from fault
+    return listener
+
+
+def build(options: Options, *, page: bool) -> Server:
+    """Load the model and put the server together.
+
+    Args:
+        options: Of the command line.
+        page: Whether the page is served too.
+
+    Returns:
+        The server, its model's thread running.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint.
+        LongVILAError: If an option does not do.
+    """
+    from longvila import LongVILAProcessor
+    from longvila.inference.engine import Engine
+    from longvila.inference.serving.app import Server
+
+    model, processor = load_model(options)
+    if not isinstance(processor, LongVILAProcessor):
+        raise LongVILAError(
+            f"the server takes LongVILA checkpoints only, not {type(model).__name__} with "
+            f"{type(processor).__name__}"
+        )
+    try:
+        settings = to_settings(options, kv_bytes(options, model), page=page)
+        return Server(Engine(model), processor, settings)
+    except ValueError as fault:
+        raise LongVILAError(str(fault)) from fault
+
+
+def load_model(options: Options) -> tuple[Any, Any]:
+    """Load the model and its processor.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging as transformers_logging
+
+    from longvila import LongVILAForConditionalGeneration, LongVILAProcessor
+    from longvila.model.vila.loading import is_vila
+
+    device, dtype = options.device, options.dtype
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    source = options.model or str(default_model())
+    model_class: Any = AutoModelForImageTextToText
+    processor_class: Any = AutoProcessor
+    if is_vila(source):  # The Auto classes would take its config.json for another model's.
+        model_class, processor_class = LongVILAForConditionalGeneration, LongVILAProcessor
+    try:
+        processor = processor_class.from_pretrained(source)
+        model = model_class.from_pretrained(source, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as fault:
+        raise CheckpointError(f"--model {source}: {fault}") from fault
+    return model.to(device).eval(), processor
+
+
+def to_settings(options: Options, kv: int, *, page: bool) -> Settings:
+    """Turn options into the server's settings."""
+    from longvila.inference.serving.settings import Access, Limits, Settings
+
+    given = options.limits
+    limits = Limits(
+        body_bytes=given.body_mib << 20,
+        upload_bytes=given.upload_mib << 20,
+        stored_bytes=given.stored_mib << 20,
+        media_items=given.media_items,
+        media_bytes=given.media_mib << 20,
+        frames=given.frames,
+        duration_s=given.duration_s,
+        prompt_tokens=given.prompt_tokens,
+        new_tokens=given.new_tokens,
+        active=given.active,
+        preparing=given.preparing,
+        waiting=given.waiting,
+        per_client=given.per_client,
+        wait_s=given.wait_s,
+        media_s=given.media_s,
+    )
+    keys: tuple[str, ...] = ()
+    if options.key_file is not None:
+        lines = options.key_file.read_text(encoding="utf-8").splitlines()
+        keys = tuple(line.strip() for line in lines if line.strip())
+        if not keys:
+            raise LongVILAError(f"{options.key_file}: holds no key")
+    local = options.host in _LOOPBACK
+    if not local and not keys:
+        log.warning("listening on %s without keys: whoever reaches it may use it", options.host)
+    hosts = {*options.host_names, options.host, *(_LOOPBACK if local else ())}
+    if "*" in hosts or options.host in ("0.0.0.0", "::"):
+        # Everything is listened on, under whatever names this machine has, unless they are given.
+        hosts = set(options.host_names) - {"*"}
+        hosts |= set(_LOOPBACK) if hosts else set()
+    name = options.name or (Path(options.model).name if options.model else "longvila-smol")
+    return Settings(
+        name=name,
+        limits=limits,
+        access=Access(options.root, options.http, options.http_networks),
+        keys=keys,
+        hosts=tuple(sorted(hosts)),
+        frames=options.frames,
+        new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        kv_bytes=kv,
+        media_cache_bytes=options.media_cache_mib << 20,
+        page=page,
+    )
+
+
+def kv_bytes(options: Options, model: Any) -> int:
+    """Bytes for keys and values: as given, or four fifths of what the model's device has left."""
+    if options.kv_gib is not None:
+        return int(options.kv_gib * 2**30)
+    import torch
+
+    if model.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(model.device)[0] * 0.8)
+    return 4 << 30

@@ -1,0 +1,55 @@
+"""Open a page to ask videos in a browser.
+
+Examples:
+    longvila ui
+    longvila ui --model CHECKPOINT --frames 256
+    longvila ui --model CHECKPOINT --no-browser --port 8080
+
+The page is served beside the same API as by longvila serve, whose options it takes. Drop a video on
+it, see the frames that the model sees, ask, and follow the times in its answers.
+"""
+
+from __future__ import annotations
+
+import threading
+import webbrowser
+from dataclasses import dataclass
+
+import tyro
+
+from longvila.cli.serve import Options as ServeOptions
+from longvila.cli.serve import serve
+
+
+@dataclass(frozen=True)
+class Options(ServeOptions):
+    """Open a page to ask videos in a browser."""
+
+    browser: bool = True
+    """Open the page in this machine's browser."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb.
+
+    Args:
+        argv: Arguments after the verb.
+
+    Returns:
+        The exit status.
+    """
+    options = tyro.cli(
+        Options,
+        args=argv,
+        prog="longvila ui",
+        description=__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+    def ready(address: str) -> None:
+        print(f"the page is at {address}/", flush=True)
+        if options.browser:
+            # A browser may keep its starter waiting.
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+
+    return serve(options, page=True, ready=ready)

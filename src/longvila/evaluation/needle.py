@@ -1,0 +1,216 @@
+"""Needles in a film: can a model find one picture among thousands of frames?
+
+1. `Plan` says what is shown and asked: the paper's grid, the stricter one, or both, with controls.
+   All of it follows from the settings, so every rank and every run makes the same.
+2. `run_needle` lets an engine read frame numbers in place of pixels
+   (`longvila.evaluation.needle_frames`), and scenes in the order of their cuts, so that what they
+   share is read once (`longvila.evaluation.needle_read`).
+3. `longvila.evaluation.measure` asks, keeps every answer on disk, and writes results and pages.
+
+The paper's layout of a prompt has neither newlines nor times between frames; the model's own is
+what its processor writes. Either may be asked for by name; results say which.
+
+Cost of the paper's grid of L lengths up to N frames and D depths with n needles: the film once
+through the tower; one reading of N frames; and for every cell and needle what comes after the
+needle, together n * D * L * N / 4 frames, where reading all scenes whole would be twice that, and
+the tower n * D times over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from longvila.evaluation.measure import About, LayoutName, Part, Progress, measure
+from longvila.evaluation.needle_frames import FrameRows
+from longvila.evaluation.needle_plan import (
+    Grid,
+    Stage,
+    Words,
+    make_grid,
+    merged,
+    paper_scenes,
+    strict_scenes,
+)
+from longvila.evaluation.needle_read import reading_order
+from longvila.evaluation.needle_sets import Haystack, Needle
+from longvila.evaluation.summary import Group
+from longvila.evaluation.task import Scene
+from longvila.inference.engine import Engine
+from longvila.parallel.families import find_family
+
+Protocol = Literal["paper", "strict", "both"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        max_frames: Largest number of haystack frames.
+        interval: Step of lengths, and the smallest.
+        depth_interval: Step of depths.
+        protocol: Which protocol.
+        insert: How needles are shown under the paper's protocol.
+        strict_insert: How under the stricter one.
+        layout: Layout of prompts under the paper's protocol.
+        strict_layout: Layout under the stricter one.
+        trials: Films a cell of the stricter protocol.
+        per_film: Needles in each.
+        control: Whether the stricter protocol's controls are run.
+        fps: Frames taken from the film each second.
+        step_s: Seconds between frames as prompts say; None as in the film.
+        seed: Decides all that is random.
+        words: How questions are put.
+    """
+
+    max_frames: int = 6000
+    interval: int = 300
+    depth_interval: float = 0.2
+    protocol: Protocol = "both"
+    insert: Literal["frame", "paste"] = "frame"
+    strict_insert: Literal["frame", "paste"] = "paste"
+    layout: LayoutName = "needle"
+    strict_layout: LayoutName = "model"
+    trials: int = 1
+    per_film: int = 4
+    control: bool = True
+    fps: float = 1.0
+    step_s: float | None = None
+    seed: int = 0
+    words: Words = field(default_factory=Words)
+
+    @property
+    def grid(self) -> Grid:
+        """Its lengths and depths."""
+        return make_grid(self.max_frames, self.interval, self.depth_interval)
+
+
+#: Settings by name: the paper's two figures.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper-6000": {"max_frames": 6000, "interval": 300, "depth_interval": 0.2},
+    "paper-1400": {"max_frames": 1400, "interval": 200, "depth_interval": 0.2},
+}
+
+
+def make_parts(
+    plan: Plan, haystack: Haystack, needles: Sequence[Needle], processor: Any
+) -> list[Part]:
+    """Put all scenes together.
+
+    Args:
+        plan: What is measured.
+        haystack: The film, of at least the plan's frames.
+        needles: The set.
+        processor: The model's.
+
+    Returns:
+        A part for each layout that is used.
+    """
+    scenes: dict[LayoutName, list[Scene]] = {}
+
+    def stage(layout: LayoutName, insert: str) -> Stage:
+        return Stage(
+            haystack, needles, processor.video_processor.square, insert=insert,
+            times=layout == "model" and processor.timestamps, seed=plan.seed, words=plan.words,
+            step_s=plan.step_s,
+        )  # fmt: skip
+
+    if plan.protocol in ("paper", "both"):
+        found = paper_scenes(stage(plan.layout, plan.insert), plan.grid)
+        scenes.setdefault(plan.layout, []).extend(found)
+    if plan.protocol in ("strict", "both"):
+        films, controls = strict_scenes(
+            stage(plan.strict_layout, plan.strict_insert), plan.grid,
+            trials=plan.trials, per_film=plan.per_film,
+        )  # fmt: skip
+        scenes.setdefault(plan.strict_layout, []).extend(films)
+        if plan.control:
+            scenes[plan.strict_layout].extend(controls)
+    total = haystack.book.num_frames
+    return [Part(layout, reading_order(merged(found), total)) for layout, found in scenes.items()]
+
+
+def settings_of(
+    plan: Plan, haystack: Haystack, needles: Sequence[Needle], model: str
+) -> dict[str, Any]:
+    """Return what answers depend on; records of another run do not mix with these.
+
+    Args:
+        plan: What is measured.
+        haystack: The film.
+        needles: The set.
+        model: Which model.
+    """
+    return {
+        "model": model,
+        "haystack": haystack.label,
+        "repeats": haystack.repeats,
+        "needles": [[needle.id, needle.answer, needle.tier] for needle in needles],
+        **asdict(plan),
+    }
+
+
+def run_needle(
+    model: Any,
+    processor: Any,
+    plan: Plan,
+    haystack: Haystack,
+    needles: Sequence[Needle],
+    *,
+    out: Path,
+    name: str,
+    mesh: Any = None,
+    chunk_tokens: int = 8192,
+    progress: Progress | None = None,
+) -> list[Group]:
+    """Measure a model; goes on where an interrupted run stopped.
+
+    Args:
+        model: A model with its head, in evaluation mode, on its device.
+        processor: Its processor.
+        plan: What is measured.
+        haystack: The film.
+        needles: The set.
+        out: Folder for records, result and pages.
+        name: What results call the model.
+        mesh: Ranks that share a sequence, or several groups of them; None for one process.
+        chunk_tokens: Tokens read at once where a prompt is not dealt over ranks.
+        progress: As for `longvila.evaluation.runner.run`.
+
+    Returns:
+        The summary, the same on every rank of a file system that all share.
+
+    Raises:
+        RecordsError: If ``out`` holds answers of other settings.
+        ContextLengthError: If the longest scene does not fit the model's context.
+    """
+    rows = FrameRows(find_family(model), haystack.book, processor.video_processor.pixels)
+    with Engine(model, mesh, chunk_tokens=chunk_tokens, family=rows.family) as engine:
+        return measure(
+            engine, processor, make_parts(plan, haystack, needles, processor),
+            settings_of(plan, haystack, needles, name), rows,
+            about=about(haystack, name), out=out, mesh=mesh, progress=progress,
+        )  # fmt: skip
+
+
+def about(haystack: Haystack, model: str) -> About:
+    """Return what results say of themselves.
+
+    Args:
+        haystack: The film.
+        model: What results call the model.
+    """
+    notes = [f"{model}; film: {haystack.label}"]
+    if haystack.repeats > 1:
+        notes.append(f"The film is shown {haystack.repeats} times over.")
+    if haystack.label.startswith("synthetic"):
+        notes.append("The film was drawn in code: these figures say nothing about real video.")
+    return About(
+        "needle",
+        "Needles in a film",
+        "Are pictures found among so many frames, wherever they are?",
+        tuple(notes),
+    )

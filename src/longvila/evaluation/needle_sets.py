@@ -1,0 +1,397 @@
+"""Needles and haystacks: anybody's pictures, anybody's film.
+
+Needles are read from
+
+- a folder of pictures: a picture's name is its file's ("teddy-bear.png" is a teddy bear);
+- a folder with ``needles.json``, or a ``.json``/``.jsonl`` file: entries with a picture (``file``,
+  ``image`` or ``path``), an ``answer`` or ``name``, and, if wanted, ``question``, ``options`` and
+  ``tier`` (or ``seen``);
+- LongVA's format: ``.parquet`` with ``image`` (bytes), ``question``, ``answer``, as a file, as a
+  folder, or by the name of a data set on the Hugging Face Hub.
+
+A haystack is a video, a folder of videos (one after the other by name), a folder of pictures, or
+``synthetic``: moving colours drawn in code, for trying things out, which results name as such. Its
+frames are taken at a fixed rate. One that is too short is an error, unless it may be repeated.
+
+Cost: opening indexes a video once; frames are decoded when they are needed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from longvila.errors import LongVILAError, VideoError
+from longvila.evaluation.needle_frames import FrameBook, Picture
+from longvila.media.sampling import timestamp_indices
+from longvila.media.sources import IMAGE_SUFFIXES
+from longvila.media.video import open_video
+
+#: The original's needles on the Hugging Face Hub.
+LONGVA_NEEDLES = "lmms-lab/v_niah_needles"
+SYNTHETIC = "synthetic"
+
+
+class NeedleError(LongVILAError, ValueError):
+    """A needle set or a haystack cannot be read as one."""
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A picture that is hidden in a film.
+
+    Attributes:
+        id: Unique in its set.
+        answer: What it is called, or what its own question's answer is.
+        open: Gives the picture, RGBA.
+        question: Its own question; None for questions made from its name.
+        options: Answers to choose from that came with it.
+        tier: Which results it counts to; tiers are never averaged.
+    """
+
+    id: str
+    answer: str
+    open: Callable[[], Image.Image]
+    question: str | None = None
+    options: tuple[str, ...] = ()
+    tier: str = ""
+
+
+def load_needles(source: str | Path, *, tier: str | None = None) -> list[Needle]:
+    """Read a needle set.
+
+    Args:
+        source: A file, a folder, or the name of a data set on the Hub.
+        tier: Keep this tier only.
+
+    Returns:
+        The needles, in the order of the set.
+
+    Raises:
+        NeedleError: If there is none, or entries are incomplete or share an id.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        needles = list(_folder(path))
+    elif path.is_file():
+        needles = list(_file(path))
+    elif str(source).count("/") == 1 and not str(source).startswith((".", "/")):
+        needles = list(_folder(_hub(str(source))))
+    else:
+        raise NeedleError(f"no needles at {source}: neither a file, a folder nor a data set's name")
+    if tier is not None:
+        known = sorted({needle.tier for needle in needles})
+        needles = [needle for needle in needles if needle.tier == tier]
+        if not needles:
+            raise NeedleError(f"{source} has no needle of tier {tier!r}; its tiers are {known}")
+    if not needles:
+        raise NeedleError(f"{source} holds no picture")
+    ids = [needle.id for needle in needles]
+    if len(set(ids)) < len(ids):
+        twice = sorted({each for each in ids if ids.count(each) > 1})
+        raise NeedleError(f"{source} has more than one needle called {', '.join(twice[:5])}")
+    return needles
+
+
+def _folder(folder: Path) -> Iterator[Needle]:
+    if (folder / "needles.json").is_file():
+        yield from _file(folder / "needles.json")
+        return
+    tables = sorted(folder.rglob("*.parquet"))
+    for table in tables:
+        yield from _parquet(table)
+    if tables:
+        return
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            name = path.stem.replace("-", " ").replace("_", " ").strip().lower()
+            yield Needle(path.stem, name, _opener(path))
+
+
+def _file(path: Path) -> Iterator[Needle]:
+    if path.suffix == ".parquet":
+        yield from _parquet(path)
+        return
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".jsonl":
+            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            entries = json.loads(text)
+    except ValueError as fault:
+        raise NeedleError(f"{path} is not JSON: {fault}") from fault
+    for number, entry in enumerate(entries):
+        file = next((entry[key] for key in ("file", "image", "path") if key in entry), None)
+        answer = entry.get("answer", entry.get("name"))
+        if file is None or answer is None:
+            raise NeedleError(
+                f"{path}, entry {number} needs a picture (file, image or path) and an answer or "
+                f"name; it has {sorted(entry)}"
+            )
+        tier = entry.get("tier", "")
+        if "seen" in entry:
+            tier = "seen" if entry["seen"] else "unseen"
+        yield Needle(
+            str(entry.get("id", Path(file).stem)),
+            str(answer),
+            _opener(path.parent / file),
+            entry.get("question"),
+            tuple(entry.get("options", ())),
+            tier,
+        )
+
+
+def _parquet(path: Path) -> Iterator[Needle]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as fault:
+        raise NeedleError(f"{path} needs pyarrow: pip install 'longvila[train]'") from fault
+    table = parquet.read_table(path)
+    missing = {"image", "question", "answer"} - set(table.column_names)
+    if missing:
+        raise NeedleError(
+            f"{path} is no needle set in LongVA's format: {sorted(missing)} missing, it has "
+            f"{table.column_names}"
+        )
+    for number, row in enumerate(table.to_pylist()):
+        yield Needle(
+            f"{path.stem}-{number}",
+            str(row["answer"]),
+            _decoder(row["image"]["bytes"]),
+            str(row["question"]),
+        )
+
+
+def _decoder(content: bytes) -> Callable[[], Image.Image]:
+    def open_picture() -> Image.Image:
+        with Image.open(io.BytesIO(content)) as picture:
+            return picture.convert("RGBA")
+
+    return open_picture
+
+
+def _hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.parquet"]))
+    except (OSError, HfHubHTTPError) as fault:
+        raise NeedleError(
+            f"the data set {name} cannot be had from the Hugging Face Hub ({fault}); give a folder "
+            "with its parquet files instead"
+        ) from fault
+
+
+def _opener(path: Path) -> Callable[[], Image.Image]:
+    def open_picture() -> Image.Image:
+        with Image.open(path) as picture:
+            return picture.convert("RGBA")
+
+    if not path.is_file():
+        raise NeedleError(f"there is no picture {path}")
+    return open_picture
+
+
+# ---- drawing ----------------------------------------------------------------------------------
+
+
+def whole_frame(needle: Needle, square: Callable[[Image.Image], Image.Image]) -> Picture:
+    """Draw a needle as a frame of its own.
+
+    Args:
+        needle: The picture; what is transparent becomes white.
+        square: Brings a picture to the size of a frame, as the processor does.
+    """
+    picture = needle.open()
+    white = Image.new("RGBA", picture.size, "white")
+    white.alpha_composite(picture)
+    return np.array(square(white.convert("RGB")))
+
+
+def pasted(frame: Picture, needle: Needle, where: tuple[float, float], *, share: float) -> Picture:
+    """Paste a needle on a card into a frame.
+
+    Args:
+        frame: uint8 ``(h, w, 3)``; not changed.
+        needle: The picture.
+        where: Place of the card as fractions of the free room (right, down).
+        share: Longer side of the card as a share of the frame's shorter side.
+
+    Returns:
+        A new frame.
+    """
+    out = Image.fromarray(frame)
+    picture = needle.open()
+    side = max(4, round(share * min(out.size)))
+    margin = max(1, side // 20)
+    scale = (side - 2 * margin) / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    picture = picture.resize(size, Image.Resampling.LANCZOS)
+    card = Image.new("RGB", (size[0] + 2 * margin, size[1] + 2 * margin), "white")
+    card.paste(picture, (margin, margin), picture)
+    left = round(where[0] * (out.width - card.width))
+    top = round(where[1] * (out.height - card.height))
+    out.paste(card, (left, top))
+    return np.array(out)
+
+
+# ---- haystacks --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """A film as numbered frames.
+
+    Attributes:
+        book: The frames.
+        label: What results call it.
+        step_s: Seconds from a frame to the next.
+        repeats: How often the film is shown to fill the frames.
+    """
+
+    book: FrameBook
+    label: str
+    step_s: float
+    repeats: int
+
+
+def open_haystack(
+    source: str | Path,
+    *,
+    num_frames: int,
+    fps: float,
+    processor: Any,
+    repeat: bool = False,
+    part: tuple[float, float] = (0.0, 1.0),
+    block: int = 32,
+) -> Haystack:
+    """Open a haystack.
+
+    Args:
+        source: A video, a folder of videos or of pictures, or ``"synthetic"``.
+        num_frames: Frames that are needed.
+        fps: Frames taken each second.
+        processor: A processor of videos, which knows the size of a frame and how to reach it.
+        repeat: Whether a film that is too short is shown again.
+        part: Where each film begins and ends, as shares of its length.
+        block: Frames decoded at once.
+
+    Raises:
+        NeedleError: If the film is too short, or the part is none.
+        VideoError: If it cannot be read.
+    """
+    size: tuple[int, int] = processor.height_width
+    if not 0 <= part[0] < part[1] <= 1:
+        raise NeedleError(f"a part of a film is two shares of it in order, got {part}")
+    if str(source) == SYNTHETIC:
+        book = FrameBook(num_frames, lambda a, b: _drawn(a, b, size), size=size, block=block)
+        return Haystack(book, "synthetic (drawn in code)", 1 / fps, 1)
+    reels = [_Reel(path, fps, processor, part) for path in _videos(Path(source).expanduser())]
+    total = sum(reel.num_frames for reel in reels)
+    if total < num_frames and not repeat:
+        raise NeedleError(
+            f"{source} gives {total} frames at {fps:g} a second and {num_frames} are needed: take "
+            f"more frames a second (--fps {fps * num_frames / total:.3g}), allow repeating it, or "
+            "bring a longer film"
+        )
+
+    def read(start: int, stop: int) -> Picture:
+        return np.stack([_frame(reels, number % total) for number in range(start, stop)])
+
+    def read_block(start: int, stop: int) -> Picture:
+        # One call a reel where a block lies within one.
+        first, last, base = start % total, (stop - 1) % total, 0
+        for reel in reels:
+            if base <= first <= last < base + reel.num_frames:
+                return reel.frames(first - base, last + 1 - base)
+            base += reel.num_frames
+        return read(start, stop)
+
+    return Haystack(
+        FrameBook(num_frames, read_block, size=size, block=block),
+        Path(source).name,
+        1 / fps,
+        -(-num_frames // total),
+    )
+
+
+def _videos(path: Path) -> list[Path]:
+    if path.is_dir():
+        files = sorted(each for each in path.iterdir() if each.is_file())
+        if not any(each.suffix.lower() in IMAGE_SUFFIXES for each in files):
+            if not files:
+                raise NeedleError(f"the folder {path} is empty")
+            return files
+    elif not path.exists():
+        raise NeedleError(f"there is no haystack {path}")
+    return [path]
+
+
+class _Reel:
+    """One video of a haystack; opened when its frames are asked for, and kept open."""
+
+    def __init__(self, path: Path, fps: float, processor: Any, part: tuple[float, float]) -> None:
+        self.path, self.processor = path, processor
+        with open_video(str(path), frame_rate=fps) as reader:
+            metadata = reader.metadata
+        self.fps = fps
+        start_s, stop_s = (share * metadata.duration_s for share in part)
+        times = start_s + np.arange(max(1, math.ceil((stop_s - start_s) * fps - 1e-6))) / fps
+        self.indices = timestamp_indices(metadata.timestamps_s, times)
+        self.num_frames = len(self.indices)
+        self._stack = ExitStack()
+        self._reader: Any = None
+
+    def frames(self, start: int, stop: int) -> Picture:
+        if self._reader is None:
+            self._reader = self._stack.enter_context(
+                open_video(str(self.path), frame_rate=self.fps)
+            )
+        wanted = self.indices[start:stop].tolist()
+        # Padding needs a frame's own shape.
+        pad = self.processor.image_aspect_ratio == "pad"
+        size = None if pad else self.processor.height_width
+        found = {
+            frame.index: np.asarray(self.processor.square(Image.fromarray(frame.image)))
+            if pad
+            else frame.image
+            for frame in self._reader.frames(sorted(set(wanted)), size=size)
+        }
+        missing = sorted(set(wanted) - set(found))
+        if missing:
+            raise VideoError(
+                f"{self.path}: frames {missing[:5]} cannot be decoded; a haystack must be whole"
+            )
+        return np.stack([found[index] for index in wanted])
+
+
+def _frame(reels: list[_Reel], number: int) -> Picture:
+    for reel in reels:
+        if number < reel.num_frames:
+            return reel.frames(number, number + 1)[0]
+        number -= reel.num_frames
+    raise AssertionError("number lies beyond the reels")
+
+
+def _drawn(start: int, stop: int, size: tuple[int, int]) -> Picture:
+    """Draw slowly moving, muted colours; no frame is like another."""
+    height, width = size
+    down, right = np.mgrid[0:height, 0:width] / max(height, width)
+    frames = []
+    for number in range(start, stop):
+        waves = [
+            np.sin(2 * np.pi * (right * a + down * b) + number * c)
+            for a, b, c in ((1.0, 0.5, 0.31), (0.3, 1.2, 0.17), (1.5, 1.1, 0.071))
+        ]
+        frames.append(np.stack([128 + 60 * wave for wave in waves], axis=-1))
+    return np.stack(frames).astype(np.uint8)

@@ -1,0 +1,390 @@
+"""A prompt that was read, on disk: one safetensors file a rank, and what they belong to.
+
+    index.json                            sizes, who holds which tokens, the key
+    cache-00000-of-00002.safetensors      keys.0 values.0 keys.1 ...   (tokens, K, D) of rank 0
+    cache-00001-of-00002.safetensors      of rank 1
+
+Keys carry their positions, so which rank holds a token does not matter: a cache saved by any number
+of ranks is read by any other. Each rank reads an equal stretch of the sequence, slice by slice,
+straight to its device.
+
+**The key** says what the numbers depend on: the model (its configuration and a digest of some
+thousand of its weights), the precision, the tokens, and for media of which the caller says so their
+files and frames. `load_cache` compares it with what the caller has now and names every difference.
+A file is told by its size and a digest of its beginning, middle and end, so that a copy is the same
+file and a re-encoded one is not.
+
+Files are written one tensor after the other, never a shard at a time in memory; ``index.json``
+comes last, so that a folder without it is known to be unfinished.
+
+It stores caches of one row. It does not compress.
+
+Letters: S tokens, K kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from longvila.errors import LongVILAError
+from longvila.inference.cache import ShardedCache
+from longvila.inference.paging import Pager
+from longvila.inference.positions import TextRuns
+from longvila.sp.layout import SequenceLayout, split_evenly
+from longvila.sp.mesh import SPMesh
+
+INDEX = "index.json"
+_FORMAT = 1
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}  # fmt: skip
+_SAMPLED_WEIGHTS = 8
+_DIGEST_BYTES = 1 << 20
+_WRITE_TOKENS = 65536
+#: Entries of a configuration that change nothing about what a model computes.
+_VOLATILE = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures"}
+
+
+class StoreError(LongVILAError, ValueError):
+    """A stored prompt is not there, not whole, or of something else; the message says what."""
+
+
+# ---- keys ------------------------------------------------------------------------------------
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _stable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            str(k): _stable(v)
+            for k, v in value.items()
+            if k not in _VOLATILE and not str(k).startswith("_attn")
+        }
+    if isinstance(value, list | tuple):
+        return [_stable(each) for each in value]
+    return value if isinstance(value, int | float | str | bool | None) else str(value)
+
+
+@torch.no_grad()
+def model_key(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what tells a model from another, without reading all of it.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Its type, precision, a digest of its configuration, and one of a few weights of every
+        parameter: another training of the same shape differs in all of them.
+    """
+    config = json.dumps(_stable(model.config.to_dict()), sort_keys=True)
+    samples = []
+    for parameter in model.parameters():
+        flat = parameter.detach().flatten()
+        step = max(1, flat.numel() // _SAMPLED_WEIGHTS)
+        samples.append(flat[::step][:_SAMPLED_WEIGHTS].to(torch.float64))
+    weights = torch.cat(samples).cpu().numpy().tobytes() if samples else b""
+    return {
+        "type": model.config.model_type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "configuration": _digest(config.encode()),
+        "weights": _digest(weights),
+    }
+
+
+def file_key(source: Any) -> dict[str, Any] | None:
+    """Return what tells a file (or a folder of pictures) from another.
+
+    Args:
+        source: As `longvila.media.video.open_video` takes it.
+
+    Returns:
+        Size and digest; None for what is no file of this machine, which cannot be compared.
+    """
+    try:
+        path = Path(str(source).removeprefix("file://")).expanduser()
+        if path.is_dir():
+            names = sorted((p.name, p.stat().st_size) for p in path.iterdir() if p.is_file())
+            return {"bytes": sum(n for _, n in names), "digest": _digest(repr(names).encode())}
+        if not path.is_file():
+            return None
+    except OSError:  # a data: address is longer than a path may be
+        return None
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        parts = []
+        for start in (0, size // 2, max(0, size - _DIGEST_BYTES)):
+            file.seek(start)
+            parts.append(file.read(_DIGEST_BYTES))
+    return {"bytes": size, "digest": _digest(b"".join(parts))}
+
+
+def differences(stored: Any, now: Any, where: str = "") -> Iterator[str]:
+    """Name the entries in which two keys differ; entries that one lacks are not compared."""
+    if isinstance(stored, Mapping) and isinstance(now, Mapping):
+        for name in sorted(set(stored) & set(now)):
+            yield from differences(stored[name], now[name], f"{where}.{name}" if where else name)
+    elif isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now):
+        for number, pair in enumerate(zip(stored, now, strict=True)):
+            yield from differences(*pair, f"{where}[{number}]")
+    elif stored != now and stored is not None and now is not None:
+        yield f"{where}: {_short(stored)} there, {_short(now)} here"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ---- files -----------------------------------------------------------------------------------
+
+
+def _shard_name(rank: int, ranks: int) -> str:
+    return f"cache-{rank:05d}-of-{ranks:05d}.safetensors"
+
+
+def _write_tensors(path: Path, tensors: list[tuple[str, list[Tensor]]]) -> int:
+    """Write a safetensors file; each tensor is given in parts along its first dimension."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, parts in tensors:
+        rows = sum(part.shape[0] for part in parts)
+        size = sum(part.numel() for part in parts) * parts[0].element_size()
+        header[name] = {
+            "dtype": _DTYPES[parts[0].dtype],
+            "shape": [rows, *parts[0].shape[1:]],
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    unfinished = path.with_suffix(".part")
+    with unfinished.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)))
+        file.write(encoded)
+        for _, parts in tensors:
+            for part in parts:
+                _write_rows(file, part)
+    os.replace(unfinished, path)
+    return 8 + len(encoded) + offset
+
+
+def _write_rows(file: BinaryIO, x: Tensor) -> None:
+    for rows in x.split(_WRITE_TOKENS):
+        if rows.numel():
+            file.write(rows.contiguous().cpu().view(torch.uint8).numpy().data)
+
+
+def save_cache(
+    cache: ShardedCache,
+    path: str | Path,
+    key: Mapping[str, Any],
+    *,
+    extra: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a cache of one row; every rank of its group must call it.
+
+    Args:
+        cache: What was read.
+        path: Folder to write to; made if missing.
+        key: What it depends on; anything JSON takes, compared when it is loaded.
+        extra: What else to keep beside it; not compared.
+        overwrite: Whether a stored prompt that is there may be replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StoreError: If the folder holds something already.
+        ValueError: If the cache has several rows, or was filled without ids.
+
+    Comm: Two barriers and one gather of sizes.
+
+    Memory: ``2 * 65536 * K * D`` elements on the host.
+    """
+    folder = Path(path)
+    layers = [layer.everything() for layer in cache.shards]
+    if cache.input_ids is None or any(part[0].shape[0] > 1 for parts in layers for part in parts):
+        raise ValueError("only a cache of one row, filled by an engine, can be stored")
+    if (folder / INDEX).exists() and not overwrite:
+        raise StoreError(f"{folder} holds a stored prompt already; delete it or choose another")
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder} is a file; a stored prompt is a folder")
+    first = cache.rank == 0
+    _barrier(cache)  # nobody writes before everybody looked
+    folder.mkdir(parents=True, exist_ok=True)
+    if first:
+        (folder / INDEX).unlink(missing_ok=True)
+        for old in folder.glob("cache-*.safetensors"):
+            old.unlink()
+    _barrier(cache)
+    tensors: list[tuple[str, list[Tensor]]] = []
+    if first:
+        tensors.append(("input_ids", [cache.input_ids[0]]))
+        if cache.logits is not None:
+            tensors.append(("logits", [cache.logits[0]]))
+    if cache.held[cache.rank]:
+        for number, parts in enumerate(layers):
+            tensors.append((f"keys.{number}", [keys[0] for keys, _ in parts]))
+            tensors.append((f"values.{number}", [values[0] for _, values in parts]))
+    sizes = [0] * cache.num_ranks
+    if tensors:
+        written = _write_tensors(folder / _shard_name(cache.rank, cache.num_ranks), tensors)
+        sizes[cache.rank] = written
+    if cache.num_ranks > 1:
+        found: list[Any] = [None] * cache.num_ranks
+        dist.all_gather_object(found, sizes[cache.rank], group=cache.group)
+        sizes = found
+    if first:
+        index = {
+            "format": _FORMAT,
+            "tokens": cache.get_seq_length(),
+            "layers": len(layers),
+            "bytes": sizes,
+            "intervals": [cache.intervals(rank) for rank in range(cache.num_ranks)],
+            "text_runs": None if cache.text_runs is None else cache.text_runs.runs,
+            "key": key,
+            "extra": extra or {},
+        }
+        part = folder / f"{INDEX}.part"
+        part.write_text(json.dumps(index, indent=1))
+        os.replace(part, folder / INDEX)
+    _barrier(cache)
+    return folder
+
+
+def _barrier(cache: ShardedCache) -> None:
+    if cache.num_ranks > 1:
+        dist.barrier(group=cache.group)
+
+
+def is_stored(path: str | Path) -> bool:
+    """Whether a path is the folder of a stored prompt."""
+    try:
+        return (Path(path) / INDEX).is_file()
+    except OSError:  # a data: address is longer than a path may be
+        return False
+
+
+def read_index(path: str | Path) -> dict[str, Any]:
+    """Return what a stored prompt says of itself: ``tokens``, ``key``, ``extra`` and more.
+
+    Args:
+        path: Its folder.
+
+    Raises:
+        StoreError: If there is none, it is unfinished, of another format, or files are missing.
+    """
+    folder = Path(path)
+    if not is_stored(folder):
+        unfinished = any(folder.glob("cache-*")) if folder.is_dir() else False
+        why = "was not written to the end" if unfinished else f"has no {INDEX}"
+        raise StoreError(f"{folder} is no stored prompt: it {why}")
+    index: dict[str, Any] = json.loads((folder / INDEX).read_text())
+    if index.get("format") != _FORMAT:
+        raise StoreError(
+            f"{folder} has format {index.get('format')!r}, this version reads {_FORMAT}; make it "
+            "again"
+        )
+    ranks = len(index["bytes"])
+    for rank, size in enumerate(index["bytes"]):
+        file = folder / _shard_name(rank, ranks)
+        there = file.stat().st_size if file.exists() else 0
+        if there != size:
+            raise StoreError(f"{file} has {there} bytes instead of {size}; make it again")
+    return index
+
+
+def load_cache(
+    path: str | Path,
+    key: Mapping[str, Any],
+    *,
+    mesh: SPMesh | None = None,
+    device: torch.device | str = "cpu",
+    pager: Pager | None = None,
+) -> ShardedCache:
+    """Read a stored prompt; on a mesh, every rank its part.
+
+    Args:
+        path: Its folder.
+        key: What the caller has; entries that it lacks are not compared.
+        mesh: The ranks that share it; any number.
+        device: Where it goes.
+        pager: Takes what exceeds its budget to the host.
+
+    Returns:
+        The cache.
+
+    Raises:
+        StoreError: If it is not there, not whole, or of something else; every difference is named.
+
+    Comm: None.
+
+    Memory: The rank's share, on the device.
+    """
+    folder = Path(path)
+    index = read_index(folder)
+    if unlike := list(differences(index["key"], key)):
+        raise StoreError(f"{folder} was made of something else: " + "; ".join(unlike))
+    cache = ShardedCache(index["layers"], mesh=mesh, pager=pager)
+    tokens, ranks = index["tokens"], len(index["bytes"])
+    low, high = split_evenly(tokens, cache.num_ranks, cache.rank)
+    files = [
+        safe_open(folder / _shard_name(rank, ranks), framework="pt") if size else None
+        for rank, size in enumerate(index["bytes"])
+    ]
+    pieces: list[tuple[Any, int, int, int]] = []  # file, its first row, its last, our first row
+    for file, intervals in zip(files, index["intervals"], strict=True):
+        edges = [0, *accumulate(stop - start for start, stop in intervals)]
+        for (start, stop), row in zip(intervals, edges, strict=False):
+            a, b = max(start, low), min(stop, high)
+            if a < b:
+                pieces.append((file, row + a - start, row + b - start, a - low))
+    layout = SequenceLayout((tokens,), cache.num_ranks, 1, "contiguous")
+    with cache.receiving(layout, tokens):
+        for layer in range(index["layers"]):
+            both = [
+                _read_rows(pieces, f"{name}.{layer}", high - low, device)
+                for name in ("keys", "values")
+            ]
+            if high > low:
+                cache.update(both[0], both[1], layer)
+    assert files[0] is not None
+    cache.input_ids = files[0].get_tensor("input_ids")[None].to(device)
+    if "logits" in files[0].keys():  # noqa: SIM118  # a file, not a mapping
+        cache.logits = files[0].get_tensor("logits")[None].to(device)
+    if index["text_runs"] is not None:
+        cache.text_runs = TextRuns(tuple(tuple(run) for run in index["text_runs"]))
+    return cache
+
+
+def _read_rows(
+    pieces: list[tuple[Any, int, int, int]], name: str, rows: int, device: torch.device | str
+) -> Tensor:
+    """``(1, K, rows, D)`` of one tensor, from the slices that hold its rows."""
+    out: Tensor | None = None
+    for file, first, last, row in pieces:
+        part = file.get_slice(name)[first:last]
+        if out is None:
+            out = torch.empty((rows, *part.shape[1:]), dtype=part.dtype, device=device)
+        out[row : row + last - first] = part.to(device)
+    if out is None:
+        return torch.empty(1, 0, 0, 0, device=device)
+    return out[None].transpose(1, 2)

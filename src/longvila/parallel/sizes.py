@@ -1,0 +1,193 @@
+"""The plain numbers of a model, read from the model or from its configuration.
+
+Parameters are counted one by one, on a model that may live on the meta device (no memory, a second
+for any size); widths and depths come from the configurations. What comes out
+(`longvila.memory.sizes.ModelSize`) is all that the planner knows of a model.
+
+Frames of families whose pictures have any resolution are taken to be of a size that the caller
+gives. Vision attention in windows is counted as if it were full: an upper bound.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from longvila.memory.sizes import ModelSize, PlanError, TextSize, TowerSize, preset
+from longvila.parallel.families import Family, find_family
+from longvila.parallel.families.base import patches_per_tile
+
+#: Side of a frame in pixels where the model takes any.
+FRAME_SIDE = 448
+
+
+def _base(model: nn.Module) -> PreTrainedModel:
+    inner = getattr(model, "get_base_model", None)
+    found = inner() if callable(inner) else model
+    if not isinstance(found, PreTrainedModel):
+        raise TypeError(f"expected a transformers model, got {type(model).__name__}")
+    return found
+
+
+def _count(parameters: Any) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(
+        each.weight.numel()
+        for each in module.modules()
+        if isinstance(each, nn.Linear | nn.Conv2d | nn.Conv3d)
+    )
+
+
+def size_of(model: nn.Module, *, frame_side: int = FRAME_SIDE) -> ModelSize:
+    """Return the size of a model.
+
+    Args:
+        model: A model of a known family, sharded or not, on any device; or PEFT around one, whose
+            adapters are not counted.
+        frame_side: Pixels along a side of a frame, where the model takes any.
+
+    Raises:
+        TypeError: If the model is of no known family.
+        PlanError: If its layers differ, as in a mixture of experts.
+    """
+    base = _base(model)
+    family = find_family(base)
+    text = _text_size(base, family)
+    tower = _tower_size(base, family, frame_side) if family.vision_modules(base) else None
+    return ModelSize(name=str(base.config.model_type), text=text, tower=tower)
+
+
+def _without_adapters(module: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in module.named_parameters() if ".lora_" not in name]
+
+
+def _text_size(base: PreTrainedModel, family: Family) -> TextSize:
+    config: Any = family.text_model(base).config
+    layers = list(family.layers(base))
+    sizes = {_count(_without_adapters(layer)) for layer in layers}
+    if len(sizes) != 1 or getattr(config, "num_experts", None):
+        raise PlanError(
+            f"layers of {type(base).__name__} have {sorted(sizes)} parameters; a plan needs dense "
+            "layers of one size"
+        )
+    linear = {
+        name: each.weight.numel()
+        for name, each in layers[0].named_modules()
+        if isinstance(each, nn.Linear) and ".lora_" not in name
+    }
+    head: Any = base.get_output_embeddings()
+    table: Any = base.get_input_embeddings()
+    tied = head.weight is table.weight
+    outside = {id(p) for p in family.media_parameters(base)} | {id(head.weight), id(table.weight)}
+    outside |= {id(p) for layer in layers for p in layer.parameters()}
+    other = [p for p in base.parameters() if id(p) not in outside]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    names = {name.rsplit(".", 1)[-1] for name, _ in layers[0].named_modules()}
+    return TextSize(
+        layers=len(layers),
+        width=config.hidden_size,
+        mlp_width=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        vocabulary=head.weight.shape[0],
+        layer_parameters=sizes.pop(),
+        layer_matrices=sum(linear.values()),
+        mlp_matrices=sum(n for name, n in linear.items() if "mlp" in name),
+        other_parameters=_count(other),
+        tied=tied,
+        qk_norm="q_norm" in names,
+    )
+
+
+def _tower_size(base: PreTrainedModel, family: Family, frame_side: int) -> TowerSize:
+    config: Any = base.config
+    vision: Any = config.vision_config
+    modules = family.vision_modules(base)
+    # The projector of some families is a part of the tower's module.
+    shared = {id(p) for module in modules[1:] for p in module.parameters()}
+    tower = [p for p in modules[0].parameters() if id(p) not in shared]
+    projector = [p for module in modules[1:] for p in module.parameters()]
+    projector += family.extra_parameters(base)
+    projector_matrices = sum(_matrices(module) for module in modules[1:])
+    width = vision.hidden_size
+    merge = getattr(vision, "spatial_merge_size", None)
+    if merge is not None and hasattr(vision, "temporal_patch_size"):
+        side = frame_side // vision.patch_size // merge * merge
+        # A step of the tower takes several frames together.
+        every = vision.temporal_patch_size
+        patches, rows = side * side // every, side * side // merge**2 // every
+        pixels, joined, layers = 3 * (side * vision.patch_size) ** 2, merge**2 * width, vision.depth
+        per_call = family.media[-1].frames_per_call(config)
+        calls = None if per_call is None else max(per_call // max(patches, 1), 1)
+        separators = 0
+    else:
+        layers = getattr(config, "num_vision_layers", None) or vision.num_hidden_layers
+        patches = patches_per_tile(vision)
+        size = vision.image_size
+        height, across = (size, size) if isinstance(size, int) else size
+        pixels, calls = 3 * height * across, family.media[-1].frames_per_call(config)
+        rows = _rows_of_a_frame(config, family)
+        separators = 1 if getattr(config, "frame_separator", "") else 0
+        linear = [each for part in modules[1:] for each in part.modules()]
+        joined = next((e.in_features for e in linear if isinstance(e, nn.Linear)), width)
+    heads: int = getattr(vision, "num_attention_heads", None) or vision.num_heads
+    return TowerSize(
+        layers=layers,
+        width=width,
+        mlp_width=vision.intermediate_size,
+        heads=heads,
+        patches=patches,
+        pixels=pixels,
+        matrices=_matrices(modules[0]),
+        parameters=_count(tower),
+        rows=rows,
+        separators=separators,
+        joined_width=joined,
+        projector_matrices=projector_matrices,
+        projector_parameters=_count(projector),
+        frames_per_call=calls,
+    )
+
+
+def _rows_of_a_frame(config: Any, family: Family) -> int:
+    """Rows of one frame among many, by what the family itself says of eight."""
+    kind = next((each for each in family.media if each.name == "video"), family.media[0])
+    frames = math.lcm(*(int(size[0]) for size in getattr(config, "pool_sizes", None) or [[1]])) * 8
+    units = kind.units(config, [frames])
+    return max(sum(units.rows) // sum(units.frames), 1)
+
+
+def load_size(name: str, *, frame_side: int = FRAME_SIDE) -> ModelSize:
+    """Return the size of a model by its folder, or of a preset.
+
+    Args:
+        name: Folder with a ``config.json``, or a preset's name.
+        frame_side: As for `size_of`.
+
+    Raises:
+        PlanError: If there is neither.
+    """
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        return preset(name)
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    import longvila.model.auto as auto
+
+    auto.load_models()
+    config: Any = AutoConfig.from_pretrained(folder)
+    media = hasattr(config, "vision_config")
+    kind: Any = AutoModelForImageTextToText if media else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    return replace(size_of(model, frame_side=frame_side), name=folder.name or str(folder))

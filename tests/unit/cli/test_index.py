@@ -1,0 +1,43 @@
+"""The verb writes what ask reads, alone and with two processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longvila.cli.main import main
+from longvila.media.synthetic import clip
+from longvila.testing.tiny import save_tiny
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    status = main(list(argv))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_index_then_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(save_tiny(tmp_path / "model"))
+    film = str(clip(tmp_path / "film.mp4", 40))
+    first, second = str(tmp_path / "one.index"), str(tmp_path / "two.index")
+    options = ("--model", model, "--device", "cpu")
+    asked = ("What is shown?", "--max-new-tokens", "6", "--device", "cpu")
+    _, expected, _ = run(capsys, "ask", film, *asked, "--model", model, "--frames", "5")
+    status, _, err = run(capsys, "index", film, "--output", first, *options, "--frames", "5")
+    assert status == 0 and "tokens" in err and "MiB" in err
+    # The model is the one it was made with, unless another is named.
+    status, out, err = run(capsys, "ask", first, *asked)
+    assert status == 0 and out == expected and "read before" in err and "5 frames" in err
+    status, _, _ = run(
+        capsys, "index", film, "--output", second, *options, "--frames", "5", "--gpus", "2"
+    )
+    assert status == 0 and len(list(Path(second).glob("*.safetensors"))) == 2
+    assert run(capsys, "ask", second, *asked)[1] == expected
+    status, _, err = run(capsys, "index", film, "--output", first, *options)
+    assert status == 1 and "--overwrite" in err
+    status, _, err = run(capsys, "ask", film, first, *asked, "--model", model)
+    assert status == 1 and "comes before other media" in err
+    other = str(save_tiny(tmp_path / "other", seed=1))
+    status, _, err = run(capsys, "ask", first, *asked, "--model", other)
+    assert status == 1 and "model.weights" in err

@@ -1,0 +1,179 @@
+"""Callers: what is sent, what is tried again, what is not, and a local model's answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from endpoint import Endpoint, Says, numbers_of, text_of
+
+from longvila.datagen.caller import (
+    CallError,
+    EndpointCaller,
+    LocalCaller,
+    Prompt,
+    Reply,
+    ask_until,
+    cut_words,
+)
+from longvila.media.synthetic import numbered_frame
+from longvila.testing.tiny import tiny_model, tiny_processor, tiny_tokenizer
+
+
+def caller(endpoint: Endpoint, **options: Any) -> tuple[EndpointCaller, list[float]]:
+    pauses: list[float] = []
+    return EndpointCaller(endpoint.url, "name", sleep=pauses.append, **options), pauses
+
+
+def in_turn(endpoint: Endpoint, *says: Says) -> None:
+    answers = iter(says)
+    endpoint.script = lambda body: next(answers)
+
+
+def test_text_and_pictures_are_sent(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "secret")
+    ask, _ = caller(endpoint, key_variable="MY_KEY", longest_side=64)
+    pictures = tuple(numbered_frame(n, 96, 128) for n in (7, 9))
+    reply = ask(Prompt("What?", pictures, "Be short.", max_new_tokens=5))
+    assert reply == Reply("Something is shown on the screen.", True)
+    body = endpoint.bodies[0]
+    assert body["path"] == "/v1/chat/completions" and body["max_tokens"] == 5
+    assert body["model"] == "name" and body["temperature"] == 0.0
+    assert body["messages"][0] == {"role": "system", "content": "Be short."}
+    assert text_of(body) == "What?" and numbers_of(body) == [7, 9]
+    assert endpoint.headers[0]["Authorization"] == "Bearer secret"
+    assert ask.used == {"calls": 1, "tries": 1, "prompt_tokens": 10, "new_tokens": 3}
+    assert "secret" not in ask.name
+
+
+RUBBISH = [
+    Says(status=503, body=b"busy"),
+    Says(body=b"<html>"),
+    Says(body=b'{"choices": []}'),
+    Says(body=b"[]"),
+    Says(text=""),
+    Says(text=None),
+    Says(status=500, body=b""),
+]
+
+
+@pytest.mark.parametrize("wrong", RUBBISH, ids=range(len(RUBBISH)))
+def test_what_may_pass_is_tried_again(endpoint: Endpoint, wrong: Says) -> None:
+    ask, pauses = caller(endpoint)
+    in_turn(endpoint, wrong, wrong, Says("Yes."))
+    assert ask(Prompt("Is it?")).text == "Yes."
+    assert ask.used["tries"] == 3 and ask.used["calls"] == 1
+    assert 1 <= pauses[0] <= 1.25 and 2 <= pauses[1] <= 2.5
+
+
+def test_a_pause_the_endpoint_asks_for_is_kept(endpoint: Endpoint) -> None:
+    ask, pauses = caller(endpoint)
+    in_turn(
+        endpoint,
+        Says(status=429, headers={"Retry-After": "7"}, body=b""),
+        Says(status=429, headers={"Retry-After": "Mon, 01 Jan"}, body=b""),
+        Says(status=429, headers={"Retry-After": "9999"}, body=b""),
+        Says("Yes."),
+    )
+    ask(Prompt("Is it?"))
+    assert 7 <= pauses[0] <= 8.75 and 2 <= pauses[1] <= 2.5 and 60 <= pauses[2] <= 75
+
+
+def test_tries_end(endpoint: Endpoint) -> None:
+    ask, pauses = caller(endpoint, tries=3)
+    endpoint.script = lambda body: Says(status=502, body=b"gateway")
+    with pytest.raises(CallError, match="no answer after 3 tries; the last: status 502: gateway"):
+        ask(Prompt("Is it?"))
+    assert len(pauses) == 2
+
+
+def test_what_lasts_is_not_tried_again(endpoint: Endpoint) -> None:
+    ask, pauses = caller(endpoint)
+    endpoint.script = lambda body: Says(status=404, body=b"no model called name")
+    with pytest.raises(CallError, match="status 404: no model called name"):
+        ask(Prompt("Is it?"))
+    assert not pauses and len(endpoint.bodies) == 1
+
+
+def test_an_endpoint_that_is_slow_or_gone(endpoint: Endpoint) -> None:
+    ask, _ = caller(endpoint, tries=2, timeout_s=0.1)
+    in_turn(endpoint, Says(wait_s=0.4), Says("Late."))
+    assert ask(Prompt("Is it?")).text == "Late." and ask.used["tries"] == 2
+    gone = EndpointCaller("http://127.0.0.1:9/v1", "name", tries=2, sleep=lambda s: None)
+    with pytest.raises(CallError, match="no answer after 2 tries"):
+        gone(Prompt("Is it?"))
+
+
+def test_an_answer_that_was_cut_off_says_so(endpoint: Endpoint) -> None:
+    endpoint.script = lambda body: Says("It is a", finish="length")
+    assert caller(endpoint)[0](Prompt("What?")) == Reply("It is a", False)
+
+
+def test_wrong_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CallError, match="begins with http"):
+        EndpointCaller("localhost:8000", "name")
+    with pytest.raises(CallError, match="above zero, got 0, 120"):
+        EndpointCaller("http://x/v1", "name", tries=0)
+    monkeypatch.delenv("NO_KEY", raising=False)
+    with pytest.raises(CallError, match="NO_KEY holds no key"):
+        EndpointCaller("http://x/v1", "name", key_variable="NO_KEY")
+    with pytest.raises(CallError, match="no-such-folder"):
+        LocalCaller.load("./no-such-folder")
+
+
+def test_a_local_model_sees_pictures() -> None:
+    ask = LocalCaller(tiny_model(seed=1), tiny_processor(), name="tiny")
+    dark, light = (np.full((48, 64, 3), level, np.uint8) for level in (10, 240))
+    one = ask(Prompt("What?", (dark, dark), max_new_tokens=12))
+    assert one == ask(Prompt("What?", (dark, dark), max_new_tokens=12))
+    assert one != ask(Prompt("What?", (light, light), max_new_tokens=12))
+    assert one != ask(Prompt("What?", max_new_tokens=12))
+    assert ask.used["calls"] == 4 and ask.used["new_tokens"] >= 4
+    with pytest.raises(CallError, match="tiny: the prompt has"):
+        ask(Prompt("What?", max_new_tokens=5000))
+
+
+def test_a_local_language_model_answers(tmp_path: Any) -> None:
+    model = tiny_model(seed=2)
+    language = type(model.model.language_model).__name__.replace("Model", "ForCausalLM")
+    import transformers
+
+    causal = getattr(transformers, language)(model.config.text_config)
+    causal.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    ask = LocalCaller.load(str(tmp_path))
+    reply = ask(Prompt("Why?", system="Be short.", max_new_tokens=8))
+    assert reply.text and not reply.complete and ask.used["new_tokens"] == 8
+    with pytest.raises(CallError, match="sees no pictures"):
+        ask(Prompt("Why?", (np.zeros((4, 4, 3), np.uint8),)))
+    with pytest.raises(CallError, match="do not fit its context of 4096"):
+        ask(Prompt("Why? " * 2000, max_new_tokens=8))
+
+
+class Listed:
+    """A caller that gives its answers one after another."""
+
+    def __init__(self, *texts: str) -> None:
+        self.texts, self.prompts = list(texts), []
+
+    def __call__(self, prompt: Prompt) -> Reply:
+        self.prompts.append(prompt.text)
+        return Reply(self.texts.pop(0))
+
+
+def number(reply: Reply) -> int:
+    return int(reply.text)
+
+
+def test_an_answer_that_cannot_be_used_is_asked_for_again() -> None:
+    ask = Listed("one", "2")
+    assert ask_until(ask, Prompt("How many?"), number, attempts=3) == 2
+    assert ask.prompts[1].startswith("How many?\n\nAn earlier answer could not be used: invalid")
+    with pytest.raises(ValueError, match="after 2 answers, the last begins 'b'"):
+        ask_until(Listed("a", "b"), Prompt("How many?"), number, attempts=2)
+
+
+def test_texts_are_grouped_by_words() -> None:
+    assert cut_words(["a b", "c", "d e f", "g"], 3) == [["a b", "c"], ["d e f"], ["g"]]
+    assert cut_words(["a b c d"], 3) == [["a b c d"]] and cut_words([], 3) == []

@@ -1,0 +1,88 @@
+"""Ranks of one command: the first is this process, and a rank that dies ends all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from longvila.errors import LongVILAError, RankError
+from longvila.inference.workers import Ranks, run_over_ranks
+
+SCRIPT = """
+import sys, time
+import torch, torch.distributed as dist
+from longvila.errors import LongVILAError
+from longvila.inference.workers import run_over_ranks
+
+def work(ranks, case):
+    assert dist.get_world_size() == ranks.size == 2 and dist.get_rank() == ranks.rank
+    assert ranks.share({"from": ranks.rank}) == {"from": 0}
+    if case == "one" and ranks.rank == 1:
+        raise LongVILAError("film.mp4 is gone here")
+    if case == "all":
+        raise LongVILAError("too long everywhere")
+    if case == "one":
+        time.sleep(60)  # as in a collective that nobody else joins
+    total = torch.tensor(ranks.rank + 1)
+    dist.all_reduce(total)
+    if ranks.is_first:
+        print("sum", int(total))
+    return 7
+
+if __name__ == "__main__":
+    try:
+        sys.exit(run_over_ranks(work, sys.argv[1], size=2, device="cpu"))
+    except LongVILAError as error:
+        print("own error:", error, file=sys.stderr)
+        sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "status", "said"),
+    [
+        ("none", 7, "sum 3"),
+        ("one", 1, "longvila: rank 1: film.mp4 is gone here"),
+        ("all", 3, "own error: too long everywhere"),
+    ],
+)
+def test_two_ranks_of_a_command(tmp_path: Any, case: str, status: int, said: str) -> None:
+    script = tmp_path / "command.py"
+    script.write_text(SCRIPT.replace("sleep(60)", "sleep(600)"))
+    done = subprocess.run(
+        [sys.executable, str(script), case], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == status, done.stderr
+    assert said in done.stdout + done.stderr
+    if case == "all":
+        assert "rank 1" not in done.stderr
+
+
+def alone(ranks: Ranks, argument: str) -> int:
+    assert not dist.is_initialized() and ranks.is_first and ranks.mesh(None) is None
+    assert ranks.share(argument) == argument and ranks.together(lambda: 5) == 5
+    return 2
+
+
+def test_one_rank_needs_no_group_and_gpus_must_be_there() -> None:
+    assert run_over_ranks(alone, "x", size=1, device="cpu") == 2
+    if torch.cuda.device_count() < 99:
+        with pytest.raises(LongVILAError, match="there is no GPU 98"):
+            run_over_ranks(alone, "x", size=99, device="cuda")
+
+
+def test_what_fails_on_one_rank_fails_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(found: list[Any], mine: Any) -> None:
+        found[:] = [mine, "no such file"]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    ranks = Ranks(0, 2, torch.device("cpu"))
+    with pytest.raises(RankError, match="rank 1: no such file"):
+        ranks.together(lambda: 5)
+    with pytest.raises(KeyError):
+        ranks.together(lambda: {}["x"])
