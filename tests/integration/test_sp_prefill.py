@@ -17,6 +17,7 @@ import torch.distributed as dist
 from longvila.errors import RankError
 from longvila.inference.engine import Engine
 from longvila.inference.frames import MissingFrames, TensorFrames, VideoFrames
+from longvila.inference.paging import Pager
 from longvila.inference.prompts import LongVILAPrompts
 from longvila.inference.session import Session
 from longvila.media.synthetic import clip
@@ -101,11 +102,50 @@ def check_cell(mesh: Any, name: str) -> None:
                 assert max(film.held) - min(film.held) <= 2 * mesh.sp_size
             found = engine.generate(engine.fork(film), question, **GREEDY)
             assert found.tolist() == expected[1], f"chunks of {chunk}, a question behind"
+            alone = engine.generate(engine.fork(film), question[:, :1], **GREEDY)
+            together = engine.generate_many(film, [question[0], question[0, :1]], **GREEDY)
+            both = [found[0, tokens + 3 :].tolist(), alone[0, tokens + 1 :].tolist()]
+            assert [row.tolist() for row in together] == both, "two questions at once"
             if len(set(inputs["input_ids"][0, -2:].tolist())) == 2:
                 found = engine.generate(engine.fork(film), **GREEDY)
                 assert found.tolist() == expected[0], f"chunks of {chunk}"
             if "pixel_values_videos" in inputs and name == "longvila":
                 check_sources(engine, inputs, expected[0])
+
+
+def check_stored(rank: Rank, folder: str) -> None:
+    """Chunks are paged to the host of each rank; any number of ranks reads what two wrote."""
+    model, inputs = longvila()
+    question = torch.tensor([[7, 11, 5]])
+    with Engine(model) as alone:
+        expected = alone.generate(alone.prefill(inputs), question, **GREEDY).tolist()
+    world = dist.get_world_size()
+    mesh = build_mesh(world, world, "zigzag_ring_varlen")
+    pager = Pager(torch.device("cpu"), 0, block_tokens=8)
+    with Engine(model, mesh, chunk_tokens=7, kv_offload=pager) as engine:
+        film = engine.prefill(inputs)
+        assert film.host_bytes > 0
+        assert engine.generate(engine.fork(film), question, **GREEDY).tolist() == expected
+        engine.save(film, folder, {"film": 1})
+        if world > 1:
+            loaded = engine.load(folder, {"film": 1})
+            assert loaded.host_bytes > 0 and sum(loaded.held) == film.get_seq_length()
+            assert engine.generate(loaded, question, **GREEDY).tolist() == expected
+    dist.barrier()
+    with Engine(model) as alone:
+        loaded = alone.load(folder, {"film": 1})
+        assert alone.generate(loaded, question, **GREEDY).tolist() == expected
+    dist.barrier()
+    if rank.rank == 0:
+        with Engine(model) as alone:
+            alone.save(alone.prefill(inputs), folder, overwrite=True)
+    dist.barrier()
+    with Engine(model, mesh) as engine:
+        assert engine.generate(engine.load(folder), question, **GREEDY).tolist() == expected
+
+
+def test_stored_and_paged_over_ranks(tmp_path: Path) -> None:
+    run_ranks(check_stored, 2, str(tmp_path / "index"), timeout_s=120)
 
 
 def check_sources(engine: Engine, inputs: dict[str, Any], expected: list[list[int]]) -> None:

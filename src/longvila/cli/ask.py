@@ -68,6 +68,8 @@ class Options:
     """Where the model runs, as torch names it; auto is the first GPU, or the CPU."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision; auto is bfloat16 on a GPU and float32 on a CPU."""
+    kv_offload: float | None = None
+    """GiB of keys and values that stay on each GPU; the rest is paged to the host."""
     json: bool = False
     """Print one JSON object instead of streaming text."""
     chat: bool = False
@@ -205,7 +207,7 @@ def open_session(options: Any, ranks: Ranks, progress: Any) -> Session:
     """Load the model and its processor.
 
     Args:
-        options: With ``model`` and ``dtype``.
+        options: With ``model``, ``dtype`` and ``kv_offload``.
         ranks: Where this process computes, and with whom.
         progress: As for `Session`.
 
@@ -242,7 +244,8 @@ def open_session(options: Any, ranks: Ranks, progress: Any) -> Session:
 
     processor, model = ranks.together(open_parts)
     mesh = ranks.mesh(model.config.get_text_config())
-    return Session(Engine(model, mesh), processor, progress=progress)
+    offload = None if options.kv_offload is None else int(options.kv_offload * 2**30)
+    return Session(Engine(model, mesh, kv_offload=offload), processor, progress=progress)
 
 
 def load(session: Session, sources: list[str], options: Any) -> list[Medium]:

@@ -68,6 +68,8 @@ class Options:
     """Frames taken from the film each second."""
     step_s: float | None = None
     """Seconds between frames as the prompt's times say; as in the film if absent."""
+    part: tuple[float, float] = (0.0, 1.0)
+    """Where each film begins and ends, as shares of its length."""
     repeat: bool = False
     """Show a film again that is too short."""
     words: Path | None = None
@@ -96,8 +98,9 @@ def main(argv: list[str]) -> int:
         The exit status.
     """
     options = tyro.cli(Options, args=argv, prog="longvila needle", description=__doc__)
-    from longvila.evaluation.needle import run_needle, table
+    from longvila.evaluation.needle import run_needle
     from longvila.evaluation.needle_sets import load_needles, open_haystack
+    from longvila.evaluation.page import text_table
 
     plan = plan_of(options)
     plan.grid  # wrong steps are told before anything is loaded  # noqa: B018
@@ -112,14 +115,15 @@ def main(argv: list[str]) -> int:
         fps=plan.fps,
         processor=processor.video_processor,
         repeat=options.repeat,
+        part=options.part,
     )
     first = mesh is None or mesh.rank == 0
     groups = run_needle(
         model, processor, plan, haystack, needles, out=options.out, name=Path(source).name,
-        mesh=mesh, chunk_tokens=options.chunk_tokens, progress=_progress() if first else None,
+        mesh=mesh, chunk_tokens=options.chunk_tokens, progress=progress_line() if first else None,
     )  # fmt: skip
     if first:
-        print(table(groups))
+        print(text_table(groups))
         print(f"\n{options.out / 'page.html'}")
     return 0
 
@@ -211,7 +215,8 @@ def load(source: str, options: Any) -> tuple[Any, Any, Any]:
     return model.to(device).eval(), processor, mesh
 
 
-def _progress() -> Any:
+def progress_line() -> Any:
+    """Return a progress function that says on standard error what is done and left."""
     began = time.monotonic()
 
     def tell(done: int, total: int, scene: Any) -> None:

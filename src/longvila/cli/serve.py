@@ -215,10 +215,16 @@ def build(options: Options, *, page: bool) -> Server:
         CheckpointError: If there is no such checkpoint.
         LongVILAError: If an option does not do.
     """
+    from longvila import LongVILAProcessor
     from longvila.inference.engine import Engine
     from longvila.inference.serving.app import Server
 
     model, processor = load_model(options)
+    if not isinstance(processor, LongVILAProcessor):
+        raise LongVILAError(
+            f"the server takes LongVILA checkpoints only, not {type(model).__name__} with "
+            f"{type(processor).__name__}"
+        )
     try:
         settings = to_settings(options, kv_bytes(options, model), page=page)
         return Server(Engine(model), processor, settings)
@@ -254,7 +260,7 @@ def load_model(options: Options) -> tuple[Any, Any]:
     try:
         processor = processor_class.from_pretrained(source)
         model = model_class.from_pretrained(source, dtype=getattr(torch, dtype))
-    except OSError as fault:
+    except (OSError, ValueError) as fault:
         raise CheckpointError(f"--model {source}: {fault}") from fault
     return model.to(device).eval(), processor
 

@@ -86,6 +86,7 @@ class Answers:
     """
 
     def __init__(self, folder: Path | None, writer: str | None) -> None:
+        self.folder = folder
         self.file = folder / f"{writer}.jsonl" if folder is not None and writer else None
         self._known: dict[str, Record] = {}
         if folder is not None:

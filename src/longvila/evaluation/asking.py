@@ -3,24 +3,28 @@
 1. All ranks tell each other their questions (`longvila.evaluation.lmms_deal`); those that an
    earlier run answered are taken from its files.
 2. The rest is brought together by what it shows, and dealt to the groups of ranks. A group reads a
-   video once and asks its questions on forks of that prefix (`longvila.evaluation.answerer`).
-   Messages that show media between words are read whole, each on its own.
+   video once and asks its questions on forks of that prefix (`longvila.evaluation.answerer`), while
+   a thread decodes the next one. Messages that show media between words are read whole, each on
+   its own.
 3. Every answer is graded and written before the next question is asked: the frames that were
    sampled, the prompt, the answer as it came, what was read out of it.
 4. All ranks tell each other the answers.
 
-A video that cannot be read fails its questions: their answer is empty, they count as wrong, are
-reported apart and tried again by the next run. Nothing else is forgiven.
+A video that is missing or cannot be read fails its questions: their answer is empty, they count as
+wrong, are reported apart and tried again by the next run. If every question fails, that is an
+error, and nothing is written. Nothing else is forgiven.
 
 Answers depend on the question, the model and the seed, not on the number of ranks that share the
 work, except through the order in which floating-point sums are made.
 
-Cost: a prefill a video, a question's own tokens a question.
+Cost: a prefill a video, a question's own tokens a question. Memory: the frames of two videos.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +70,7 @@ class Question:
         benchmark: Name of its preset, if it has one.
         sample: What the document says, if it has a preset.
         fps: Frames a second to sample, ``frames`` at most.
+        missing: Why nothing can be shown, if the benchmark could not find the video.
     """
 
     task: str
@@ -79,10 +84,13 @@ class Question:
     benchmark: str | None = None
     sample: Sample | None = None
     fps: float | None = None
+    missing: str = ""
 
     def medium(self) -> Hashable:
         """Return a value that is equal for questions that show the same."""
         shown = media_of(named_messages(self.messages))
+        if self.missing:
+            return digest(self.missing)
         return digest([shown, self.frames, self.fps]) if shown else ""
 
 
@@ -131,6 +139,8 @@ class Asking:
         self.settings, self.seed = dict(settings), seed
         self.place = place or Place()
         self.progress = progress
+        #: Keys of all questions of all ranks that were asked here or found, each once.
+        self.asked: dict[str, None] = {}
 
     def key(self, question: Question) -> str:
         """Return the key of a question: equal if the answer must be."""
@@ -162,6 +172,7 @@ class Asking:
         union: dict[str, Question] = {}
         for part in gather(list(zip(mine, questions, strict=True)), place.ranks):
             union.update((key, question) for key, question in part if key not in union)
+        self.asked.update(dict.fromkeys(union))
         found = {key: record for key in union if (record := self.answers.find(key)) is not None}
         known = gather([found], place.ranks)[0][0]
         open_keys = [key for key in union if key not in known]
@@ -171,33 +182,62 @@ class Asking:
         }
         dealt = deal(costs, place.groups)[place.group]
         fresh: dict[str, Record] = {}
-        for done, medium in enumerate(dealt, start=1):
-            keys = [open_keys[i] for i in media[medium]]
-            for record in self._answer_medium([(key, union[key]) for key in keys]):
+        parts = [[(key, union[key]) for i in media[m] for key in [open_keys[i]]] for m in dealt]
+        failed: list[Record] = []
+        for done, (asked, shown, error) in enumerate(self._opened(parts), start=1):
+            for record in self._answer_medium(asked, shown, error):
                 fresh[record["key"]] = record
-                if place.leads:
+                if record["error"]:
+                    failed.append(record)
+                elif place.leads:
                     self.answers.add(record)
             if self.progress is not None and place.leads:
                 self.progress(done, len(dealt))
         everywhere = dict(known)
         for answered in gather([fresh if place.leads else {}], place.ranks):
             everywhere.update(answered[0])
+        if everywhere and all(record["error"] for record in everywhere.values()):
+            first = everywhere[next(iter(union))]["error"]
+            raise VideoError(f"none of {len(everywhere)} questions shows what can be read: {first}")
+        if place.leads:
+            for record in failed:
+                self.answers.add(record)
         return [everywhere[key] for key in mine]
 
-    def _answer_medium(self, questions: Sequence[tuple[str, Question]]) -> Any:
-        """Yield the records of questions that show the same."""
-        first = questions[0][1]
+    def _opened(
+        self, parts: Sequence[Sequence[tuple[str, Question]]]
+    ) -> Iterator[tuple[Sequence[tuple[str, Question]], list[Any], str]]:
+        """Yield questions with what they show; the next is decoded while one is answered."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            ahead: deque[Future[tuple[list[Any], str]]] = deque()
+            for number, part in enumerate(parts):
+                while len(ahead) < 2 and number + len(ahead) < len(parts):
+                    ahead.append(pool.submit(self._open, parts[number + len(ahead)][0][1]))
+                shown, error = ahead.popleft().result()
+                yield part, shown, error
+
+    def _open(self, question: Question) -> tuple[list[Any], str]:
+        """Decode what a question shows; or say why that cannot be."""
+        if question.missing:
+            return [], question.missing
+        sampler = self.answerer.processor.video_processor
         shown: list[Any] = []
-        error = ""
         try:
-            for part in media_of(first.messages):
+            for part in media_of(question.messages):
+                source = part["source"]
                 if part["type"] == "image":
-                    shown.append(read_image(part["source"]))
+                    shown.append(read_image(source))
                 else:
-                    sampler = self.answerer.processor.video_processor
-                    shown.append(read_video(sampler, part["source"], first.frames, fps=first.fps))
+                    video = read_video(sampler, source, question.frames, fps=question.fps)
+                    shown.append(video)
         except (VideoError, ImageError, FileNotFoundError) as fault:
-            error = f"{type(fault).__name__}: {fault}"
+            return [], f"{type(fault).__name__}: {fault}"
+        return shown, ""
+
+    def _answer_medium(
+        self, questions: Sequence[tuple[str, Question]], shown: list[Any], error: str
+    ) -> Iterator[Record]:
+        """Yield the records of questions that show the same."""
         watched: Watched | None = None
         for key, question in questions:
             text = ""

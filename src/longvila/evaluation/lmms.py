@@ -9,7 +9,8 @@ share a sequence (`longvila.evaluation.asking`), however lmms-eval dealt them.
 Model arguments: ``pretrained`` (folder or hub id), ``num_frames`` (a number, or ``paper`` for each
 benchmark's own), ``fps``, ``device``, ``dtype``, ``log`` (folder of answers: what a run that was
 interrupted goes on from, and where frames, prompt, answer and parse of every question are),
-``seq_parallel_size`` and ``seq_parallel_ring_type`` under torchrun, ``seed``.
+``seq_parallel_size`` and ``seq_parallel_ring_type`` under torchrun, ``seed``, and ``keep`` to hold
+the model when lmms-eval is done with it.
 
 lmms-eval's own ``--use_cache`` may leave ranks without questions, which then wait for others:
 on several ranks use ``log`` instead. Likelihoods are not asked of chat models; rounds of several
@@ -76,8 +77,10 @@ class LongVILA(lmms):  # type: ignore[misc]
         seed: int = 0,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
+        keep: bool = False,
     ) -> None:
         super().__init__()
+        self.keep = keep
         if num_frames != "paper" and int(num_frames) < 1:
             raise ValueError(f"num_frames must be a positive number or paper, got {num_frames}")
         if batch_size not in (None, 1, "1"):
@@ -146,7 +149,7 @@ class LongVILA(lmms):  # type: ignore[misc]
             request: lmms-eval's.
             seen: How often each document was asked before; counted on.
         """
-        _, to_messages, options, doc_id, task, split = request.args
+        _, _, options, doc_id, task, split = request.args
         doc = self.task_dict[task][split][doc_id]
         preset = self.preset_of(request)
         repeat = seen[task, split, doc_id]
@@ -155,12 +158,14 @@ class LongVILA(lmms):  # type: ignore[misc]
             options, preset.new_tokens if preset is not None else None
         )
         joined = preset is not None and preset.frames_as_video
+        messages, missing = shown_by(request, doc)
         return Question(
             task=task,
             split=split,
             doc_id=int(doc_id),
             repeat=repeat,
-            messages=tuple(normal_messages(to_messages(doc), frames_as_video=joined)),
+            messages=tuple(normal_messages(messages, frames_as_video=joined)),
+            missing=missing,
             frames=self.frames_of(preset),
             options=generation,
             until=until,
@@ -198,7 +203,9 @@ class LongVILA(lmms):  # type: ignore[misc]
         raise NotImplementedError("tasks of several rounds are not supported by this plug-in")
 
     def clean(self) -> None:
-        """Free the model, for a judge that lmms-eval may start next."""
+        """Free the model, for a judge that lmms-eval may start next; not if it is to be kept."""
+        if self.keep:
+            return
         self.engine.close()
         model: Any = self.engine.model
         model.to("cpu")
@@ -207,6 +214,24 @@ class LongVILA(lmms):  # type: ignore[misc]
 
     def _report(self, done: int, total: int) -> None:
         _LOG.info("group %d: %d of %d videos", self.asking.place.group, done, total)
+
+
+def shown_by(request: Instance, doc: Mapping[str, Any]) -> tuple[list[Any], str]:
+    """Return the messages of a request, or its words alone and why its video is not there.
+
+    Args:
+        request: lmms-eval's.
+        doc: Its document.
+
+    Returns:
+        Messages, and what is missing.
+    """
+    try:
+        return request.args[1](doc), ""
+    # Tasks of lmms-eval end the whole process, and all ranks with it, over one missing video.
+    except (FileNotFoundError, AssertionError, SystemExit) as fault:
+        words = [{"role": "user", "content": str(request.args[0])}]
+        return words, f"FileNotFoundError: {fault or request.metadata['task']}"
 
 
 def generation_options(

@@ -2,10 +2,10 @@
 
 1. `Plan` says what is shown and asked: the paper's grid, the stricter one, or both, with controls.
    All of it follows from the settings, so every rank and every run makes the same.
-2. `run_needle` opens film and needles, lets an engine read frame numbers in place of pixels
-   (`longvila.evaluation.needle_frames`), reads scenes in the order of their cuts so that what they
-   share is read once (`longvila.evaluation.needle_read`), and keeps every answer on disk.
-3. The first rank writes ``result.json``, ``records.jsonl``, a page and a heat map a group.
+2. `run_needle` lets an engine read frame numbers in place of pixels
+   (`longvila.evaluation.needle_frames`), and scenes in the order of their cuts, so that what they
+   share is read once (`longvila.evaluation.needle_read`).
+3. `longvila.evaluation.measure` asks, keeps every answer on disk, and writes results and pages.
 
 The paper's layout of a prompt has neither newlines nor times between frames; the model's own is
 what its processor writes. Either may be asked for by name; results say which.
@@ -18,17 +18,12 @@ the tower n * D times over.
 
 from __future__ import annotations
 
-import json
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
-
-from longvila.evaluation.answerer import Answerer
+from longvila.evaluation.measure import About, LayoutName, Part, Progress, measure
 from longvila.evaluation.needle_frames import FrameRows
 from longvila.evaluation.needle_plan import (
     Grid,
@@ -39,17 +34,14 @@ from longvila.evaluation.needle_plan import (
     paper_scenes,
     strict_scenes,
 )
-from longvila.evaluation.needle_read import SceneReader, reading_order
+from longvila.evaluation.needle_read import reading_order
 from longvila.evaluation.needle_sets import Haystack, Needle
-from longvila.evaluation.page import text_table, write_page
-from longvila.evaluation.runner import Record, Records, run
-from longvila.evaluation.summary import Group, result_rows, summarise
+from longvila.evaluation.summary import Group
 from longvila.evaluation.task import Scene
 from longvila.inference.engine import Engine
 from longvila.parallel.families import find_family
 
 Protocol = Literal["paper", "strict", "both"]
-LayoutName = Literal["needle", "model"]
 
 
 @dataclass(frozen=True)
@@ -103,19 +95,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Part:
-    """Scenes that are read with one layout of prompts.
-
-    Attributes:
-        layout: Which.
-        scenes: All of them, in reading order.
-    """
-
-    layout: LayoutName
-    scenes: list[Scene]
-
-
 def make_parts(
     plan: Plan, haystack: Haystack, needles: Sequence[Needle], processor: Any
 ) -> list[Part]:
@@ -154,19 +133,6 @@ def make_parts(
     return [Part(layout, reading_order(merged(found), total)) for layout, found in scenes.items()]
 
 
-def make_answerer(engine: Any, processor: Any, layout: LayoutName) -> Answerer:
-    """Return an answerer that writes prompts in a layout.
-
-    Args:
-        engine: The engine.
-        processor: The model's processor.
-        layout: ``"needle"`` for frames with nothing between them, ``"model"`` for the processor's.
-    """
-    if layout == "model":
-        return Answerer(engine, processor)
-    return Answerer(engine, processor, frame_separator="", timestamps=False)
-
-
 def settings_of(
     plan: Plan, haystack: Haystack, needles: Sequence[Needle], model: str
 ) -> dict[str, Any]:
@@ -198,7 +164,7 @@ def run_needle(
     name: str,
     mesh: Any = None,
     chunk_tokens: int = 8192,
-    progress: Callable[[int, int, Scene], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Group]:
     """Measure a model; goes on where an interrupted run stopped.
 
@@ -224,89 +190,27 @@ def run_needle(
     rows = FrameRows(find_family(model), haystack.book, processor.video_processor.pixels)
     with Engine(model, mesh, chunk_tokens=chunk_tokens, family=rows.family) as engine:
         return measure(
-            engine, processor, plan, haystack, needles, rows, out=out, name=name, mesh=mesh,
-            progress=progress,
+            engine, processor, make_parts(plan, haystack, needles, processor),
+            settings_of(plan, haystack, needles, name), rows,
+            about=about(haystack, name), out=out, mesh=mesh, progress=progress,
         )  # fmt: skip
 
 
-def measure(
-    engine: Any,
-    processor: Any,
-    plan: Plan,
-    haystack: Haystack,
-    needles: Sequence[Needle],
-    rows: FrameRows,
-    *,
-    out: Path,
-    name: str,
-    mesh: Any = None,
-    progress: Callable[[int, int, Scene], None] | None = None,
-) -> list[Group]:
-    """Measure whatever answers an engine's calls; the arguments are those of `run_needle`."""
-    parts = make_parts(plan, haystack, needles, processor)
-    settings = settings_of(plan, haystack, needles, name)
-    began = time.perf_counter()
-    dp_rank, dp_size = (0, 1) if mesh is None else (mesh.dp_rank, mesh.dp_size)
-    leads = mesh is None or mesh.sp_rank == 0
-    with Records(out, settings, part=dp_rank, writes=leads) as records:
-        for part in parts:
-            answerer = make_answerer(engine, processor, part.layout)
-            reader = SceneReader(answerer, rows, part.scenes)
-            run(
-                answerer, part.scenes, reader.watch, records,
-                part=dp_rank, parts=dp_size, progress=progress,
-            )  # fmt: skip
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-    # Groups of ranks wrote files of their own; all of them count.
-    with Records(out, settings, writes=False) as every:
-        found = sorted(every.rows.values(), key=lambda row: str(row["id"]))
-    groups = summarise(found)
-    if leads and dp_rank == 0:
-        write_result(out, settings, found, groups, elapsed_s=time.perf_counter() - began)
-    return groups
-
-
-def write_result(
-    out: Path,
-    settings: dict[str, Any],
-    records: Sequence[Record],
-    groups: Sequence[Group],
-    *,
-    elapsed_s: float,
-) -> None:
-    """Write ``result.json`` and the page.
+def about(haystack: Haystack, model: str) -> About:
+    """Return what results say of themselves.
 
     Args:
-        out: Their folder.
-        settings: Of the run.
-        records: All of them.
-        groups: What they say.
-        elapsed_s: How long this process ran.
+        haystack: The film.
+        model: What results call the model.
     """
-    result = {
-        "benchmark": "needle",
-        "question": "Are pictures found among so many frames, wherever they are?",
-        "command": " ".join(sys.argv),
-        "settings": settings,
-        "elapsed_s": round(elapsed_s, 1),
-        "rows": result_rows(settings["model"], groups),
-    }
-    partial = out / "result.json.new"
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(out / "result.json")
-    notes = [
-        f"{settings['model']}; film: {settings['haystack']}"
-        + (f", shown {settings['repeats']} times over" if settings["repeats"] > 1 else ""),
-    ]
-    if settings["haystack"].startswith("synthetic"):
+    notes = [f"{model}; film: {haystack.label}"]
+    if haystack.repeats > 1:
+        notes.append(f"The film is shown {haystack.repeats} times over.")
+    if haystack.label.startswith("synthetic"):
         notes.append("The film was drawn in code: these figures say nothing about real video.")
-    write_page(
-        out / "page.html", title="Needles in a film", settings=settings, records=records,
-        groups=groups, notes=notes,
-    )  # fmt: skip
-
-
-def table(groups: Sequence[Group]) -> str:
-    """Return the summary for a terminal."""
-    return text_table(groups)
+    return About(
+        "needle",
+        "Needles in a film",
+        "Are pictures found among so many frames, wherever they are?",
+        tuple(notes),
+    )

@@ -10,14 +10,15 @@ of which the target stands at the cell's depth and the others anywhere:
 | task | question | options |
 | --- | --- | --- |
 | retrieval | which is shown at a time, or comes k-th | other needles of the film, then others |
-| grounding | when a needle appears (only with times in the prompt) | times of the others, and more |
+| grounding | when a needle appears (if prompts have times) | times of the others, then others |
 | presence | whether one appears: one that does, one that does not | yes, no |
 | ordering | in which order three of them appear | all six orders |
 | counting | how often the target appears, in a film of its own | 1 to 4 |
+| listing | which needles appear (free words only, scored by F1) | |
 
-Each is asked in free words and, where a reader of words could be too strict or too lenient, as a
-choice too. Wrong options are needles of the same film first: a model that knows what was in the
-film but not where scores no better than chance among them.
+Each is asked in free words, graded by a strict reader, and as a choice among answers. Wrong options
+are needles of the same film first: a model that knows what was in the film but not where scores no
+better than chance among them. A film's needles are of one tier.
 
 **Controls** (`control_scenes`): the same questions about the film without needles and about a grey
 one. What a model scores there it has from somewhere else than the film.
@@ -42,7 +43,13 @@ import numpy as np
 from PIL import Image
 
 from longvila.evaluation.needle_frames import FrameBook, Picture
-from longvila.evaluation.needle_sets import Haystack, Needle, pasted, whole_frame
+from longvila.evaluation.needle_sets import (
+    Haystack,
+    Needle,
+    NeedleError,
+    pasted,
+    whole_frame,
+)
 from longvila.evaluation.task import Question, Scene
 from longvila.model.processing_longvila import clock
 
@@ -63,6 +70,7 @@ class Words:
         presence: About whether a needle appears.
         order: About the order of several.
         count: About how often one appears.
+        every: About all of them.
     """
 
     only: str = "Which picture was put into the film? Answer with its name."
@@ -72,6 +80,7 @@ class Words:
     presence: str = "Is there {a_name}?"
     order: str = "In which order do these appear: {names}?"
     count: str = "How many times does the {name} appear?"
+    every: str = "Which pictures appear in the video?"
 
 
 @dataclass(frozen=True)
@@ -96,13 +105,13 @@ def make_grid(max_frames: int, interval: int, depth_interval: float) -> Grid:
         depth_interval: Step of depths; must divide 1.
 
     Raises:
-        ValueError: If a step is not positive, or depths do not end at 1.
+        NeedleError: If a step is not positive, or depths do not end at 1.
     """
     if not 0 < interval <= max_frames:
-        raise ValueError(f"the interval must be 1 to {max_frames} frames, got {interval}")
+        raise NeedleError(f"the interval must be 1 to {max_frames} frames, got {interval}")
     steps = round(1 / depth_interval) if depth_interval > 0 else 0
     if steps < 1 or not math.isclose(steps * depth_interval, 1.0):
-        raise ValueError(f"the depth interval must divide 1, got {depth_interval}")
+        raise NeedleError(f"the depth interval must divide 1, got {depth_interval}")
     return Grid(
         tuple(range(interval, max_frames + 1, interval)),
         tuple(Fraction(step, steps) for step in range(steps + 1)),
@@ -122,9 +131,10 @@ class Stage:
         seed: Decides all that is random.
         words: How questions are put.
         step_s: Seconds that the prompt's times say lie between two frames; None as in the film.
+        stride: Frames of the book from one frame of the film to the next.
 
     Raises:
-        ValueError: If ``insert`` is neither.
+        NeedleError: If ``insert`` is neither.
     """
 
     def __init__(
@@ -138,14 +148,16 @@ class Stage:
         seed: int = 0,
         words: Words | None = None,
         step_s: float | None = None,
+        stride: int = 1,
     ) -> None:
         if insert not in ("frame", "paste"):
-            raise ValueError(f"insert must be frame or paste, got {insert!r}")
+            raise NeedleError(f"insert must be frame or paste, got {insert!r}")
         self.haystack, self.needles, self.square = haystack, list(needles), square
         self.insert, self.times, self.seed = insert, times, seed
         self.words = words or Words()
         self.step_s = haystack.step_s if step_s is None else step_s
         self.book: FrameBook = haystack.book
+        self.stride = stride
 
     def rng(self, *names: object) -> np.random.Generator:
         """Chance that depends on the seed and some names, and nothing else."""
@@ -170,11 +182,19 @@ class Stage:
         for place, needle in shown:
             if self.insert == "paste":
                 place = min(place, length - 1)
-            frames += range(at, place)
+            frames += self.film(at, place)
             places.append(len(frames))
             frames.append(self._needle_frame(place, needle, scene))
             at = place + (self.insert == "paste")
-        return (*frames, *range(at, length)), places
+        return (*frames, *self.film(at, length)), places
+
+    def film(self, start: int, stop: int) -> range:
+        """Numbers of the film's frames from one place up to another."""
+        return range(start * self.stride, stop * self.stride, self.stride)
+
+    def whole(self, needle: Needle) -> int:
+        """Number of the frame that shows a needle and nothing else."""
+        return self.book.add(f"frame/{needle.id}", lambda: whole_frame(needle, self.square))
 
     def grey(self) -> int:
         """Number of the grey frame."""
@@ -186,13 +206,15 @@ class Stage:
 
     def _needle_frame(self, place: int, needle: Needle, scene: str) -> int:
         if self.insert == "frame":
-            return self.book.add(f"frame/{needle.id}", lambda: whole_frame(needle, self.square))
+            return self.whole(needle)
         where = tuple(float(x) for x in self.rng("where", scene, place).uniform(0, 1, 2))
 
         def paste() -> Picture:
-            return pasted(self.book.frame(place), needle, (where[0], where[1]), share=0.8)
+            return pasted(
+                self.book.frame(place * self.stride), needle, (where[0], where[1]), share=0.8
+            )
 
-        return self.book.add(f"paste/{needle.id}/{place}/{where}", paste)
+        return self.book.add(f"paste/{needle.id}/{place * self.stride}/{where}", paste)
 
 
 def place_of(length: int, depth: Fraction) -> int:
@@ -251,25 +273,29 @@ def strict_scenes(
         per_film: Needles in each.
 
     Raises:
-        ValueError: If there are fewer names than needles in a film and options, or a length has no
+        NeedleError: If there are fewer names than needles in a film and options, or a length has no
             room for them.
     """
-    names = sorted({needle.answer for needle in stage.needles})
-    if len(names) < max(per_film + 1, WAYS) or per_film < 3:
-        raise ValueError(
-            f"{per_film} needles a film (at least 3) need {max(per_film + 1, WAYS)} different "
-            f"names, the set has {len(names)}"
-        )
+    names: dict[str, list[str]] = {}
+    for needle in stage.needles:
+        known = names.setdefault(needle.tier, [])
+        if needle.answer not in known:
+            known.append(needle.answer)
+    for tier, found in names.items():
+        if len(found) < max(per_film + 1, WAYS) or per_film < 3:
+            raise NeedleError(
+                f"{per_film} needles a film (at least 3) need {max(per_film + 1, WAYS)} different "
+                f"names, the set has {len(found)}" + (f" of tier {tier!r}" if tier else "")
+            )
     if grid.lengths[0] < 4 * per_film:
-        raise ValueError(f"{grid.lengths[0]} frames have no room for {per_film} needles")
+        raise NeedleError(f"{grid.lengths[0]} frames have no room for {per_film} needles")
     order = stage.rng("targets").permutation(len(stage.needles))
     scenes: list[Scene] = []
     controls: list[Scene] = []
-    turn = 0
-    for length, depth, trial in itertools.product(grid.lengths, grid.depths, range(trials)):
+    every = itertools.product(grid.lengths, grid.depths, range(trials))
+    for turn, (length, depth, trial) in enumerate(every):
         target = stage.needles[order[turn % len(order)]]
-        turn += 1
-        film = _film(stage, length, depth, trial, target, names, per_film)
+        film = _film(stage, length, depth, trial, target, sorted(names[target.tier]), per_film)
         scenes.append(film)
         controls += control_scenes(stage, film, length)
         scenes.append(_counting(stage, length, depth, trial, target))
@@ -282,7 +308,11 @@ def _film(
 ) -> Scene:  # fmt: skip
     scene = f"strict/{length}/{float(depth):g}/{trial}"
     rng = stage.rng(scene)
-    others = [needle for needle in stage.needles if needle.answer != target.answer]
+    others = [
+        needle
+        for needle in stage.needles
+        if needle.answer != target.answer and needle.tier == target.tier
+    ]
     companions: list[Needle] = []
     for index in rng.permutation(len(others)):
         if others[index].answer not in {each.answer for each in companions}:
@@ -359,6 +389,11 @@ def _questions(
         scene, "ordering", words.order.format(names=", ".join(sorted(three))), truth, orders,
         "order", shape, names=tuple(three),
     )  # fmt: skip
+    yield Question(
+        id=f"{scene}/listing/free", task="listing", ask="free", text=words.every,
+        answer=", ".join(here), reader="list", names=tuple(names), chance=len(here) / len(names),
+        shape=shape, max_new_tokens=16 * len(here),
+    )  # fmt: skip
 
 
 def _grounding(
@@ -417,7 +452,7 @@ def control_scenes(stage: Stage, film: Scene, length: int) -> list[Scene]:
     kept = [q for q in film.questions if q.task in ("retrieval", "ordering")]
     scenes = []
     for control, frames in (
-        ("no needle", tuple(range(length))),
+        ("no needle", tuple(stage.film(0, length))),
         ("grey", (stage.grey(),) * length),
     ):
         asked = tuple(

@@ -12,9 +12,8 @@
    needle, and its position moved. That is not waste that could be saved; it is the test.
 3. Scenes are read in the order of their cuts, so the trunk is read once, whatever the number of
    lengths, depths and needles. Haystacks of all lengths begin alike.
-4. Over several ranks the rest of a scene is read by every rank whole, where a new prompt is dealt
-   over the ranks. Forking then pays only if less than one rank's share is left; otherwise the scene
-   is read anew. Both give the same keys and values.
+4. Over several ranks both the trunk and what follows a fork are dealt over all of them, so sharing
+   saves there what it saves on one.
 5. With temporal pooling a video's text is one pooled copy after another and there is no common
    beginning: every scene is read whole.
 
@@ -72,7 +71,6 @@ class SceneReader:
         self.answerer, self.rows = answerer, rows
         self.engine: Any = answerer.engine
         self.pooled = bool(answerer.processor.pool_sizes)
-        self.num_ranks: int = getattr(self.engine, "num_ranks", 1)
         total = rows.book.num_frames
         self.cuts = {scene.id: cut_of(scene.frames, total) for scene in scenes}
         shared = [scene for scene in scenes if self._forks(scene)]
@@ -115,10 +113,8 @@ class SceneReader:
         return Watched(cache, int(cache.get_seq_length()), ("video",), self._rest(scene))
 
     def _forks(self, scene: Scene) -> bool:
-        cut, frames = self.cuts[scene.id], len(scene.frames)
-        if self.pooled or cut == 0:
-            return False
-        return self.num_ranks == 1 or (frames - cut) * self.num_ranks < frames
+        # One frame in common is what any sampling of a film has.
+        return not self.pooled and self.cuts[scene.id] > 1
 
     def _grow(self, cut: int) -> None:
         for stop in self.stops:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from PIL import Image
 
 from longvila.errors import LongVILAError, VideoError
 from longvila.evaluation.needle_frames import FrameBook, Picture
-from longvila.media.sampling import fps_indices
+from longvila.media.sampling import timestamp_indices
 from longvila.media.sources import IMAGE_SUFFIXES
 from longvila.media.video import open_video
 
@@ -271,6 +272,7 @@ def open_haystack(
     fps: float,
     processor: Any,
     repeat: bool = False,
+    part: tuple[float, float] = (0.0, 1.0),
     block: int = 32,
 ) -> Haystack:
     """Open a haystack.
@@ -281,17 +283,20 @@ def open_haystack(
         fps: Frames taken each second.
         processor: A processor of videos, which knows the size of a frame and how to reach it.
         repeat: Whether a film that is too short is shown again.
+        part: Where each film begins and ends, as shares of its length.
         block: Frames decoded at once.
 
     Raises:
-        NeedleError: If the film is too short.
+        NeedleError: If the film is too short, or the part is none.
         VideoError: If it cannot be read.
     """
     size: tuple[int, int] = processor.height_width
+    if not 0 <= part[0] < part[1] <= 1:
+        raise NeedleError(f"a part of a film is two shares of it in order, got {part}")
     if str(source) == SYNTHETIC:
         book = FrameBook(num_frames, lambda a, b: _drawn(a, b, size), size=size, block=block)
         return Haystack(book, "synthetic (drawn in code)", 1 / fps, 1)
-    reels = [_Reel(path, fps, processor) for path in _videos(Path(source).expanduser())]
+    reels = [_Reel(path, fps, processor, part) for path in _videos(Path(source).expanduser())]
     total = sum(reel.num_frames for reel in reels)
     if total < num_frames and not repeat:
         raise NeedleError(
@@ -307,7 +312,8 @@ def open_haystack(
         # One call a reel where a block lies within one.
         first, last, base = start % total, (stop - 1) % total, 0
         for reel in reels:
-            if base <= first <= last < base + reel.num_frames:
+            inside = base <= first <= last < base + reel.num_frames
+            if inside and last - first == stop - 1 - start:
                 return reel.frames(first - base, last + 1 - base)
             base += reel.num_frames
         return read(start, stop)
@@ -335,12 +341,14 @@ def _videos(path: Path) -> list[Path]:
 class _Reel:
     """One video of a haystack; opened when its frames are asked for, and kept open."""
 
-    def __init__(self, path: Path, fps: float, processor: Any) -> None:
+    def __init__(self, path: Path, fps: float, processor: Any, part: tuple[float, float]) -> None:
         self.path, self.processor = path, processor
         with open_video(str(path), frame_rate=fps) as reader:
             metadata = reader.metadata
         self.fps = fps
-        self.indices = fps_indices(metadata.timestamps_s, fps, duration_s=metadata.duration_s)
+        start_s, stop_s = (share * metadata.duration_s for share in part)
+        times = start_s + np.arange(max(1, math.ceil((stop_s - start_s) * fps - 1e-6))) / fps
+        self.indices = timestamp_indices(metadata.timestamps_s, times)
         self.num_frames = len(self.indices)
         self._stack = ExitStack()
         self._reader: Any = None

@@ -84,6 +84,10 @@ class Preset:
         official: Whether lmms-eval's own metric is computed too.
         ours: Whether the task ships with this package.
         frames_as_video: Whether several pictures of a question are frames of one video.
+        data: Patterns of the file of questions in a folder given by the user; the first that is
+            there counts. Empty where lmms-eval alone knows where data are.
+        axes: What a judge grades answers by, if one must.
+        note: What a user should know.
     """
 
     name: str
@@ -96,6 +100,8 @@ class Preset:
     official: bool = True
     ours: bool = False
     frames_as_video: bool = False
+    data: tuple[str, ...] = ()
+    axes: tuple[str, ...] = ()
     note: str = field(default="", compare=False)
 
     def grade(self, sample: Sample, answer: str) -> Grade:
@@ -203,6 +209,16 @@ def _activitynetqa(doc: Doc) -> Sample:
     return Sample(str(doc["answer"]), video=str(doc["video_name"]), category=_text(doc.get("type")))
 
 
+def _videochatgpt(doc: Doc) -> Sample:
+    # The consistency part asks the same twice; what pairs the two is video and answer.
+    paired = "question_1" in doc
+    return Sample(
+        str(doc["answer"]),
+        video=str(doc["video_name"]),
+        group=f"{doc['video_name']}\n{doc['answer']}" if paired else None,
+    )
+
+
 def _egoschema(doc: Doc) -> Sample:
     raw = str(doc.get("answer") if doc.get("answer") is not None else "")
     index = int(raw) if raw.isdecimal() else None
@@ -282,6 +298,7 @@ PRESETS: tuple[Preset, ...] = (
         sample=_videomme,
         aliases=("lmms-videomme-256",),
         ours=True,
+        data=("**/*.parquet", "*.json", "*.jsonl"),
         note="without subtitles",
     ),
     Preset(
@@ -291,6 +308,7 @@ PRESETS: tuple[Preset, ...] = (
         sample=_videomme,
         aliases=("lmms-videomme_w_subtitle-256",),
         ours=True,
+        data=("**/*.parquet", "*.json", "*.jsonl"),
         note="subtitles that are on screen with a sampled frame",
     ),
     Preset(
@@ -300,6 +318,7 @@ PRESETS: tuple[Preset, ...] = (
         sample=_vnbench,
         aliases=("vnbench_val", "vnbench_val-128"),
         ours=True,
+        data=("VNBench*4try*.json", "*.json", "*.jsonl"),
         note="needs --data vnbench=FOLDER; also by its rule of four rotations",
     ),
     Preset(
@@ -310,7 +329,25 @@ PRESETS: tuple[Preset, ...] = (
         kind="open",
         aliases=("lmms-activitynetqa", "lmms-activitynetqa-32"),
         official=False,
+        axes=("match",),
         note="scored by longvila judge",
+    ),
+    *(
+        Preset(
+            name=f"videochatgpt_{part}",
+            task=f"videochatgpt_{part}",
+            frames=32,
+            sample=_videochatgpt,
+            kind="open",
+            official=False,
+            axes=axes,
+            note="scored by longvila judge",
+        )
+        for part, axes in (
+            ("gen", ("correctness", "detail", "context")),
+            ("temporal", ("temporal",)),
+            ("consistency", ("consistency",)),
+        )
     ),
     Preset(
         name="egoschema_test",
@@ -337,6 +374,7 @@ PRESETS: tuple[Preset, ...] = (
         sample=_eventbench,
         aliases=("eventbench_val", "eventbench_val-32"),
         ours=True,
+        data=("**/*.parquet", "*.json", "*.jsonl"),
     ),
     Preset(
         name="longvideobench_val_v",
@@ -378,6 +416,7 @@ PRESETS: tuple[Preset, ...] = (
         kind="words",
         new_tokens=16,
         ours=True,
+        data=("needles.jsonl", "*.jsonl", "*.json"),
         note="needs --data needle=FOLDER",
     ),
 )

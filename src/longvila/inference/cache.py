@@ -20,7 +20,9 @@ A model's own attention must not read such a cache, since ``update`` returns onl
 Attention goes through a step (`longvila.inference.decode`), and ``update`` outside of one raises.
 
 Cost: nothing is copied but a tail that outgrows its buffer, and never more than a few thousand
-tokens of it. It holds one sequence, or rows that share one; it does not page to the host.
+tokens of it. It holds one sequence, or rows that share one. With a pager, the oldest segments are
+taken to the host at the end of a step in which they exceed its budget
+(`longvila.inference.paging`); those of several rows stay.
 
 Letters: B rows, T new tokens, L tokens of this rank, K kv heads, D head dim, R ranks.
 """
@@ -36,6 +38,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from longvila.inference.paging import HostBlock, Pager, Walk
 from longvila.inference.positions import TextRuns
 from longvila.sp.layout import SequenceLayout
 from longvila.sp.mesh import SPMesh
@@ -52,6 +55,7 @@ class ShardLayer(CacheLayerMixin):
     """One layer's keys and values of this rank.
 
     Attributes:
+        paged: The oldest tokens, on the host.
         segments: What is never written again, possibly shared with forks.
         keys: ``(B, capacity, K, D)`` buffer of the tail, None if there is none.
         values: As ``keys``.
@@ -63,23 +67,35 @@ class ShardLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
+        self.paged: list[HostBlock] = []
         self.segments: list[Segment] = []
         self.used = 0
         self.reserved = 0
+        #: Most tokens of a tail; None for any number.
+        self.longest_tail: int | None = None
+        #: The part whose rows begin with filler (None: no part does), and how much of it.
+        self.padded: tuple[int, tuple[int, ...]] | None = None
 
     # ---- contents
 
     @property
     def num_local_tokens(self) -> int:
         """L, tokens that this rank holds."""
-        return sum(k.shape[1] for k, _ in self.segments) + self.used
+        on_device = sum(k.shape[1] for k, _ in self.segments) + self.used
+        return sum(block.num_tokens for block in self.paged) + on_device
 
     def parts(self) -> list[Segment]:
-        """Return all keys and values, oldest first; the tail, if any, is the last (a view)."""
+        """Return what is on the device, oldest first; the tail, if any, is the last (a view)."""
         if not self.used:
             return list(self.segments)
         assert self.keys is not None and self.values is not None
         return [*self.segments, (self.keys[:, : self.used], self.values[:, : self.used])]
+
+    def starts(self, number: int) -> tuple[int, ...] | None:
+        """Return where the rows of a part of `parts` begin; None where all of it is theirs."""
+        if self.padded is None or self.padded[0] != number:
+            return None
+        return self.padded[1]
 
     def earlier(self, newest: int) -> list[Segment]:
         """Return the parts without so many tokens that were appended last."""
@@ -92,14 +108,35 @@ class ShardLayer(CacheLayerMixin):
 
     def reserve(self, tokens: int) -> None:
         """Make the next tail large enough for so many tokens."""
-        self.reserved = tokens
+        self.reserved = tokens if self.longest_tail is None else min(tokens, self.longest_tail)
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
+    def everything(self) -> list[Segment]:
+        """Return all keys and values, oldest first, those on the host there."""
+        return [*((b.keys[None], b.values[None]) for b in self.paged), *self.parts()]
+
+    def page_out(self, pager: Pager, budget_bytes: int) -> None:
+        """Take the oldest segments to the host until the others fit a budget.
+
+        Args:
+            pager: Takes them.
+            budget_bytes: Of segments of this layer.
+        """
+        sizes = [2 * k.numel() * k.element_size() for k, _ in self.segments]
+        while sum(sizes) > budget_bytes and self.segments[0][0].shape[0] == 1:
+            self.paged += pager.take_out(*self.segments.pop(0))
+            sizes.pop(0)
+            if self.padded is not None:
+                self.padded = (self.padded[0] - 1, self.padded[1])
+
+    def append(
+        self, keys: Tensor, values: Tensor, *, starts: tuple[int, ...] | None = None
+    ) -> None:
         """Write new tokens behind the tail.
 
         Args:
             keys: ``(B, K, T, D)``.
             values: As ``keys``.
+            starts: For each row, how many of the tokens are filler that comes first.
 
         Raises:
             ValueError: If the rows are neither those of the tail nor expanded from one.
@@ -109,6 +146,9 @@ class ShardLayer(CacheLayerMixin):
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         self.lazy_initialization(keys, values)
         rows, new = keys.shape[:2]
+        if starts is not None:
+            self.seal()
+            self.padded = (len(self.segments), starts)
         if self.keys is not None and self.keys.shape[0] != rows:
             if self.used and self.keys.shape[0] != 1:
                 raise ValueError(f"the cache holds {self.keys.shape[0]} rows, got {rows} more")
@@ -121,13 +161,17 @@ class ShardLayer(CacheLayerMixin):
         self.used += new
 
     def _grow(self, like: Tensor, needed: int) -> None:
-        if self.used >= _COPIED_AT_MOST:
+        too_long = self.longest_tail is not None and needed > self.longest_tail
+        if self.used and (self.used >= _COPIED_AT_MOST or too_long):
             needed -= self.used
             self.seal()
         old = () if self.keys is None else (self.keys, self.values)
         before = old[0].shape[1] if old else 0
         capacity = max(needed, self.reserved, 2 * before, _FIRST_CAPACITY)
-        self.reserved = 0
+        if self.longest_tail is None:
+            self.reserved = 0
+        else:
+            capacity = max(needed, min(capacity, self.longest_tail))
         shape = (like.shape[0], capacity, *like.shape[2:])
         self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
         if self.used:
@@ -161,17 +205,27 @@ class ShardLayer(CacheLayerMixin):
         self.used -= from_tail
         tokens -= from_tail
         while tokens:
+            if not self.segments:
+                block = self.paged.pop()
+                left = block.num_tokens - tokens
+                tokens = max(-left, 0)
+                if left > 0:
+                    self.paged.append(block.first(left))
+                continue
             keys, values = self.segments.pop()
             left = keys.shape[1] - tokens
             tokens = max(-left, 0)
             if left > 0:
                 self.segments.append((keys[:, :left], values[:, :left]))
+        if self.padded is not None and self.padded[0] >= len(self.parts()):
+            self.padded = None
 
     def shared(self) -> ShardLayer:
         """Return a layer with the same segments; the tail becomes one of them."""
         self.seal()
         other = ShardLayer()
-        other.segments = list(self.segments)
+        other.paged, other.segments = list(self.paged), list(self.segments)
+        other.longest_tail, other.padded = self.longest_tail, self.padded
         if self.is_initialized:
             other.dtype, other.device, other.is_initialized = self.dtype, self.device, True
         return other
@@ -202,7 +256,8 @@ class ShardLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.segments, self.keys, self.values, self.used = [], None, None, 0
+        self.paged, self.segments, self.padded = [], [], None
+        self.keys, self.values, self.used = None, None, 0
 
     def _select(self, rows: Tensor) -> None:
         """Reorder rows; what has one row serves all of them and stays."""
@@ -213,6 +268,8 @@ class ShardLayer(CacheLayerMixin):
         ]
         if self.keys is not None and self.values is not None and self.keys.shape[0] > 1:
             self.keys, self.values = self.keys[rows], self.values[rows]
+        if self.padded is not None:
+            self.padded = (self.padded[0], take_rows(self.padded[1], rows))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
         """Reorder the rows for beam search; a prefix of one row is not touched."""
@@ -230,6 +287,11 @@ class ShardLayer(CacheLayerMixin):
         if rows:
             order = torch.arange(max(rows)).repeat_interleave(repeats)
             self._select(order)
+
+
+def take_rows(values: tuple[int, ...], rows: Tensor) -> tuple[int, ...]:
+    """Return one value a row, reordered."""
+    return tuple(values[row] for row in rows.tolist())
 
 
 # ---- who got what ----------------------------------------------------------------------------
@@ -263,6 +325,7 @@ class _Given:
     total: int
     owner: int
     num_ranks: int
+    pads: tuple[int, ...] | None = None
 
     def intervals(self, rank: int) -> list[tuple[int, int]]:
         """As for `_Dealt`."""
@@ -279,18 +342,24 @@ class ShardedCache(Cache):
     Args:
         num_layers: Layers of the text model.
         mesh: The mesh; None for one process.
+        pager: Takes what exceeds its budget to the host; None keeps everything on the device.
 
     Attributes:
         held: Tokens of each rank, the same list on every rank.
         input_ids: ``(B, S)`` ids of the tokens in it, where whoever fills it keeps them.
         logits: ``(B, V)`` of the last token, likewise.
         text_runs: Where text has which positions; None for models that count tokens.
+        pads: For each row, the filler tokens before its own; None where rows have none.
     """
 
-    def __init__(self, num_layers: int, *, mesh: SPMesh | None = None) -> None:
+    def __init__(
+        self, num_layers: int, *, mesh: SPMesh | None = None, pager: Pager | None = None
+    ) -> None:
         self.shards = [ShardLayer() for _ in range(num_layers)]
         super().__init__(layers=list(self.shards))
-        self.mesh = mesh
+        self.mesh, self.pager = mesh, pager
+        for layer in self.shards:
+            layer.longest_tail = None if pager is None else pager.block_tokens
         self.num_ranks = 1 if mesh is None else mesh.sp_size
         self.rank = 0 if mesh is None else mesh.sp_rank
         self.group = None if mesh is None or mesh.sp_size == 1 else mesh.sp_group
@@ -298,6 +367,9 @@ class ShardedCache(Cache):
         self.input_ids: Tensor | None = None
         self.logits: Tensor | None = None
         self.text_runs: TextRuns | None = None
+        self.pads: tuple[int, ...] | None = None
+        #: Tokens that all rows share; None while there is one row.
+        self._shared: int | None = None
         self._arrivals: list[_Dealt | _Given] = []
         self._arriving: _Dealt | _Given | None = None
 
@@ -328,18 +400,23 @@ class ShardedCache(Cache):
             yield
 
     @contextmanager
-    def appending(self, tokens: int) -> Iterator[int]:
+    def appending(self, tokens: int, *, pads: tuple[int, ...] | None = None) -> Iterator[int]:
         """Let the layers of a step write new tokens, which every rank has, on one rank.
 
         Args:
             tokens: T.
+            pads: For each row, how many of them are filler that comes first.
 
         Yields:
             The rank that keeps them: the one with the fewest, of these the first.
         """
         owner = min(range(self.num_ranks), key=lambda rank: (self.held[rank], rank))
-        with self._arrive(_Given(tokens, owner, self.num_ranks)):
+        if pads is not None and self.pads is not None:
+            raise ValueError("the rows of this cache are padded already; fork their prefix")
+        with self._arrive(_Given(tokens, owner, self.num_ranks, pads)):
             yield owner
+        if pads is not None:
+            self.pads = pads
 
     @contextmanager
     def _arrive(self, arrival: _Dealt | _Given) -> Iterator[None]:
@@ -357,6 +434,19 @@ class ShardedCache(Cache):
             self._arriving = None
         self._arrivals.append(arrival)
         self._count(arrival.counts(arrival.total), 1)
+        self._page_out(self.shards)
+
+    def _page_out(self, layers: Sequence[ShardLayer]) -> None:
+        if self.pager is not None:
+            budget = self.pager.budget_bytes // len(self.shards)
+            for layer in layers:
+                layer.page_out(self.pager, budget)
+
+    def walk(self) -> Walk | None:
+        """Return a pass over what is on the host; None if nothing is."""
+        if self.pager is None or not any(layer.paged for layer in self.shards):
+            return None
+        return Walk(self.pager, [layer.paged for layer in self.shards])
 
     def _count(self, counts: Sequence[int], sign: int) -> None:
         self.held = [n + sign * more for n, more in zip(self.held, counts, strict=True)]
@@ -388,14 +478,17 @@ class ShardedCache(Cache):
                 "longvila.inference.engine.Engine of this model"
             )
         layer = self.shards[layer_idx]
+        if key_states.shape[0] > 1 and self._shared is None:
+            self._shared = sum(self.held)
         if isinstance(arriving, _Dealt):
             own = arriving.counts(arriving.total)[self.rank]
             if not arriving.appended:
                 layer.place(key_states, value_states, own)
+                self._page_out([layer])
             elif own:
                 layer.append(key_states[:, :, :own], value_states[:, :, :own])
         elif arriving.owner == self.rank:
-            layer.append(key_states, value_states)
+            layer.append(key_states, value_states, starts=arriving.pads)
         return key_states, value_states
 
     # ---- the whole
@@ -429,12 +522,13 @@ class ShardedCache(Cache):
 
         Memory: Nothing but what either writes from now on.
         """
-        other = ShardedCache(len(self.shards), mesh=self.mesh)
+        other = ShardedCache(len(self.shards), mesh=self.mesh, pager=self.pager)
         other.shards = [layer.shared() for layer in self.shards]
         other.layers = list(other.shards)
         other.held, other._arrivals = list(self.held), list(self._arrivals)
         other.input_ids, other.logits = self.input_ids, self.logits
         other.text_runs = self.text_runs
+        other.pads, other._shared = self.pads, self._shared
         return other
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -475,20 +569,46 @@ class ShardedCache(Cache):
         length = sum(self.held)
         if self.input_ids is not None:
             self.input_ids = self.input_ids[:, :length]
+        if self._shared is not None and length <= self._shared:
+            self.pads = self._shared = None
+            self.input_ids = None if self.input_ids is None else self.input_ids[:1]
         self.logits = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder rows for beam search."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        if self.pads is not None:
+            self.pads = take_rows(self.pads, beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        if self.pads is not None:
+            self.pads = take_rows(self.pads, indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat rows."""
+        super().batch_repeat_interleave(repeats)
+        if self.pads is not None:
+            self.pads = tuple(pad for pad in self.pads for _ in range(repeats))
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.held, self._arrivals = [0] * self.num_ranks, []
-        self.input_ids = self.logits = None
+        self.input_ids = self.logits = self.pads = self._shared = None
         self.text_runs = None if self.text_runs is None else TextRuns()
 
     @property
     def local_bytes(self) -> int:
         """Bytes of keys and values that this rank holds, shared ones counted in."""
-        return sum(
+        return self.host_bytes + sum(
             k.numel() * k.element_size() + v.numel() * v.element_size()
             for layer in self.shards
             for k, v in layer.parts()
         )
+
+    @property
+    def host_bytes(self) -> int:
+        """Those of them that are on the host."""
+        return sum(block.num_bytes for layer in self.shards for block in layer.paged)

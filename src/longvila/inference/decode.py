@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longvila.inference.cache import ShardedCache
+from longvila.inference.paging import Walk
 from longvila.ops.attention import attention_forward
 from longvila.ops.lse import merge, merge_many
 from longvila.parallel.families import Family
@@ -170,6 +171,56 @@ def attend_segment(
     return out.reshape(q.shape), lse.reshape(batch, heads, new)
 
 
+def attend_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Sequence[int],
+    *,
+    causal: bool,
+    softmax_scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Return attention of rows over keys that each row has behind filler of its own length.
+
+    Args:
+        q: ``(B, T, H, D)``.
+        k: ``(B, n, K, D)``.
+        v: As ``k``.
+        starts: For each row, how many keys are filler.
+        causal: Whether the keys end with those of the queries.
+        softmax_scale: Factor on the scores.
+
+    Returns:
+        ``out (B, T, H, D)`` and ``lse (B, H, T)``; queries that are filler see no key.
+
+    Comm: None.
+    """
+    batch, new, heads, dim = q.shape
+    if new > 1:
+        results = [
+            attention_forward(
+                q[row : row + 1], k[row : row + 1, start:], v[row : row + 1, start:],
+                causal=causal, softmax_scale=softmax_scale, needs_backward=False,
+            )
+            for row, start in enumerate(starts)
+        ]  # fmt: skip
+        outs, lses = zip(*results, strict=True)
+        return torch.cat(outs), torch.cat(lses)
+    # One token a row: a few hundred keys, all rows at once.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    kv_heads = k.shape[2]
+    grouped = q.view(batch, kv_heads, heads // kv_heads, dim).to(wide)
+    scores = torch.einsum("bkgd,bnkd->bkgn", grouped, k.to(wide))
+    scores = scores * (dim**-0.5 if softmax_scale is None else softmax_scale)
+    first = torch.tensor(starts, device=q.device)
+    hidden = torch.arange(k.shape[1], device=q.device) < first[:, None]
+    scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - lse.masked_fill(torch.isneginf(lse), 0.0).unsqueeze(-1))
+    out = torch.einsum("bkgn,bnkd->bkgd", weights, v.to(wide))
+    return out.reshape(q.shape), lse.reshape(batch, heads, 1)
+
+
 def _attend_pieces(
     q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], piece_tokens: int
 ) -> tuple[Tensor, Tensor]:
@@ -218,6 +269,38 @@ def gather_equal(x: Tensor, cache: ShardedCache) -> Tensor:
     return gathered
 
 
+def attend_paged(
+    walk: Walk | None,
+    layer: int,
+    q: Tensor,
+    *,
+    softmax_scale: float | None,
+    split_tokens: int | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Return attention over what a layer has on the host; None if it has nothing there.
+
+    Args:
+        walk: The step's pass over it.
+        layer: Which layer.
+        q: ``(B, T, H, D)`` queries, which follow all of it.
+        softmax_scale: Factor on the scores.
+        split_tokens: As for `attend_segment`.
+
+    Comm: None.
+
+    Memory: One partial result, whatever there is.
+    """
+    total: tuple[Tensor, Tensor] | None = None
+    if walk is not None:
+        for keys, values in walk.layer(layer):
+            part = attend_segment(
+                q, keys, values, causal=False, softmax_scale=softmax_scale,
+                split_tokens=split_tokens,
+            )  # fmt: skip
+            total = part if total is None else merge(*total, *part)
+    return total
+
+
 class ReadStep(AttentionStep):
     """One pass of new tokens over a cache; travels to the attention function as ``sp_context``.
 
@@ -233,6 +316,7 @@ class ReadStep(AttentionStep):
     ) -> None:
         super().__init__(cache.get_seq_length() + tokens)
         self.cache, self.owner, self.split_tokens = cache, owner, split_tokens
+        self.walk = cache.walk()
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None
@@ -244,17 +328,27 @@ class ReadStep(AttentionStep):
         Memory: R times that.
         """
         cache = self.cache
+        past = attend_paged(
+            self.walk, layer, q, softmax_scale=softmax_scale, split_tokens=self.split_tokens
+        )
         parts = cache.shards[layer].parts()
         keeps = self.owner == cache.rank
-        results = [
-            attend_segment(
-                q, part_k, part_v,
-                causal=keeps and number == len(parts) - 1,
-                softmax_scale=softmax_scale,
-                split_tokens=self.split_tokens,
-            )
-            for number, (part_k, part_v) in enumerate(parts)
-        ]  # fmt: skip
+        results = []
+        for number, (part_k, part_v) in enumerate(parts):
+            causal = keeps and number == len(parts) - 1
+            starts = cache.shards[layer].starts(number)
+            if starts is not None:
+                part = attend_rows(
+                    q, part_k, part_v, starts, causal=causal, softmax_scale=softmax_scale
+                )
+            else:
+                part = attend_segment(
+                    q, part_k, part_v, causal=causal, softmax_scale=softmax_scale,
+                    split_tokens=self.split_tokens,
+                )  # fmt: skip
+            results.append(part)
+        if past is not None:
+            results.append(past)
         if not results:
             # No token of this rank: the neutral element, from the one place that defines it.
             results = [attention_forward(q, k[:, :0], v[:, :0], causal=False, needs_backward=False)]
@@ -275,6 +369,7 @@ def read_embeds(
     position_ids: Tensor | None = None,
     split_tokens: int | None = None,
     further: Mapping[str, Any] | None = None,
+    pads: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Run the text model on new tokens that follow a cache, and keep their keys and values.
 
@@ -286,6 +381,7 @@ def read_embeds(
         position_ids: ``(B, T)`` or ``(3, B, T)``; None for those of text.
         split_tokens: As for `attend_segment`.
         further: Keywords of the text model for rows that feed deeper layers.
+        pads: For each row, how many of the new tokens are filler that comes first.
 
     Returns:
         ``(B, T, M)`` last hidden states.
@@ -297,11 +393,10 @@ def read_embeds(
     """
     text = family.text_model(model)
     tokens = embeds.shape[1]
-    if position_ids is None and cache.text_runs is not None:
-        first = cache.get_seq_length() + cache.text_runs.offset
-        position_ids = torch.arange(first, first + tokens, device=embeds.device)
-        position_ids = position_ids.expand(3, embeds.shape[0], -1)
-    with cache.appending(tokens) as owner:
+    filler = pads or cache.pads
+    if position_ids is None and (cache.text_runs is not None or filler is not None):
+        position_ids = _text_positions(cache, embeds, filler)
+    with cache.appending(tokens, pads=pads) as owner:
         step = ReadStep(cache, tokens, owner, split_tokens)
         hidden: Tensor = text(
             inputs_embeds=embeds,
@@ -318,6 +413,18 @@ def read_embeds(
             implementation=text.config._attn_implementation,
         )
     return hidden
+
+
+def _text_positions(cache: ShardedCache, embeds: Tensor, filler: tuple[int, ...] | None) -> Tensor:
+    """Positions of text behind a cache: ``(B, T)``, or ``(3, B, T)`` where they are 3-D."""
+    rows, tokens = embeds.shape[:2]
+    runs = cache.text_runs
+    first = cache.get_seq_length() + (0 if runs is None else runs.offset)
+    positions = torch.arange(first, first + tokens, device=embeds.device).expand(rows, -1)
+    if filler is not None:
+        positions = positions - torch.tensor(filler, device=embeds.device)[:, None]
+        positions = positions.clamp(min=0)
+    return positions if runs is None else positions.expand(3, -1, -1)
 
 
 def shared_logits(logits: Tensor, cache: ShardedCache, source: int = 0) -> Tensor:
@@ -385,19 +492,18 @@ class CacheForward:
                 )
         embeds = given.get("inputs_embeds")
         if embeds is None:
-            embeds = self._embed(given["input_ids"])
-        mask = given.get("attention_mask")
-        if mask is not None and embeds.shape[1] > 1 and not bool((mask != 0).all()):
-            raise ValueError(
-                "attention_mask hides tokens; a ShardedCache holds whole rows: leave padding out"
-            )
+            ids = _new_ids(given, cache)
+            embeds = self.family.embed(self.model, ids.flatten()).view(*ids.shape, -1)
+        pads = _pads(given.get("attention_mask"), cache, embeds.shape[1])
         positions = given.get("position_ids")
-        if cache.text_runs is not None:
+        if positions is not None:
+            positions = positions[..., -embeds.shape[1] :]
+        if cache.text_runs is not None or pads is not None or cache.pads is not None:
             # generate has not seen the prefix's media, and makes positions that count tokens.
             positions = None
         hidden = read_embeds(
             self.model, self.family, cache, embeds,
-            position_ids=positions, split_tokens=self.split_tokens,
+            position_ids=positions, split_tokens=self.split_tokens, pads=pads,
         )  # fmt: skip
         if cache.text_runs is not None:
             cache.text_runs = cache.text_runs.count(embeds.shape[1])
@@ -406,15 +512,47 @@ class CacheForward:
         logits = shared_logits(self.model.get_output_embeddings()(kept), cache)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        for kind in self.family.media:
-            token = kind.token_id(self.model.config)
-            if input_ids.shape[1] > 1 and bool((input_ids == token).any()):
-                raise ValueError(
-                    f"the tokens after a prefix hold {kind.name} placeholders (id {token}); media "
-                    "are read by Engine.prefill"
-                )
-        return self.family.embed(self.model, input_ids.flatten()).view(*input_ids.shape, -1)
+
+def _new_ids(given: Mapping[str, Any], cache: ShardedCache) -> Tensor:
+    """Leave out ids that the cache holds: assisted decoding begins with all of them."""
+    ids: Tensor = given["input_ids"]
+    past = cache.get_seq_length()
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    if not 0 < past < ids.shape[1]:
+        return ids
+    # A mask of the ids' own length, or else positions that begin at 0: these are the whole.
+    if mask is not None:
+        if mask.shape[1] != ids.shape[1]:
+            return ids
+    elif positions is None or int(positions.flatten()[0]) != 0:
+        return ids
+    known = cache.input_ids
+    if known is None or not torch.equal(ids[:, :past], known.to(ids.device).expand(len(ids), -1)):
+        raise ValueError(f"the first {past} tokens are not those that the cache holds")
+    return ids[:, past:]
+
+
+def _pads(mask: Tensor | None, cache: ShardedCache, tokens: int) -> tuple[int, ...] | None:
+    """Filler before each row's own tokens, from a mask over the cache and the new tokens."""
+    if mask is None or tokens == 1:
+        return None
+    past = cache.get_seq_length()
+    new = mask[:, -tokens:] != 0
+    hidden = (~new).sum(1)
+    expected = torch.arange(tokens, device=mask.device) >= hidden[:, None]
+    before = mask[:, : mask.shape[1] - tokens]
+    known = cache.pads
+    if known is None:
+        whole = bool((before != 0).all())
+    else:  # filler that was read before: in its place, and nowhere else
+        whole = int((before == 0).sum()) == sum(known) and not bool(hidden.any())
+    if mask.shape[1] != past + tokens or not whole or not torch.equal(new, expected):
+        raise ValueError(
+            "attention_mask hides tokens; a ShardedCache holds whole rows, which may differ in "
+            "length at one place: filler before the first tokens of their own"
+        )
+    pads = tuple(hidden.tolist())
+    return pads if any(pads) else None
 
 
 def set_attention(text: PreTrainedModel) -> str | None:

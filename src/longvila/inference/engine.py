@@ -16,8 +16,10 @@ a generator that all ranks seed alike: with the seed given, or with one that the
 A criterion given by the caller is decided by the first rank, since one rank that stops earlier
 leaves the others waiting.
 
-It serves one caller at a time. It does not pad: questions of different lengths are asked one by
-one, each on a fork.
+Questions of different lengths about one prefix are decoded together: each row has filler in front
+of its own tokens, which no query of it sees and no position counts.
+
+It serves one caller at a time.
 
 Letters: B rows, S tokens read, T new tokens, V vocabulary.
 """
@@ -26,7 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -40,6 +42,7 @@ from longvila.errors import ContextLengthError
 from longvila.inference.cache import ShardedCache
 from longvila.inference.decode import CacheForward, set_attention
 from longvila.inference.frames import FrameSource
+from longvila.inference.paging import Pager
 from longvila.inference.positions import TextRuns
 from longvila.inference.prefill import (
     ReadTimes,
@@ -86,6 +89,8 @@ class Engine:
             them; None to choose by device.
         family: Where the model's parts are and how its media become rows, if not as its own family
             says: media that are encoded already are a family whose encoder looks rows up.
+        kv_offload: Bytes of keys and values that stay on each rank's device, older ones being
+            paged to the host; a number, a `longvila.inference.paging.Pager`, or None for all.
 
     Raises:
         TypeError: If the model is of no known family.
@@ -102,6 +107,7 @@ class Engine:
         chunk_tokens: int = 8192,
         split_tokens: int | None = None,
         family: Family | None = None,
+        kv_offload: int | Pager | None = None,
     ) -> None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
@@ -115,6 +121,9 @@ class Engine:
         )
         self.text = self.family.text_model(model)
         self.chunk_tokens = chunk_tokens
+        self.pager = kv_offload if isinstance(kv_offload, Pager) else None
+        if isinstance(kv_offload, int):
+            self.pager = Pager(self._device, kv_offload)
         self._attention = set_attention(self.text)
         self._before = vars(model).get("forward")
         original = model.forward
@@ -244,7 +253,8 @@ class Engine:
         ids = rest.pop("input_ids")
         cache = onto
         if cache is None:
-            cache = ShardedCache(self.text.config.num_hidden_layers, mesh=self.mesh)
+            layers = self.text.config.num_hidden_layers
+            cache = ShardedCache(layers, mesh=self.mesh, pager=self.pager)
             cache.text_runs = TextRuns() if self.places_in_3d else None
         self.check_context(cache.get_seq_length() + ids.shape[1])
         positions = self._positions(cache, batch)
@@ -280,12 +290,13 @@ class Engine:
         return cache.fork()
 
     @torch.no_grad()
-    def decode(self, cache: ShardedCache, ids: Tensor) -> Tensor:
+    def decode(self, cache: ShardedCache, ids: Tensor | Sequence[Tensor]) -> Tensor:
         """Read further tokens.
 
         Args:
             cache: Extended.
-            ids: ``(B, T)`` text tokens; B rows share a prefix of one row.
+            ids: ``(B, T)`` text tokens; B rows share a prefix of one row. Or B rows of different
+                lengths, ``(T_b,)`` each, once behind a prefix of one row.
 
         Returns:
             ``(B, V)`` logits of the last token, the same to the bit on every rank.
@@ -296,13 +307,20 @@ class Engine:
 
         Comm: As a step of `longvila.inference.decode`, a chunk of the tokens.
         """
+        ids, mask = pad_rows(ids)
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids must be (B, T) with at least one token, got {tuple(ids.shape)}")
+        self._refuse_media(ids)
         self.check_context(cache.get_seq_length() + ids.shape[1])
         ids = ids.to(self._device)
+        if mask is not None:
+            past = mask.new_ones(len(mask), cache.get_seq_length())
+            mask = torch.cat([past, mask], dim=1).to(self._device)
         logits = None
-        for part in ids.split(self.chunk_tokens, dim=1):
-            output = self.model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+        for part in ids.split(self.chunk_tokens if mask is None else ids.shape[1], dim=1):
+            output = self.model(
+                input_ids=part, past_key_values=cache, logits_to_keep=1, attention_mask=mask
+            )
             logits = output.logits[:, -1]
         assert logits is not None
         cache.logits = logits
@@ -349,14 +367,14 @@ class Engine:
             StoreError: If it is not there, not whole, or of another model or media.
         """
         whole = {**(key or {}), "model": model_key(self.model)}
-        return load_cache(path, whole, mesh=self.mesh, device=self._device)
+        return load_cache(path, whole, mesh=self.mesh, device=self._device, pager=self.pager)
 
     # ---- generate
 
     def generate(
         self,
         prompt: ShardedCache | Mapping[str, Any],
-        ids: Tensor | None = None,
+        ids: Tensor | Sequence[Tensor] | None = None,
         *,
         seed: int | None = None,
         **options: Any,
@@ -366,7 +384,9 @@ class Engine:
         Args:
             prompt: A cache from `prefill`, extended by the ids and what is generated (a fork of it
                 where rows multiply: beams, several return sequences); or inputs to prefill.
-            ids: ``(1, T)`` text tokens to read first; None for none.
+            ids: ``(1, T)`` text tokens to read first; None for none. Or B questions that share
+                the prefix: ``(B, T)``, or B rows of different lengths, ``(T_b,)`` each, which get
+                filler in front. The prefix then stays as it is.
             seed: Of sampling; drawn by the first rank if there are several.
             **options: Of ``generate``. Every rank must give the same; a streamer may be given on
                 one rank alone.
@@ -387,13 +407,18 @@ class Engine:
         def option(name: str) -> Any:
             return options[name] if name in options else getattr(config, name, None)
 
-        many = max(option("num_beams") or 1, option("num_return_sequences") or 1) > 1
+        mask: Tensor | None = None
+        if ids is not None:
+            ids, mask = pad_rows(ids)
+            self._refuse_media(ids)
+        rows = 1 if ids is None else ids.shape[0]
+        many = max(rows, option("num_beams") or 1, option("num_return_sequences") or 1) > 1
         if cache.input_ids is None or cache.input_ids.shape[0] != 1:
             raise ValueError("generate needs a cache of one row from prefill, or a fork of it")
         working = cache.fork() if many else cache
         whole = cache.input_ids
         if ids is not None and ids.shape[1]:
-            whole = torch.cat([whole, ids.to(whole.device)], dim=1)
+            whole = torch.cat([whole.expand(rows, -1), ids.to(whole.device)], dim=1)
         else:
             working.crop(-1)  # generate needs a token to read
         if self.num_ranks > 1:
@@ -403,7 +428,10 @@ class Engine:
             options["stopping_criteria"] = StoppingCriteriaList(
                 [_FirstRankDecides(each, cache) for each in given]
             )
-        options.setdefault("attention_mask", torch.ones_like(whole))
+        seen = torch.ones_like(whole)
+        if mask is not None:
+            seen[:, -mask.shape[1] :] = mask
+        options.setdefault("attention_mask", seen)
         with self._seeded(seed, bool(option("do_sample"))), self._no_rope_deltas():
             out = self.model.generate(whole, past_key_values=working, **options)  # type: ignore[operator]
         if not many:
@@ -411,6 +439,34 @@ class Engine:
             working.input_ids = sequences[:, : working.get_seq_length()]
             working.logits = None
         return out
+
+    def generate_many(
+        self, prompt: ShardedCache, questions: Sequence[Tensor], **options: Any
+    ) -> list[Tensor]:
+        """Answer questions of different lengths about one prefix, all at once.
+
+        Args:
+            prompt: A cache of one row; stays as it is.
+            questions: Text tokens of each, ``(T_b,)`` or ``(1, T_b)``.
+            **options: As for `generate`, which returns one sequence a question.
+
+        Returns:
+            For each question its new tokens, up to and with the first that ends a text.
+
+        Comm: As `generate`.
+        """
+        rows = [question.flatten() for question in questions]
+        out = self.generate(prompt, rows, **options)
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        start = prompt.get_seq_length() + max(row.numel() for row in rows)
+        config = options.get("generation_config") or self.model.generation_config
+        ends = options.get("eos_token_id", config.eos_token_id)
+        ends = torch.tensor([] if ends is None else ends, device=sequences.device).flatten()
+        answers = []
+        for row in sequences[:, start:]:
+            found = torch.isin(row, ends).nonzero().flatten()
+            answers.append(row[: int(found[0]) + 1] if len(found) else row)
+        return answers
 
     @contextlib.contextmanager
     def _seeded(self, seed: int | None, sampling: bool) -> Iterator[None]:
@@ -465,6 +521,15 @@ class Engine:
     def _device(self) -> torch.device:
         device: torch.device = self.model.get_output_embeddings().weight.device
         return device
+
+    def _refuse_media(self, ids: Tensor) -> None:
+        for kind in self.family.media:
+            token = kind.token_id(self.model.config)
+            if bool((ids == token).any()):
+                raise ValueError(
+                    f"the tokens after a prefix hold {kind.name} placeholders (id {token}); media "
+                    "are read by Engine.prefill"
+                )
 
     def _path(
         self, batch: Mapping[str, Any], onto: ShardedCache | None
@@ -552,6 +617,32 @@ def _whole_row(input_ids: Tensor, mask: Tensor | None) -> Tensor:
     if input_ids.shape[1] == 0:
         raise ValueError("the prompt has no token")
     return input_ids
+
+
+def pad_rows(ids: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return rows of one length, filler in front, and which tokens are not filler.
+
+    Args:
+        ids: ``(B, T)``, or B rows ``(T_b,)``.
+
+    Returns:
+        ``(B, T)`` ids, and a mask of their shape; None where there is no filler.
+
+    Raises:
+        ValueError: If a row has no token.
+    """
+    if isinstance(ids, Tensor):
+        return ids, None
+    rows = [row.flatten() for row in ids]
+    longest = max((row.numel() for row in rows), default=0)
+    if not rows or min(row.numel() for row in rows) == 0:
+        raise ValueError(f"each of the {len(rows)} rows needs at least one token")
+    padded = rows[0].new_zeros(len(rows), longest)
+    mask = torch.zeros_like(padded)
+    for number, row in enumerate(rows):
+        padded[number, longest - row.numel() :] = row
+        mask[number, longest - row.numel() :] = 1
+    return padded, None if bool(mask.all()) else mask
 
 
 def _append_ids(cache: ShardedCache, ids: Tensor) -> None:

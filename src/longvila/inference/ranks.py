@@ -38,6 +38,7 @@ from transformers import PreTrainedModel
 from longvila.errors import RankError
 from longvila.inference.cache import ShardedCache
 from longvila.inference.decode import (
+    attend_paged,
     attend_segment,
     gather_equal,
     merge_stacked,
@@ -72,6 +73,7 @@ class ChunkStep(AttentionStep):
         own = layout.intervals(cache.rank)
         self.kept = sum(max(0, min(stop, total) - start) for start, stop in own)
         self.has_past = cache.get_seq_length() > 0
+        self.walk = cache.walk()
         self._order: Tensor | None = None
 
     def attend(
@@ -106,6 +108,9 @@ class ChunkStep(AttentionStep):
             attend_segment(visiting, keys, values, causal=False, softmax_scale=scale)
             for keys, values in cache.shards[layer].earlier(self.kept)
         ]
+        paged = attend_paged(self.walk, layer, visiting, softmax_scale=scale)
+        if paged is not None:
+            results.append(paged)
         if not results:
             like = visiting[:, :0, :kv_heads]
             results = [attention_forward(visiting, like, like, causal=False, needs_backward=False)]

@@ -41,6 +41,7 @@ from transformers import PreTrainedModel
 
 from longvila.errors import LongVILAError
 from longvila.inference.cache import ShardedCache
+from longvila.inference.paging import Pager
 from longvila.inference.positions import TextRuns
 from longvila.sp.layout import SequenceLayout, split_evenly
 from longvila.sp.mesh import SPMesh
@@ -219,7 +220,7 @@ def save_cache(
     Memory: ``2 * 65536 * K * D`` elements on the host.
     """
     folder = Path(path)
-    layers = [layer.parts() for layer in cache.shards]
+    layers = [layer.everything() for layer in cache.shards]
     if cache.input_ids is None or any(part[0].shape[0] > 1 for parts in layers for part in parts):
         raise ValueError("only a cache of one row, filled by an engine, can be stored")
     if (folder / INDEX).exists() and not overwrite:
@@ -317,6 +318,7 @@ def load_cache(
     *,
     mesh: SPMesh | None = None,
     device: torch.device | str = "cpu",
+    pager: Pager | None = None,
 ) -> ShardedCache:
     """Read a stored prompt; on a mesh, every rank its part.
 
@@ -325,6 +327,7 @@ def load_cache(
         key: What the caller has; entries that it lacks are not compared.
         mesh: The ranks that share it; any number.
         device: Where it goes.
+        pager: Takes what exceeds its budget to the host.
 
     Returns:
         The cache.
@@ -340,7 +343,7 @@ def load_cache(
     index = read_index(folder)
     if unlike := list(differences(index["key"], key)):
         raise StoreError(f"{folder} was made of something else: " + "; ".join(unlike))
-    cache = ShardedCache(index["layers"], mesh=mesh)
+    cache = ShardedCache(index["layers"], mesh=mesh, pager=pager)
     tokens, ranks = index["tokens"], len(index["bytes"])
     low, high = split_evenly(tokens, cache.num_ranks, cache.rank)
     files = [

@@ -9,6 +9,7 @@ of every part are written down for each moment that can be the peak, and the lar
     norm backward    the same layer after its MLP (or its tiles) is done
     attention backward   the exchanged q, k, v, out, their gradients, the kernel's scratch
     tower backward   one micro-batch with its graph; the text model's checkpoints are gone
+    tower gradients  those of a micro-batch, and the float32 sums of all
     root reduction   gradients of everything outside the text layers, in both precisions
     optimizer        parameters, gradients, states
 
@@ -27,10 +28,12 @@ vocabulary, R ranks that share parameters, U Ulysses ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from longvila.memory.activations import (
+    MLP_SAVED,
+    MLP_WIDEST,
     NORM_PRODUCTS,
     SCRATCH,
     checkpoint_bytes,
@@ -47,6 +50,8 @@ from longvila.memory.sizes import ModelSize
 
 #: Rows of the head's gradient that are added at a time (`longvila.memory.cross_entropy`).
 _GRADIENT_ROWS = 16384
+#: Both moments of the pieces under way while they are on the host (`longvila.train.host_adamw`).
+_STAGED_BYTES = 3 * 2 * 4 * 2**26
 #: Regions whose copies to the host may be under way (four tensors, two or three a layer).
 _LAYERS_IN_FLIGHT = 2
 
@@ -99,6 +104,12 @@ class _Step:
         self.targets = -(-load.targets // ranks.sp)
         self.frames = ranks.local_frames(load.frames) if size.tower is not None else 0
         self.layer_tuned = self._layer_tuned()
+        # A step without media leaves tower and projector without gradients.
+        with_gradients = tuned.parameters(size)
+        if size.tower is not None and not load.frames:
+            with_gradients -= tuned.tower * size.tower.parameters
+            with_gradients -= tuned.projector * size.tower.projector_parameters
+        self.root_tuned = with_gradients - size.text.layers * self.layer_tuned
 
     def _layer_tuned(self) -> float:
         if self.tuned.text:
@@ -115,7 +126,7 @@ class _Step:
             gradient_layers, root_gradients = self.text.layers, True
         own = gradient_layers * self.layer_tuned
         if root_gradients:
-            own += tuned - self.text.layers * self.layer_tuned
+            own += self.root_tuned
         adapters = self.tuned.adapter_parameters
         return {
             "parameters": settings.parameter_bytes * (size.parameters + adapters) / shards,
@@ -129,9 +140,13 @@ class _Step:
 
     def head_gradient(self) -> float:
         """The head's whole gradient, from the loss to the end of backward."""
-        if not self.tuned.text or not self.settings.fsdp:
+        if not self.tuned.text:
             return 0.0
-        return float(self.c * self.text.embedding_parameters)
+        if self.settings.fsdp:
+            return float(self.c * self.text.embedding_parameters)
+        # It goes into the one of the micro-batches before, which `steady` counts.
+        first = self.load.micro_batches == 1
+        return float(self.settings.parameter_bytes * self.text.embedding_parameters * first)
 
     def gathered(self, *, first: bool, last_processed: bool) -> float:
         """A layer's parameters, the next one's, and the reduction under way, in backward.
@@ -150,53 +165,82 @@ class _Step:
         return total
 
     def media(self) -> float:
-        """Pixels of this rank, for as long as its frames may run again."""
+        """What waits until frames run again: their pixels, or features of a frozen tower."""
         tower = self.size.tower
         if tower is None or not self.frames:
             return 0.0
-        return float(self.c * self.frames * tower.pixels)
+        if self.tuned.tower:
+            return float(self.c * self.frames * tower.pixels)
+        if self.tuned.projector:
+            return float(self.c * self.frames * tower.patches * tower.width)
+        return 0.0
 
     # ---- checkpoints
 
-    def checkpoints(self, layers: float) -> tuple[float, float]:
-        """Bytes on the device and on the host of so many layers that wait for backward."""
-        settings = self.settings
+    def checkpoints(self, layers: int) -> tuple[float, float]:
+        """Bytes on the device and on the host of the first so many layers, waiting for backward."""
+        settings, text = self.settings, self.text
         if not self.tuned.through_text:
             return 0.0, 0.0
-        if not settings.checkpointing:
-            per = layer_activation_bytes(
-                self.text, compute_bytes=self.c, ulysses=self.ranks.ulysses
-            )
-            return layers * per * self.local, 0.0
-        per = self.local * checkpoint_bytes(
-            self.text, compute_bytes=self.c, keep_attention=settings.keep_attention
+        full = self.local * layer_activation_bytes(
+            text, compute_bytes=self.c, ulysses=self.ranks.ulysses, compiled=settings.compiled
         )
-        total = layers * per
-        movable = max(layers - settings.keep_last, 0.0) * per
+        if settings.mlp_tile_rows is not None and settings.mlp_tile_rows < self.local:
+            # A tiled MLP keeps its input, which the norm before it keeps already.
+            full -= self.mlp_saved * self.local
+        small = self.local * checkpoint_bytes(
+            text, compute_bytes=self.c, keep_attention=settings.keep_attention
+        )
+        first_plain = text.layers - settings.plain_layers if settings.checkpointing else 0
+        per = [small if layer < first_plain else full for layer in range(layers)]
+        total = sum(per)
+        movable = sum(per[: max(layers - settings.keep_last, 0)])
         host = min(float(settings.offload_bytes), movable)
         if host == 0:
             return total, 0.0
-        in_flight = min(host, _LAYERS_IN_FLIGHT * per)
+        in_flight = min(host, _LAYERS_IN_FLIGHT * max(per))
         return total - host + in_flight, host
 
+    def plain(self, layer: int) -> bool:
+        """Whether a layer keeps what its backward needs."""
+        settings = self.settings
+        first = self.text.layers - settings.plain_layers if settings.checkpointing else 0
+        return layer >= first
+
     # ---- moments of a layer's backward
+
+    def norm_saved(self, *, input_counts: bool) -> float:
+        """Saved by a norm, a token."""
+        return norm_bytes(
+            self.text, self.c, input_counts=input_counts, compiled=self.settings.compiled
+        )
+
+    def norm_products(self) -> float:
+        """Made by a norm's backward, a token; compiled, its gradient alone."""
+        compiled = self.settings.compiled
+        return (self.c if compiled else NORM_PRODUCTS * 4.0) * self.text.width
+
+    @property
+    def mlp_saved(self) -> float:
+        """Saved by an MLP, a token."""
+        return MLP_SAVED[self.settings.compiled] * self.c * self.text.mlp_width
 
     def layer_saved(self) -> float:
         """What the second run of a layer leaves for its MLP's backward, without the MLP."""
         c, text = self.c, self.text
-        total = norm_bytes(text, c, input_counts=False) + norm_bytes(text, c, input_counts=True)
+        total = self.norm_saved(input_counts=False) + self.norm_saved(input_counts=True)
         total += qk_norm_bytes(text, c) + qkv_bytes(text, c)
         if not (self.settings.checkpointing and self.settings.keep_attention):
             total += out_bytes(text, c)
         return total * self.local
 
-    def mlp(self) -> dict[str, float]:
+    def mlp(self, plain: bool) -> dict[str, float]:
         """Backward of the MLP: its product's two gradients are the widest point."""
         text, c, local = self.text, self.c, self.local
         tile = self.settings.mlp_tile_rows
         rows = local if tile is None else min(tile, local)
         gradient = c * text.mlp_matrices / 3 if self.tuned.text else 0.0
-        wide = 6.0 * c * text.mlp_width * rows
+        wide = MLP_WIDEST[self.settings.compiled] * c * text.mlp_width * rows
         parts = {"gradient of hidden states": float(c * text.width * local)}
         if rows < local:
             # x and dx whole; a tile's gradients; the sums of all tiles in float32
@@ -205,30 +249,34 @@ class _Step:
             gradient = (4.0 + c) * text.mlp_matrices if self.tuned.text else 0.0
         parts["MLP of one layer"] = wide
         parts["weight gradients of one layer"] = gradient
-        if self.settings.checkpointing:
+        if not plain:
             parts["recomputed layer"] = self.layer_saved()
-        else:
-            # Saved tensors are among the activations; three of the MLP's four are in both.
-            parts["MLP of one layer"] = wide - 4.0 * c * text.mlp_width * local
+        elif rows == local:
+            # Saved tensors are among the activations.
+            parts["MLP of one layer"] = wide - self.mlp_saved * local
         return parts
 
-    def norm(self) -> dict[str, float]:
-        """Backward of the norm before the MLP: five float32 products of the hidden states."""
+    def norm(self, plain: bool) -> dict[str, float]:
+        """Backward of the norm before the MLP."""
         text, c, local = self.text, self.c, self.local
         parts = {
             "gradient of hidden states": float(c * text.width * local),
-            "float32 of one norm": NORM_PRODUCTS * 4.0 * text.width * local,
+            "products of one norm": self.norm_products() * local,
         }
         if self.tuned.text:
             parts["weight gradients of one layer"] = float(c * text.mlp_matrices)
-        if self.settings.checkpointing:
-            parts["recomputed layer"] = self.layer_saved() - 2 * c * text.width * local
+        if not plain:
+            gone = c * text.width if self.settings.compiled else 2 * c * text.width
+            parts["recomputed layer"] = self.layer_saved() - gone * local
         else:
-            parts["float32 of one norm"] -= 4.0 * c * text.mlp_width * local
-            parts["float32 of one norm"] -= 2.0 * c * text.width * local
+            # What the MLP and the norm itself saved is among the activations, and gone.
+            tile = self.settings.mlp_tile_rows
+            if tile is None or tile >= local:
+                parts["products of one norm"] -= self.mlp_saved * local
+            parts["products of one norm"] -= c * text.width * local * (2 - self.settings.compiled)
         return parts
 
-    def attention(self) -> dict[str, float]:
+    def attention(self, plain: bool) -> dict[str, float]:
         """Backward of attention, kernel and exchanges."""
         text, c, local, ranks = self.text, self.c, self.local, self.ranks
         d = text.head_dim
@@ -245,14 +293,14 @@ class _Step:
             per_kv = 0.0
             per_head = min(per_head, 4.0)
         scratch = per_head * heads * d + per_kv * exchanged_kv * d + per_row * heads
-        if self.settings.backend == "cpu":
-            scratch = (4.0 * c * heads * d) if grouped else 0.0
+        if self.settings.backend == "cpu" and not grouped:
+            scratch = 0.0
         parts["attention kernel"] = scratch * local
         if ranks.ulysses > 1:
             chunks = self.settings.head_chunks
             share = min(1.0, 2.0 / chunks)
             arrived = c * (3 * heads + 2 * exchanged_kv) * d
-            if not self.settings.checkpointing:
+            if plain:
                 arrived = c * heads * d  # dout alone; the rest was saved
             own = c * (heads + 2 * exchanged_kv) * d
             parts["heads exchanged"] = (arrived * share + 2 * own * share) * local
@@ -268,8 +316,8 @@ class _Step:
             parts["weight gradients of one layer"] = float(
                 c * (text.mlp_matrices + text.heads * d * text.width)
             )
-        if self.settings.checkpointing:
-            saved = norm_bytes(text, c, input_counts=False) + qkv_bytes(text, c)
+        if not plain:
+            saved = self.norm_saved(input_counts=False) + qkv_bytes(text, c)
             saved += qk_norm_bytes(text, c)
             if not self.settings.keep_attention:
                 saved += out_bytes(text, c)
@@ -285,7 +333,7 @@ class _Step:
         base = self.steady(gradient_layers=0, root_gradients=False)
         always = {
             "gathered outside the layers": self.root(),
-            "pixels": self.media(),
+            "pixels or features": self.media(),
             # rotary tables of the step, ids, labels and indices
             "positions and ids": self.local * (2.0 * self.c * text.head_dim + 40),
         }
@@ -295,43 +343,53 @@ class _Step:
         if self.tuned.through_text:
             found["last norm backward"] = {**base, **always, **self._last_norm()}
             for name, own in (
-                ("MLP backward", self.mlp()),
-                ("norm backward", self.norm()),
-                ("attention backward", self.attention()),
+                ("MLP backward", self.mlp),
+                ("norm backward", self.norm),
+                ("attention backward", self.attention),
             ):
                 found |= self._at_layers(name, own, always)
         if self.frames and (self.tuned.tower or self.tuned.projector):
             done = self.steady(gradient_layers=text.layers, root_gradients=False)
             found["tower backward"] = {**done, **always, **self._tower_backward()}
+            found["tower gradients"] = {**done, **always, **self._tower_gradients()}
         whole = self.steady(gradient_layers=text.layers, root_gradients=True)
         found["root reduction"] = {**whole, **self._root_reduction()}
-        found["optimizer"] = whole
+        staged = {"moments passing through": float(_STAGED_BYTES)}
+        found["optimizer"] = whole | (staged if self.settings.optimizer == "adamw-host" else {})
         return found
 
     def _at_layers(
-        self, name: str, own: dict[str, float], always: dict[str, float]
+        self,
+        name: str,
+        own: Callable[[bool], dict[str, float]],
+        always: dict[str, float],
     ) -> dict[str, dict[str, float]]:
-        layers = self.text.layers
+        layers, plain = self.text.layers, self.settings.plain_layers
         found = {}
-        for processed in sorted({0, min(1, layers - 1), layers - 1}):
+        ends = {0, 1, layers - 1, plain if self.settings.checkpointing else 0}
+        for processed in sorted(each for each in ends if each < layers):
             where = f"{name}, layer {layers - processed} of {layers}"
             device, _ = self.checkpoints(layers - processed)
             found[where] = {
                 **self.steady(gradient_layers=processed, root_gradients=False),
                 **always,
-                "checkpoints" if self.settings.checkpointing else "activations": device,
+                self._waiting_name: device,
                 "gathered layers": self.gathered(
                     first=processed == 0, last_processed=processed == layers - 1
                 ),
                 "gradient of the head": self.head_gradient(),
-                **own,
+                **own(self.plain(layers - processed - 1)),
             }
         return found
+
+    @property
+    def _waiting_name(self) -> str:
+        return "checkpoints" if self.settings.checkpointing else "activations"
 
     def _waiting(self) -> dict[str, float]:
         """What all layers left for backward."""
         device, _ = self.checkpoints(self.text.layers)
-        return {"checkpoints" if self.settings.checkpointing else "activations": device}
+        return {self._waiting_name: device}
 
     def _loss(self) -> dict[str, float]:
         text, c, local = self.text, self.c, self.local
@@ -347,7 +405,7 @@ class _Step:
         multiplied = float(products * logits) + weight + (part if self.tuned.text else 0.0)
         parts = {
             **self._waiting(),
-            "last norm": norm_bytes(text, c, input_counts=True) * local,
+            "last norm": self.norm_saved(input_counts=True) * local,
             "gradient of hidden states": float(c * text.width * local),
             "logits of one tile, gradient of the head": max(taken, multiplied),
         }
@@ -359,21 +417,26 @@ class _Step:
 
     def _last_norm(self) -> dict[str, float]:
         text = self.text
-        products = (1 + NORM_PRODUCTS) * 4.0 * text.width * self.local
+        kept = (self.c if self.settings.compiled else 4.0) * text.width
         return {
             **self._waiting(),
-            "float32 of one norm": products,
+            "products of one norm": (kept + self.norm_products()) * self.local,
             "gradient of the head": self.head_gradient(),
         }
 
     def _tower_saved(self) -> float:
-        """Bytes that autograd keeps of a frame: norms, q k v, attention, residuals, MLP."""
+        """Bytes of a frame at the widest point of its backward.
+
+        A layer keeps two norms' results, q, k, v, attention's out, two residuals and its MLP's two
+        tensors. Beside them there is what the projector saved, or the MLP's gradients of a layer.
+        """
         tower = self.size.tower
         assert tower is not None
         c = self.c
         layer = 8.0 * c * tower.width + 2.0 * c * tower.mlp_width + 4 * tower.heads + 16
-        rows = tower.rows * (c * tower.joined_width * 2 + 3.0 * c * self.text.width)
-        return tower.patches * tower.layers * layer + rows
+        rows = tower.rows * (c * tower.joined_width * 2 + 4.0 * c * self.text.width)
+        widest = tower.patches * c * (tower.mlp_width + 2.0 * tower.width)
+        return tower.patches * tower.layers * layer + max(rows, widest)
 
     def _tower_call(self) -> int:
         tower = self.size.tower
@@ -388,7 +451,10 @@ class _Step:
         if self.tuned.tower and not self.settings.checkpointing:
             return {"tower": self.frames * self._tower_saved(), "media rows": float(rows)}
         wide = c * tower.patches * (2.0 * tower.mlp_width + 3.0 * tower.width)
-        return {"tower": self._tower_call() * wide, "media rows": float(2 * rows)}
+        parts = {"tower": self._tower_call() * wide, "media rows": float(2 * rows)}
+        if not self.tuned.tower:
+            parts["pixels"] = float(c * self.frames * tower.pixels)
+        return parts
 
     def _tower_backward(self) -> dict[str, float]:
         tower, tuned, c = self.size.tower, self.tuned, self.c
@@ -402,24 +468,35 @@ class _Step:
         }
         if tuned.tower:
             parts["tower"] = frames * self._tower_saved()
-            parts["tower"] += (
-                self._tower_call() * c * tower.patches * (2.0 * tower.mlp_width + 2.0 * tower.width)
-            )
         else:
-            features = tower.patches * tower.width + tower.rows * tower.joined_width * 2
-            parts["tower"] = float(c * self.frames * features)
-        # this micro-batch's gradients and the float32 sums of those before it
-        parts["tower gradients"] = float((c + 4) * parameters)
+            width = 2 * tower.joined_width + 4 * self.text.width
+            parts["tower"] = float(c * self._tower_call() * tower.rows * width)
+        if self.settings.checkpointing and frames < self.frames:
+            parts["sums of the tower's gradients"] = 4.0 * parameters
         if self.settings.fsdp:
             parts["gathered layers"] = self.settings.reduce_bytes * self.layer_tuned
         return parts
+
+    def _tower_gradients(self) -> dict[str, float]:
+        """The last micro-batch's gradients beside the float32 sums of all."""
+        tower, tuned = self.size.tower, self.tuned
+        assert tower is not None
+        parameters = tuned.tower * tower.parameters + tuned.projector * tower.projector_parameters
+        wide = 4.0 if self.settings.checkpointing and tuned.tower else 0.0
+        return {
+            "gradient of the head": self.head_gradient(),
+            "tower gradients": (self.c + wide) * parameters,
+            "gathered layers": self.settings.reduce_bytes * self.layer_tuned
+            if self.settings.fsdp
+            else 0.0,
+        }
 
     def _root_reduction(self) -> dict[str, float]:
         """Beside the reduced gradients, or before they exist beside the unreduced ones."""
         if not self.settings.fsdp:
             return {}
         settings = self.settings
-        tuned = self.tuned.parameters(self.size) - self.text.layers * self.layer_tuned
+        tuned = self.root_tuned
         flat = settings.reduce_bytes * tuned
         before = flat + self.c * tuned - settings.parameter_bytes * tuned / self.shards
         return {"gradients outside the layers": max(float(flat), before)}
@@ -450,6 +527,5 @@ def training_peak(
     step = _Step(size, load, ranks or Ranks(), settings or Settings(), tuned or Tuned())
     _, host = step.checkpoints(size.text.layers)
     if step.settings.optimizer == "adamw-host":
-        # float32 parameters are kept where they are updated, beside gradients and states
-        host += 16.0 * step.tuned.parameters(size) / step.shards
+        host += STATE_BYTES["adamw"] * step.tuned.parameters(size) / step.shards
     return Peak(moments=step.moments(), host_bytes=host)

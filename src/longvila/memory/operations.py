@@ -13,8 +13,8 @@ An operation is an addition or a multiplication; softmax, norms and activations 
     projector       2 * weights * rows
 
 Recomputed: with checkpoints the layers' matrices once more, attention once more unless its output
-is kept, the tower and the projector once more; a tiled MLP once more yet, since its tiles run again
-behind the recomputed layer.
+is kept, the tower and the projector once more. A tiled MLP runs its tiles again in backward, in
+place of the second run that a checkpoint would give it.
 
 Sources: the counts are those of FlashAttention-2 (arXiv 2307.08691, section 4.1: backward is 2.5
 times forward) and of PaLM's appendix B (2 and 4 operations a weight and token).
@@ -181,6 +181,7 @@ def training_operations(
     checkpointing: bool,
     keep_attention: bool,
     tiled_mlp: bool = False,
+    plain_layers: int = 0,
 ) -> Operations:
     """Count one training step of one data-parallel group, all its micro-batches together.
 
@@ -191,6 +192,7 @@ def training_operations(
         checkpointing: Whether layers and frames run again in backward.
         keep_attention: Whether attention does not.
         tiled_mlp: Whether the MLP runs in tiles.
+        plain_layers: Layers that do not run again though others do.
 
     Returns:
         Operations over all ranks of the group.
@@ -209,15 +211,19 @@ def training_operations(
     }
     backward = {part: weight[part] * count for part, count in forward.items()}
     recompute = dict.fromkeys(PARTS, 0.0)
-    mlp = size.text.mlp_matrices / size.text.layer_matrices
-    if checkpointing and tuned.through_text:
-        recompute["text_matrices"] = forward["text_matrices"]
+    layers = size.text.layers
+    again = max(layers - plain_layers, 0) / layers if checkpointing else 0.0
+    if tuned.through_text:
+        recompute["text_matrices"] = again * forward["text_matrices"]
         if not keep_attention:
-            recompute["attention"] = forward["attention"]
+            recompute["attention"] = again * forward["attention"]
+        if tiled_mlp:
+            # Tiles run again in any layer; a checkpointed layer's second run ends before them.
+            mlp = size.text.mlp_matrices / size.text.layer_matrices
+            recompute["text_matrices"] += (1 - again) * mlp * forward["text_matrices"]
+    if checkpointing:
         if tuned.tower:
             recompute["tower"] = forward["tower"]
         if tuned.tower or tuned.projector:
             recompute["projector"] = forward["projector"]
-    if tiled_mlp and tuned.through_text:
-        recompute["text_matrices"] += mlp * forward["text_matrices"]
     return Operations(forward=forward, backward=backward, recompute=recompute)

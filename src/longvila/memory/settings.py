@@ -78,12 +78,14 @@ class Settings:
         parameter_bytes: Of a value of the parameters and gradients that the optimiser sees.
         compute_bytes: Of a value that layers compute in.
         reduce_bytes: Of a gradient on its way between ranks.
-        optimizer: Where and how states are kept.
+        optimizer: Where and how states are kept: ``adamw-host`` keeps the moments on the host.
         checkpointing: Whether layers and frames run again in backward.
         keep_attention: Whether attention's output is kept across that.
-        offload_bytes: Host memory of a rank in which checkpoints wait.
+        plain_layers: Layers, the last ones, that do not run again.
+        offload_bytes: Host memory of a rank in which checkpoints, and what other layers save, wait.
         keep_last: Layers whose checkpoints never move.
         mlp_tile_rows: Rows of the MLP computed at once; None for all.
+        compiled: Whether norms and MLPs of the text model go through ``torch.compile``.
         loss_tile_rows: Rows of head and loss computed at once.
         head_chunks: Parts in which attention exchanges heads.
         backend: Attention's back end.
@@ -96,9 +98,11 @@ class Settings:
     optimizer: OptimizerKind = "adamw"
     checkpointing: bool = True
     keep_attention: bool = True
+    plain_layers: int = 0
     offload_bytes: int = 0
     keep_last: int = 1
     mlp_tile_rows: int | None = None
+    compiled: bool = False
     loss_tile_rows: int = 4096
     head_chunks: int = 1
     backend: str = "fa4"
@@ -111,5 +115,7 @@ class Settings:
         tile = self.mlp_tile_rows
         if self.loss_tile_rows < 1 or self.head_chunks < 1 or (tile is not None and tile < 1):
             raise PlanError("tile rows and head chunks must be at least 1")
+        if self.plain_layers < 0:
+            raise PlanError(f"plain_layers must not be negative, got {self.plain_layers}")
         if self.offload_bytes < 0:
             raise PlanError(f"offload_bytes must not be negative, got {self.offload_bytes}")

@@ -138,7 +138,8 @@ def _tower_size(base: PreTrainedModel, family: Family, frame_side: int) -> Tower
         pixels, calls = 3 * height * across, family.media[-1].frames_per_call(config)
         rows = _rows_of_a_frame(config, family)
         separators = 1 if getattr(config, "frame_separator", "") else 0
-        joined = width * max(patches // max(rows, 1), 1)
+        linear = [each for part in modules[1:] for each in part.modules()]
+        joined = next((e.in_features for e in linear if isinstance(e, nn.Linear)), width)
     heads: int = getattr(vision, "num_attention_heads", None) or vision.num_heads
     return TowerSize(
         layers=layers,

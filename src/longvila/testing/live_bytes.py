@@ -11,7 +11,6 @@ they are given as a baseline. Cost: one pass over the live storages an operator;
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,8 +35,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, baseline: Iterable[Tensor] = (), *, min_bytes: int = 0) -> None:
         super().__init__()
-        self._storages: dict[int, weakref.ref[Any] | StorageWeakRef] = {}
-        self._sizes: dict[int, torch.UntypedStorage] = {}
+        self._storages: dict[int, StorageWeakRef] = {}
         self.min_bytes = min_bytes
         self.peak_bytes = 0
         self.peak_operator = ""
@@ -47,19 +45,21 @@ class LiveBytes(TorchDispatchMode):
             self._note(tensor, "baseline")
         self._count("baseline")
 
-    def _note(self, tensor: Tensor, name: str) -> None:
+    def _note(self, tensor: Tensor, name: str) -> bool:
+        """Remember a tensor's storage; whether it is a new one."""
         local = getattr(tensor, "_local_tensor", tensor)
         if local.device.type == "meta":
-            return
+            return False
         storage = local.untyped_storage()
         key = storage._cdata
         if key not in self._storages:
             self._storages[key] = StorageWeakRef(storage)
             self._names[key] = f"{name} {tuple(local.shape)} {local.dtype}"
+            return True
+        return False
 
     def _count(self, name: str) -> int:
-        total = 0
-        parts = []
+        total, sizes = 0, {}
         for key, reference in list(self._storages.items()):
             if reference.expired():
                 del self._storages[key], self._names[key]
@@ -69,11 +69,17 @@ class LiveBytes(TorchDispatchMode):
             del storage
             if size >= self.min_bytes:
                 total += size
-                parts.append((size, self._names[key]))
+                sizes[key] = size
         if total > self.peak_bytes:
             self.peak_bytes, self.peak_operator = total, name
+            parts = ((size, self._names[key]) for key, size in sizes.items())
             self.peak_parts = sorted(parts, reverse=True)
         return total
+
+    def reset_peak(self) -> None:
+        """Begin anew with what is alive now."""
+        self.peak_bytes = 0
+        self._count("begin")
 
     @property
     def now_bytes(self) -> int:
@@ -89,8 +95,8 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         """Run an operator and count."""
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._note(leaf, str(func))
-        self._count(str(func))
+        name = str(func)
+        new = [self._note(leaf, name) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if any(new):  # views and writes in place add nothing
+            self._count(name)
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from longvila import build_mesh
+from longvila.errors import VideoError
 from longvila.evaluation.answerer import Answerer
 from longvila.evaluation.answers import Answers
 from longvila.evaluation.asking import Asking, Place, Question
@@ -191,6 +193,39 @@ def test_a_broken_video_fails_its_questions_alone_and_is_tried_again(tmp_path: P
     assert not any(record["error"] for record in again.ask(asked))
     assert len(prefills) == 1
     assert len(again.answers.records()) == 6
+
+
+def test_a_missing_video_fails_its_questions_but_not_if_all_are_missing(tmp_path: Path) -> None:
+    words = ({"role": "user", "content": [{"type": "text", "text": "Who?"}]},)
+    gone = question("", "", 9, messages=words, missing="FileNotFoundError: no film")
+    (kept, lost) = asking(tmp_path / "log").ask([questions(tmp_path)[0], gone])
+    assert not kept["error"] and lost["error"] == "FileNotFoundError: no film"
+    assert (lost["correct"], lost["answer"], lost["prompt"]) == (False, "", "Who?")
+    with pytest.raises(VideoError, match=r"none of 1 questions shows what can be read: .*no film"):
+        asking(tmp_path / "other").ask([gone])
+    assert not (tmp_path / "other" / "group-0.jsonl").exists()
+
+
+def test_the_next_video_is_decoded_while_one_is_answered(tmp_path: Path) -> None:
+    ask = asking(None)
+    events: list[str] = []
+    opened, watch = ask._open, ask.answerer.watch
+
+    def note_open(item: Question) -> Any:
+        events.append(f"open {item.doc_id}")
+        return opened(item)
+
+    def note_watch(media: Any) -> Any:
+        while len([event for event in events if event.startswith("open")]) < min(
+            3, 2 + len([event for event in events if event == "watch"])
+        ):
+            time.sleep(0.001)  # the thread is ahead: else this waits until the test times out
+        events.append("watch")
+        return watch(media)
+
+    ask._open, ask.answerer.watch = note_open, note_watch  # type: ignore[method-assign]
+    ask.ask(questions(tmp_path))
+    assert events == ["open 0", "open 1", "watch", "open 2", "watch", "watch"]
 
 
 def test_pictures_among_words_are_read_in_their_order(tmp_path: Path) -> None:

@@ -50,6 +50,9 @@ def test_prompts_of_videomme(tmp_path: Path) -> None:
     text = tasks.videomme_subtitle_text(DOC, kwargs)
     assert text.startswith("This video's subtitles are listed below:\nstart\nend\nSelect the best")
     assert "based on the video and the subtitles. " in text
+    missing = {**DOC, "videoID": "gone"}
+    (tmp_path / "subtitle" / "gone.srt").write_text("1\n00:00:00,000 --> 00:00:01,000\nx\n")
+    assert tasks.videomme_subtitle_text(missing, kwargs) == plain
     more = tasks.videomme_subtitle_text(DOC, {**kwargs, "frames": 3})
     assert "\nstart\nmiddle\nend\n" in more
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from longvila.evaluation.measure import measure
 from longvila.evaluation.metrics import wilson_interval
-from longvila.evaluation.needle import Plan, make_parts, measure
+from longvila.evaluation.needle import Plan, about, make_parts, settings_of
 from longvila.evaluation.needle_frames import FrameRows
+from longvila.evaluation.needle_plan import Words
 from longvila.evaluation.runner import Records, RecordsError
 from longvila.evaluation.summary import Group
+from longvila.inference.engine import Engine
 from longvila.parallel.families.longvila import LONGVILA
 from longvila.testing.tiny import tiny_processor
 
 from .cases import ScriptedEngine, film, guessing, knowing, needles
+from .seer import LETTERS, colour_family, seer
 
 SMALL = {"max_frames": 40, "interval": 20, "depth_interval": 0.5, "trials": 2}
 
@@ -28,8 +33,8 @@ def _measure(
     haystack = film(processor, plan.max_frames)
     book = haystack.book
     mind = knowing()
+    parts = make_parts(plan, haystack, needles(), processor)
     if blind:
-        parts = make_parts(plan, haystack, needles(), processor)
         mind = guessing([scene for part in parts for scene in part.scenes])
     engine = ScriptedEngine(processor, book, mind)
     rows = FrameRows(LONGVILA, book, processor.video_processor.pixels)
@@ -42,7 +47,14 @@ def _measure(
             raise KeyboardInterrupt
 
     groups = measure(
-        engine, processor, plan, haystack, needles(), rows, out=out, name="script", progress=count
+        engine,
+        processor,
+        parts,
+        settings_of(plan, haystack, needles(), "script"),
+        rows,
+        about=about(haystack, "script"),
+        out=out,
+        progress=count,
     )
     return groups, engine
 
@@ -55,7 +67,7 @@ def test_a_model_that_knows_is_right_everywhere(
     plan = Plan(**SMALL, insert=insert, strict_insert=insert)
     groups, _ = _measure(tmp_path, plan, timestamps=timestamps)
     real = [group for group in groups if group.control is None]
-    tasks = {"paper", "retrieval", "presence", "ordering", "counting"}
+    tasks = {"paper", "retrieval", "presence", "ordering", "counting", "listing"}
     assert {group.task for group in real} == tasks | ({"grounding"} if timestamps else set())
     assert [group.name for group in real if group.all.accuracy < 1] == []
     assert all(share.n for group in real for share in group.by_frames.values())
@@ -67,8 +79,12 @@ def test_a_model_that_knows_is_right_everywhere(
 def test_a_blind_model_scores_what_a_guess_scores(tmp_path: Path) -> None:
     plan = Plan(max_frames=40, interval=20, depth_interval=0.25, trials=8, insert="paste")
     groups, _ = _measure(tmp_path, plan, blind=True)
-    assert len(groups) == 1 + 2 * 5 + 2 * 4  # paper; both ways of five tasks; two controls of two
+    # The paper's, listing, both ways of five tasks, two controls of two of these.
+    assert len(groups) == 2 + 2 * 5 + 2 * 4
     for group in groups:
+        if group.task == "listing":
+            assert abs(group.all.score - group.all.chance) < 3 * group.all.error
+            continue
         low, high = wilson_interval(group.all.correct, group.all.n, confidence=0.999)
         assert low <= group.all.chance <= high, (group.name, group.all)
         assert group.all.chance < 0.6
@@ -81,6 +97,29 @@ def test_six_thousand_frames(tmp_path: Path) -> None:
     assert {frames for g in groups for frames in g.by_frames} == {3000, 6000}
     blind, _ = _measure(tmp_path / "blind", plan, blind=True)
     assert all(g.all.accuracy < 1 for g in blind if g.all.n > 8)
+
+
+def test_six_thousand_frames_through_an_engine(tmp_path: Path) -> None:
+    """A language model that can see the needle's row finds it in every cell; without values not."""
+    plan = Plan(
+        max_frames=6000, interval=3000, depth_interval=0.25, protocol="paper", seed=3,
+        words=Words(only="Which letter?"),
+    )  # fmt: skip
+    letters = [replace(n, answer=a) for n, a in zip(needles(4), LETTERS, strict=False)]
+    for blind in (False, True):
+        model = seer(blind=blind)
+        processor = tiny_processor(model.config)
+        haystack = film(processor, plan.max_frames)
+        rows = FrameRows(colour_family(), haystack.book, processor.video_processor.pixels)
+        with Engine(model, family=rows.family) as engine:
+            out = tmp_path / str(blind)
+            (group,) = measure(
+                engine, processor, make_parts(plan, haystack, letters, processor), {"model": ""},
+                rows, about=about(haystack, ""), out=out,
+            )  # fmt: skip
+        assert group.all.n == 2 * 5 * 4
+        assert group.all.accuracy == (group.all.chance if blind else 1.0)
+        assert rows.encoded == 6000 + 4
 
 
 def test_an_interrupted_run_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:

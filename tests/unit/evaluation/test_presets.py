@@ -82,6 +82,8 @@ DOCS: dict[str, tuple[dict[str, Any], str | None, str, str]] = {
     ),
 }
 DOCS["videomme_w_subtitle"] = DOCS["videomme"]
+for part in ("gen", "temporal", "consistency"):
+    DOCS[f"videochatgpt_{part}"] = ({"answer": "A man", "video_name": "v"}, "A man", "", "v")
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
@@ -113,7 +115,8 @@ def test_frames_of_the_paper_and_names_of_the_original() -> None:
     frames = {preset.name: preset.frames for preset in PRESETS}
     assert frames["videomme"] == frames["videomme_w_subtitle"] == 256
     assert frames["vnbench"] == 128
-    paper = [p for p in PRESETS if p.name not in ("mlvu", "lvbench", "needle")]
+    more = ("mlvu", "lvbench", "needle")
+    paper = [p for p in PRESETS if p.name not in more and not p.name.startswith("videochatgpt")]
     assert sorted(p.frames for p in paper) == [32] * 8 + [128] + [256] * 2
     for alias, name in {
         "lmms-videomme-256": "videomme",
@@ -133,7 +136,18 @@ def test_frames_of_the_paper_and_names_of_the_original() -> None:
 
 
 def test_tasks_that_guess_judge_or_send_are_not_asked_for_their_own_score() -> None:
-    assert [p.name for p in PRESETS if not p.official] == ["activitynetqa", "egoschema_test"]
+    silent = {p.name for p in PRESETS if not p.official}
+    videochatgpt = {f"videochatgpt_{part}" for part in ("gen", "temporal", "consistency")}
+    assert silent == {"activitynetqa", "egoschema_test", *videochatgpt}
+    assert all(bool(p.axes) == (p.kind == "open") for p in PRESETS)
+
+
+def test_the_two_askings_of_a_question_are_a_pair() -> None:
+    preset = find_preset("videochatgpt_consistency")
+    doc = {"answer": "A man", "video_name": "v", "question_1": "Who?", "question_2": "None"}
+    other = {**doc, "question_1": "None", "question_2": "What person?"}
+    assert preset.sample(doc).group == preset.sample(other).group is not None
+    assert find_preset("videochatgpt_gen").sample(DOCS["videochatgpt_gen"][0]).group is None
 
 
 def test_no_name_twice_and_every_task_of_ours_has_its_file() -> None:

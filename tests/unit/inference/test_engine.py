@@ -160,6 +160,34 @@ def test_options_of_generate_mean_what_they_mean_elsewhere(options: dict) -> Non
         assert out.tolist() == expected
 
 
+@pytest.mark.parametrize("how", ["lookup", "assistant"])
+def test_assisted_decoding_gives_the_same_tokens(how: str) -> None:
+    model, inputs = language_model(), prompt(30)
+    inputs["input_ids"][0, 20:] = inputs["input_ids"][0, 5:15]  # something to look up
+    assistant = language_model("llama", heads=4, kv_heads=2)
+    options = {"prompt_lookup_num_tokens": 3} if how == "lookup" else {"assistant_model": assistant}
+    question = inputs["input_ids"][:, 5:9]
+    whole = torch.cat([inputs["input_ids"], question], 1)
+    expected = greedy(model, {"input_ids": whole}, 12)
+    with Engine(model, chunk_tokens=8) as engine:
+        film = engine.prefill(inputs)
+        turn = engine.fork(film)
+        out = engine.generate(turn, question, max_new_tokens=12, do_sample=False, **options)
+        assert said(out) == expected
+        assert turn.get_seq_length() == turn.input_ids.shape[1] == 45
+        # The conversation goes on, and the prefix is what it was.
+        more = engine.generate(turn, out[:, -1:], max_new_tokens=3, do_sample=False)
+        assert said(more) == greedy(model, {"input_ids": out}, 3)
+        again = engine.generate(film, question, max_new_tokens=12, do_sample=False, **options)
+        assert said(again) == expected
+        with pytest.raises(ValueError, match="not those that the cache holds"):
+            model(
+                input_ids=torch.ones(1, 80, dtype=torch.long),
+                attention_mask=torch.ones(1, 80, dtype=torch.long),
+                past_key_values=turn,
+            )
+
+
 def test_sampling_with_a_seed_is_that_of_generate_and_leaves_the_generator_alone() -> None:
     model, inputs = language_model(), prompt(23)
     options = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.5, "pad_token_id": 0}
@@ -266,6 +294,53 @@ def test_padding_of_a_prompt_is_left_out() -> None:
     with Engine(model) as engine:
         out = engine.generate(padded, max_new_tokens=4, do_sample=False)
     assert said(out)[9:] == expected
+
+
+@pytest.mark.parametrize("lengths", [(3, 1), (2, 7, 4), (5, 5)])
+def test_questions_of_different_lengths_are_answered_together(lengths: tuple[int, ...]) -> None:
+    model, inputs = language_model(), prompt(40)
+    questions = [prompt(n, seed=n)["input_ids"][0] for n in lengths]
+    wholes = [torch.cat([inputs["input_ids"], q[None]], 1) for q in questions]
+    expected = [greedy(model, {"input_ids": w}, 8)[w.shape[1] :] for w in wholes]
+    with Engine(model, split_tokens=8) as engine:
+        cache = engine.prefill(inputs)
+        answers = engine.generate_many(cache, questions, max_new_tokens=8, do_sample=False)
+        assert [a.tolist() for a in answers] == expected
+        assert cache.get_seq_length() == 40 and cache.pads is None
+        end = expected[0][3]
+        cut = engine.generate_many(
+            cache, questions, max_new_tokens=8, do_sample=False, eos_token_id=end
+        )
+        for answer, whole in zip(cut, expected, strict=True):
+            stop = whole.index(end) + 1 if end in whole else 8
+            assert answer.tolist() == whole[:stop]
+        beams = engine.generate_many(
+            cache, questions, max_new_tokens=4, num_beams=2, do_sample=False
+        )
+        # Logits of a step, and of one after it that all rows take; then the rows go apart again.
+        fork = engine.fork(cache)
+        logits = [engine.decode(fork, questions), engine.decode(fork, torch.ones(len(lengths), 3,
+                                                                dtype=torch.long))]  # fmt: skip
+        later = engine.decode(engine.fork(fork), torch.full((len(lengths), 1), 2))
+        if len(set(lengths)) > 1:
+            with pytest.raises(ValueError, match="differ in length at one place"):
+                engine.decode(engine.fork(fork), questions)
+        fork.crop(-3 - max(lengths))
+        assert fork.pads is None and greedy_behind(engine, fork) == greedy(model, inputs, 3)
+    for row, whole in enumerate(wholes):
+        more = torch.cat([whole, torch.ones(1, 3, dtype=torch.long), torch.tensor([[2]])], 1)
+        after = model(input_ids=more).logits[0]
+        torch.testing.assert_close(logits[0][row], after[whole.shape[1] - 1])
+        torch.testing.assert_close(logits[1][row], after[-2])
+        torch.testing.assert_close(later[row], after[-1])
+        alone = model.generate(
+            whole, max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0
+        )
+        assert beams[row].tolist() == alone[0, whole.shape[1] :].tolist()
+
+
+def greedy_behind(engine: Engine, cache: Any) -> list[int]:
+    return said(engine.generate(cache, max_new_tokens=3, do_sample=False))
 
 
 def test_rows_of_questions_share_a_prefix_of_one_row() -> None:

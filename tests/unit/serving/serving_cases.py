@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import torch
 import uvicorn
 
 from longvila.inference.engine import Engine
 from longvila.inference.serving.app import Server
 from longvila.inference.serving.settings import Access, Limits, Settings
-from longvila.media import synthetic
 from longvila.testing import tiny
 
 __all__ = ["LIMITS", "Access", "Running", "ask", "clip", "data_uri", "replace", "running"]
@@ -41,8 +42,18 @@ LIMITS = Limits(
 
 
 def clip(path: Path, *, seed: int = 0, num_frames: int = 24) -> Path:
-    """Draw a short clip; another seed gives other pictures."""
-    synthetic.clip(path, num_frames=num_frames + seed, fps=8, width=64, height=48 + 16 * (seed % 3))
+    """Draw a short clip of coloured fields; each seed has colours of its own."""
+    chance = np.random.default_rng(seed)
+    with av.open(str(path), "w") as out:
+        stream: Any = out.add_stream("libx264", rate=8, options={"crf": "12"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48 + 16 * (seed % 3), "yuv420p"
+        fields = chance.integers(0, 255, (3, 4, 3))
+        for number in range(num_frames + seed):
+            fields[number % 3, number % 4] = chance.integers(0, 255, 3)
+            picture = np.kron(fields, np.ones((16, 16, 1))).astype(np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            out.mux(stream.encode(frame.reformat(stream.width, stream.height)))
+        out.mux(stream.encode(None))
     return path
 
 
@@ -66,6 +77,7 @@ class Running:
     processor: Any
     root: Path
     loop: asyncio.AbstractEventLoop
+    ends: bool
     oracle: tuple[Engine, Any] | None = None
 
     def direct(
@@ -85,7 +97,7 @@ class Running:
         )  # fmt: skip
         out = engine.generate(
             dict(inputs), max_new_tokens=max_new_tokens, do_sample=False,
-            eos_token_id=processor.tokenizer.eos_token_id,
+            eos_token_id=processor.tokenizer.eos_token_id if self.ends else None,
             pad_token_id=processor.tokenizer.pad_token_id,
         )  # fmt: skip
         new = out[0, inputs["input_ids"].shape[1] :]
@@ -119,8 +131,12 @@ def listening(app: Any) -> Iterator[tuple[str, list[asyncio.AbstractEventLoop]]]
 
 
 @contextlib.contextmanager
-def running(folder: Path, **changes: Any) -> Iterator[Running]:
-    """Serve a tiny model; files may be read below ``folder / "root"``."""
+def running(folder: Path, *, ends: bool = False, **changes: Any) -> Iterator[Running]:
+    """Serve a tiny model; files may be read below ``folder / "root"``.
+
+    Its random weights soon choose the token that ends an answer. Unless ``ends``, that token is one
+    like others, and answers are as long as asked for.
+    """
     torch.set_num_threads(1)
     root = folder / "root"
     root.mkdir(exist_ok=True)
@@ -139,5 +155,7 @@ def running(folder: Path, **changes: Any) -> Iterator[Running]:
     processor = tiny.tiny_processor()
     with Engine(tiny.tiny_model()) as engine:
         server = Server(engine, processor, Settings(**values))
+        if not ends:
+            server.scheduler.stops = frozenset()
         with listening(server.app) as (url, loops):
-            yield Running(url, server, engine, processor, root, loops[0])
+            yield Running(url, server, engine, processor, root, loops[0], ends)

@@ -118,6 +118,18 @@ def test_everything_else_is_refused_in_the_same_words(gate: Gate, tree: Path, ur
     assert len(caught.value.message) < 200
 
 
+def test_names_are_refused_before_their_turn(gate: Gate, tree: Path) -> None:
+    gate.admit("a.mp4")
+    gate.admit("data:video/mp4;base64,!!!!")  # looked at when it is decoded
+    for url in ("../secret.mp4", "out.mp4", "upload:none", "http://example.org/", "ftp://x/"):
+        with pytest.raises(RequestError):
+            gate.admit(url)
+    fetching = Gate(Access(http=True), LIMITS, Uploads(1))
+    fetching.admit("http://some.example/film.mp4")
+    with pytest.raises(RequestError, match="name or a password"):
+        fetching.admit("http://a:b@some.example/film.mp4")
+
+
 def test_percent_signs_that_are_no_text_are_refused(gate: Gate, tree: Path) -> None:
     with pytest.raises(RequestError) as caught:
         read(gate, f"file://{tree}/root/%ff.mp4")

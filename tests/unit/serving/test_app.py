@@ -162,6 +162,18 @@ def test_stop_sequences_and_seeds(client: openai.OpenAI) -> None:
     assert cut == sampled[: sampled.index(stop)]
 
 
+def test_the_model_may_end_its_answer(tmp_path: Path) -> None:
+    messages: list[Any] = [{"role": "user", "content": "What?"}]
+    with (
+        running(tmp_path, ends=True) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client,
+    ):
+        answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=250)
+        assert answer.choices[0].message.content == server.direct(messages, max_new_tokens=250)
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.usage is not None and answer.usage.completion_tokens < 250
+
+
 def test_the_model_is_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "longvila"
@@ -367,7 +379,6 @@ def test_full_queues_say_so(tmp_path: Path) -> None:
                 model="tiny", messages=messages, max_tokens=256, temperature=2.0, stream=True
             )
 
-        server.server.scheduler.stops = frozenset()  # answers as long as asked for
         streams = [start("a")]
         next(iter(streams[0]))
         slow = server.server.scheduler.engine.decode

@@ -93,6 +93,26 @@ class Gate:
             if not root.is_dir():
                 raise ValueError(f"{given}: a root of files that may be read must be a folder")
 
+    def admit(self, url: str) -> None:
+        """Refuse at once what `open` would refuse for its name alone.
+
+        A request is then answered before it has waited for its turn.
+
+        Args:
+            url: What the request names.
+
+        Raises:
+            RequestError: If it may not be read.
+        """
+        scheme = url[:8].lower()
+        if scheme.startswith(("http:", "https:")):
+            self.fetcher.admit(url)
+        elif scheme.startswith("upload:"):
+            with self.uploads.hold(url.partition(":")[2]):
+                return
+        elif not scheme.startswith("data:"):
+            self._file(url)
+
     @contextlib.contextmanager
     def open(
         self, url: str, *, timeout_s: float, check: Callable[[], None] = lambda: None

@@ -84,9 +84,9 @@ class Server:
         self.settings = settings
         self.metrics = Metrics()
         self.uploads = Uploads(settings.limits.stored_bytes)
-        gate = Gate(settings.access, settings.limits, self.uploads, fetcher)
+        self.gate = Gate(settings.access, settings.limits, self.uploads, fetcher)
         self.loader = MediaLoader(
-            processor, gate, settings.limits,
+            processor, self.gate, settings.limits,
             frames=settings.frames, cache_bytes=settings.media_cache_bytes,
         )  # fmt: skip
         self.scheduler = Scheduler(engine, processor, self.loader, settings, self.metrics)
@@ -191,6 +191,8 @@ class Server:
         body = await self._body(request)
         chat = await run_in_threadpool(parse_request, body)
         question = await run_in_threadpool(to_question, chat, self.settings)
+        for wanted in question.media:
+            await run_in_threadpool(self.gate.admit, wanted.url)
         del body
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()

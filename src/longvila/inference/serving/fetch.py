@@ -96,6 +96,20 @@ class Fetcher:
         self.networks = [ipaddress.ip_network(text) for text in access.networks]
         self.tls = tls or ssl.create_default_context()
 
+    def admit(self, url: str) -> None:
+        """Refuse what can be refused without asking the network.
+
+        Raises:
+            RequestError: If addresses are not fetched, or this is none.
+        """
+        if not self.access.http:
+            raise RequestError(
+                "this server does not fetch addresses; send the medium as a data: URI",
+                status=403,
+                code="http_disabled",
+            )
+        self._parse(url)
+
     def fetch(
         self,
         url: str,
@@ -118,12 +132,7 @@ class Fetcher:
         Raises:
             RequestError: If it may not or cannot be fetched.
         """
-        if not self.access.http:
-            raise RequestError(
-                "this server does not fetch addresses; send the medium as a data: URI",
-                status=403,
-                code="http_disabled",
-            )
+        self.admit(url)
         deadline = time.monotonic() + timeout_s
         for _ in range(self.access.redirects + 1):
             check()

@@ -38,7 +38,7 @@ from longvila.inference.serving.errors import Cancelled, RequestError
 from longvila.inference.serving.jobs import Done, Event, Failed, Job, Piece, Question, Seen, Stage
 from longvila.inference.serving.media import MediaLoader, Medium
 from longvila.inference.serving.metrics import Metrics
-from longvila.inference.serving.prefix import PrefixCache, shared_bytes, shared_length
+from longvila.inference.serving.prefix import PrefixCache, shared_bytes, shared_length, trim
 from longvila.inference.serving.prompt import Prompt, build_prompt
 from longvila.inference.serving.sampling import (
     Sampler,
@@ -329,6 +329,7 @@ class Scheduler:
                 self._keep(job)
                 with self._changed:
                     self._leave(job, "cancelled")
+                self._make_room(0)
 
     def _admit(self) -> None:
         active = self._in("active")
@@ -452,6 +453,7 @@ class Scheduler:
         cache = self.engine.fork(source)
         if surplus := cache.get_seq_length() - length:
             cache.crop(-surplus)
+            trim(cache)
         job.reused += length - job.read
         job.cache, job.read = cache, length
 
@@ -485,6 +487,7 @@ class Scheduler:
         self._keep(job)
         with self._changed:
             self._leave(job, "answered")
+        self._make_room(0)
         job.emit(done)
 
     def _keep(self, job: Job) -> None:
@@ -496,7 +499,6 @@ class Scheduler:
         keys = np.concatenate([job.prompt.keys[: job.read], np.array(job.new[:fed], np.int64)])
         cache, job.cache = job.cache, None
         self.prefix.put(keys, cache)
-        self._make_room(0)
 
     # ---- figures
 

@@ -1,0 +1,182 @@
+"""Memory and time of reading a long prompt and answering it, on a rank.
+
+One process reads in chunks, each over the cache of the chunks before it; several read their own
+tokens at once (`longvila.inference.prefill`). Moments:
+
+    tower     weights, the rows of a micro-batch's frames, its activations
+    layers    weights, the cache, the widest point of a layer: three tensors of its MLP's width, or
+              q, k, v and out with their exchange
+    answer    weights, the cache, the logits of a position
+
+The model is whole on every rank, in the type it was loaded in. Decoding a token reads the weights
+and this rank's cache once, whatever else it does; that bound is what is given.
+
+What it does not count: several prompts at once, copies of a tail that grows.
+
+Letters: S tokens, L tokens of a rank (or of a chunk), M model dim, I MLP dim, H query heads, K kv
+heads, D head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from longvila.memory.activations import exchanged_kv_heads
+from longvila.memory.estimate import Peak
+from longvila.memory.operations import Load, forward_operations
+from longvila.memory.rates import Gpu
+from longvila.memory.settings import Ranks
+from longvila.memory.sizes import ModelSize
+from longvila.memory.timing import Links, elementwise_bytes, head_imbalance
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTime:
+    """Seconds until the first token, and of each one after it.
+
+    Attributes:
+        parts: Seconds of reading, by part.
+        per_token: Seconds of a further token, at least.
+        operations: Operations of reading, over all ranks.
+        notes: Where a rate stands in for another.
+    """
+
+    parts: Mapping[str, float]
+    per_token: float
+    operations: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds until the first token."""
+        return sum(self.parts.values())
+
+
+def cache_bytes(size: ModelSize, tokens: int, *, compute_bytes: int = 2) -> float:
+    """Bytes of keys and values: ``2 * layers * K * D * c`` a token."""
+    text = size.text
+    return 2.0 * text.layers * text.kv_heads * text.head_dim * compute_bytes * tokens
+
+
+def prompt_peak(
+    size: ModelSize,
+    load: Load,
+    *,
+    ranks: Ranks | None = None,
+    chunk_tokens: int = 8192,
+    compute_bytes: int = 2,
+    offload_bytes: int = 0,
+) -> Peak:
+    """Predict the most memory that a rank needs to read a prompt and answer.
+
+    Args:
+        size: The model.
+        load: The prompt; its targets are not looked at.
+        ranks: How it is dealt; one rank if None.
+        chunk_tokens: Tokens read at once on one rank.
+        compute_bytes: Bytes of a weight and of an activation.
+        offload_bytes: Host memory of a rank that older parts of the cache may take.
+
+    Returns:
+        The moments.
+    """
+    ranks = ranks or Ranks()
+    text, tower, c = size.text, size.tower, compute_bytes
+    local = ranks.local_tokens(load.tokens)
+    rows = min(chunk_tokens, local) if ranks.sp == 1 else local
+    cache = cache_bytes(size, local, compute_bytes=c)
+    host = min(float(offload_bytes), cache)
+    base = {"parameters": float(c * size.parameters)}
+    kept = {"keys and values": cache - host}
+    moments: dict[str, dict[str, float]] = {}
+    frames = ranks.local_frames(load.frames) if tower is not None else 0
+    media = 0.0
+    if tower is not None and frames:
+        call = min(tower.frames_per_call or frames, frames)
+        # One rank drops rows as soon as they are in an embedding; ranks encode all theirs first.
+        held = call if ranks.sp == 1 else frames
+        media = float(c * held * tower.rows * text.width)
+        pixels = c * tower.pixels * (call if ranks.sp == 1 else frames)
+        wide = c * tower.patches * (2.0 * tower.mlp_width + 3.0 * tower.width)
+        own = {"tower": call * wide, "media rows": 2 * media, "pixels": float(pixels)}
+        moments["tower"] = {**base, **(kept if ranks.sp == 1 else {}), **own}
+    hidden = rows * text.width
+    mlp = c * (3.0 * text.mlp_width * rows + 2 * hidden)
+    norm = (2 * 4.0 + c) * hidden
+    kv = exchanged_kv_heads(text, ranks.ulysses)
+    heads = c * rows * text.head_dim * (3.0 * text.heads + 2 * text.kv_heads)
+    if ranks.ulysses > 1:
+        heads += 2 * c * rows * text.head_dim * (text.heads + 2 * kv)
+    if ranks.ring > 1:
+        blocks = ranks.ring if ranks.kv_exchange == "gather" else 3
+        heads += 2 * c * kv * text.head_dim * rows * blocks
+    layer = max(mlp, norm, heads)
+    moments["layers"] = {
+        **base,
+        **kept,
+        "hidden states": float(2 * c * hidden),
+        "one layer": layer,
+        "media rows": media,
+    }
+    moments["answer"] = {**base, **kept, "logits": 4.0 * text.vocabulary}
+    return Peak(moments=moments, host_bytes=host)
+
+
+def prompt_time(
+    size: ModelSize,
+    load: Load,
+    *,
+    gpu: Gpu,
+    ranks: Ranks | None = None,
+    backend: str = "fa4",
+    compute_bytes: int = 2,
+    links: Links | None = None,
+) -> PromptTime:
+    """Predict the seconds of reading a prompt, and of each token after it.
+
+    Args:
+        size: The model.
+        load: The prompt.
+        gpu: The device's rates.
+        ranks: How it is dealt; one rank if None.
+        backend: Attention's back end.
+        compute_bytes: Bytes of a weight and of an activation.
+        links: Links between nodes.
+    """
+    ranks, links = ranks or Ranks(), links or Links()
+    text, sp = size.text, ranks.sp
+    counts = forward_operations(size, load, head_rows=1)
+    kernel, note = gpu.attention_rates(backend)
+    local = ranks.local_tokens(load.tokens)
+    forward, _ = elementwise_bytes(text, compute_bytes)
+    u = ranks.ulysses
+    kv = exchanged_kv_heads(text, u)
+    number = compute_bytes * text.head_dim * 2 * (text.heads + kv) * local * (u - 1) / u
+    across = u > ranks.per_node
+    parts = {
+        "tower and projector": (
+            counts["tower"] / gpu.tower_attention[0] + counts["projector"] / gpu.matrices[0]
+        )
+        / sp,
+        "text matrices": counts["text_matrices"] / gpu.matrices[0] / sp,
+        "attention": counts["attention"] / kernel[0] / sp * head_imbalance(text.heads, u),
+        "elementwise": forward * local * text.layers / gpu.memory_rate,
+        "heads exchanged": text.layers * number / (links.rate if across else gpu.all_to_all),
+    }
+    tower = size.tower
+    if tower is not None and load.frames:
+        linear = 2.0 * tower.matrices
+        share = linear / (linear + 4.0 * tower.layers * tower.width * tower.patches)
+        parts["tower and projector"] = (
+            counts["tower"] * (share / gpu.matrices[0] + (1 - share) / gpu.tower_attention[0])
+            + counts["projector"] / gpu.matrices[0]
+        ) / sp
+    read = float(compute_bytes * size.text.parameters)
+    read += cache_bytes(size, local, compute_bytes=compute_bytes)
+    return PromptTime(
+        parts=parts,
+        per_token=read / gpu.memory_rate,
+        operations=sum(counts.values()),
+        notes=() if note is None else (note,),
+    )

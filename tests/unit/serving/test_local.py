@@ -1,0 +1,37 @@
+"""A server for the time of a block."""
+
+from __future__ import annotations
+
+import threading
+
+import openai
+import pytest
+
+from longvila.inference.engine import Engine
+from longvila.inference.serving.local import LocalServer
+from longvila.inference.serving.settings import Settings
+from longvila.testing import tiny
+
+
+def test_a_block_with_a_server() -> None:
+    model, processor = tiny.tiny_model(), tiny.tiny_processor()
+    before = threading.active_count()
+    for _ in range(2):
+        with (
+            LocalServer(model, processor, Settings(name="mine", new_tokens=3)) as url,
+            openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
+        ):
+            answer = client.chat.completions.create(
+                model="mine", messages=[{"role": "user", "content": "Hello"}]
+            )
+            assert answer.usage is not None and answer.usage.completion_tokens <= 3
+        assert threading.active_count() == before
+        Engine(model).close()  # the model is free again
+
+
+def test_a_server_that_cannot_start_leaves_the_model_free() -> None:
+    model, processor = tiny.tiny_model(), tiny.tiny_processor()
+    model.generation_config.min_length = 3
+    with pytest.raises(ValueError, match="min_length"), LocalServer(model, processor):
+        pass
+    Engine(model).close()
