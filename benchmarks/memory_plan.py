@@ -240,7 +240,7 @@ def measure(case: Case, options: argparse.Namespace, cluster: Cluster) -> Row:
     model = build_model(options, case, cluster.device)
     config, size = model.config, size_of(model)
     mesh = build_mesh(
-        world, num_heads=options.heads, num_kv_heads=options.kv_heads,
+        world, options.ring_size, num_heads=options.heads, num_kv_heads=options.kv_heads,
         device_type=cluster.device.type,
     )  # fmt: skip
     budget = int(case.offload_gib * GIB)
@@ -303,7 +303,7 @@ def measure(case: Case, options: argparse.Namespace, cluster: Cluster) -> Row:
         metrics["outside_torch_gib"] = outside / GIB
     shape = {
         "layers": case.layers, "frames": load.frames, "targets": load.targets,
-        "sequence_parallel": world, "checkpointing": case.checkpointing,
+        "sequence_parallel": world, "ring": mesh.ring_size, "checkpointing": case.checkpointing,
         "plain_layers": case.plain_layers, "mlp_tile_rows": case.mlp_tile_rows,
         "compiled": case.compiled,
         "offload_gib": case.offload_gib, "frames_per_call": case.frames_per_call,
@@ -428,6 +428,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="cases whose name has this")
     parser.add_argument("--shrink", type=int, default=1, help="divide tokens by this")
     parser.add_argument("--backend", help="name of the attention back end the plan assumes")
+    parser.add_argument("--ring-size", type=int, default=-1, help="ring degree; -1 to choose")
     parser.add_argument("--no-rates", action="store_true")
     parser.add_argument("--rate-seconds", type=float, default=1.5)
     parser.add_argument("--rate-rows", type=int, default=32768)

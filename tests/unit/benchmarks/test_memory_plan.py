@@ -58,9 +58,10 @@ def test_one_rank(_: Rank) -> None:
 
 @ranks(2)
 def test_two_ranks_share_a_row(_: Rank) -> None:
-    for case, more in ((TINY, ""), (replace(TINY, tokens=2048), "--text-mlp 32")):
+    narrow = replace(TINY, tokens=2048)
+    for case, more in ((TINY, ""), (narrow, "--text-mlp 32 --ring-size 2")):
         row = row_of(case, more)
-        assert abs(row.metrics["error_percent"]) < 3.0, (case, more, row.metrics, row.about)
+        assert abs(row.metrics["error_percent"]) < 4.0, (case, more, row.metrics, row.about)
         assert row.shape["sequence_parallel"] == 2
 
 
