@@ -38,7 +38,7 @@ from longvila.evaluation.measure import About, Part, Progress, measure
 from longvila.evaluation.needle_frames import FrameRows
 from longvila.evaluation.needle_plan import Grid, Stage, Words, merged, strict_scenes
 from longvila.evaluation.needle_read import reading_order
-from longvila.evaluation.needle_sets import Haystack, Needle
+from longvila.evaluation.needle_sets import Haystack, Needle, NeedleError
 from longvila.evaluation.summary import Group
 from longvila.evaluation.task import Question, Scene
 from longvila.inference.engine import Engine
@@ -116,14 +116,14 @@ def bench_scenes(material: Material, plan: BenchPlan, processor: Any) -> list[Sc
         Scenes in reading order.
 
     Raises:
-        ValueError: If a length is more than the film's frames.
+        NeedleError: If a length is more than the film's frames.
     """
     book = material.haystack.book
     square = processor.video_processor.square
     scenes: list[Scene] = []
     for length in sorted(plan.lengths):
         if length > book.num_frames:
-            raise ValueError(f"{length} frames are asked for, the film gives {book.num_frames}")
+            raise NeedleError(f"{length} frames are asked for, the film gives {book.num_frames}")
         stage = Stage(
             material.haystack, material.pictures, square, insert="paste",
             times=processor.timestamps, seed=plan.seed, words=Words(),

@@ -312,7 +312,8 @@ def open_haystack(
         # One call a reel where a block lies within one.
         first, last, base = start % total, (stop - 1) % total, 0
         for reel in reels:
-            if base <= first <= last < base + reel.num_frames:
+            inside = base <= first <= last < base + reel.num_frames
+            if inside and last - first == stop - 1 - start:
                 return reel.frames(first - base, last + 1 - base)
             base += reel.num_frames
         return read(start, stop)

@@ -221,6 +221,9 @@ def read_settings(
         offload_bytes=int(budget),
         keep_last=last,
         mlp_tile_rows=getattr(settings, "mlp_tile_rows", None),
+        compiled=bool(
+            getattr(settings, "compile_modules", False) or getattr(settings, "compile", False)
+        ),
         loss_tile_rows=settings.loss_tile_rows,
         head_chunks=settings.head_chunks,
         # Back ends without a rule (the oracle) are planned as the CPU's.

@@ -40,6 +40,8 @@ def test_one_rank(_: Rank) -> None:
         (replace(TINY, tokens=2048), "--text-mlp 32"),
         (replace(TINY, tokens=512, checkpointing=False), ""),
         (replace(TINY, tokens=512, micro_batches=2), ""),
+        (replace(TINY, mlp_tile_rows=128), ""),
+        (replace(TINY, layers=4, tokens=512, plain_layers=2, mlp_tile_rows=128), ""),
         # many targets and a wide vocabulary: the loss is
         (replace(TINY, tokens=512, targets=None), "--vocab 4000"),
         # few tokens, many frames: the tower is
