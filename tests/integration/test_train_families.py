@@ -6,6 +6,7 @@ files; the result loads with the family's own classes.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from longvila.train.run import Job, train
 from longvila.train.settings import override
 from longvila.train.stages import Stage, StageError, get_stage
 
+RANKS = ("one", "two")
 CHAIN: dict[str, tuple[str, ...]] = {
     "extend-64k": ("rows_per_step=2", "warmup_steps=1"),
     "long-sft-256": ("samples_per_step=3", "num_frames=6"),
@@ -74,12 +76,18 @@ def same_on_two_ranks(files: Path, out: Path, names: tuple[str, ...]) -> None:
     for name in names:
         before = load_file(files / name / "model.safetensors")
         mine, theirs = (
-            load_file(out / ranks / name / "long-sft-256" / "model.safetensors")
-            for ranks in ("one", "two")
+            load_file(out / ranks / name / "long-sft-256" / "model.safetensors") for ranks in RANKS
         )
         assert set(mine) == set(theirs) == set(before)
         for key, value in mine.items():
             assert_close(theirs[key], value, name=f"{name}: {key}", tolerance=2e-5)
+        lines = [
+            [json.loads(line) for line in file.read_text().splitlines()]
+            for file in (out / ranks / name / "long-sft-256" / "metrics.jsonl" for ranks in RANKS)
+        ]
+        for seen in ("documents", "tokens", "targets", "frames"):
+            assert [line[seen] for line in lines[0]] == [line[seen] for line in lines[1]], seen
+        assert (lines[0][0]["frames"] > 0) == (name != "qwen3")
         # What a forward does not reach (a mask token, layers after the features) stays.
         same = {key for key in mine if torch.equal(mine[key], before[key])}
         assert not any("self_attn" in key and "vision" not in key for key in same)

@@ -39,9 +39,9 @@ from longvila.data.encode import (
     PlannedMedia,
     _Video,
 )
-from longvila.data.sample import Sample
+from longvila.data.sample import Media, Sample
 from longvila.errors import LongVILAError, VideoError
-from longvila.media.image import load_image
+from longvila.media.image import ImageError, load_image
 from longvila.media.sampling import ShortPolicy
 from longvila.media.video import read_frames
 from longvila.model.conversation import build_labels, move_spans
@@ -310,13 +310,29 @@ class FamilyEncoder(Encoder):
             raise ValueError("the processor names no number of frames: give num_frames or fps")
         return (*found, "all")
 
+    def _probe(self, media: Media) -> _Video:
+        video = super()._probe(media)
+        assert self.codec is not None
+        facts = video.metadata
+        try:
+            self.codec.video(len(video.indices), facts.height, facts.width)
+        except ValueError as fault:  # sides too unequal, too few frames: the family's own limits
+            raise VideoError(f"{facts.name}: {fault}") from fault
+        return video
+
     def _tiles(self, sample: Sample) -> list[Any]:
         sources = [media.source for media in sample.media if media.kind == "image"]
         if not sources:
             return []
         if self.codec is None:
             raise ValueError("a language model sees no picture; its data must be text alone")
-        return self.codec.images([load_image(source) for source in sources])
+        try:
+            return self.codec.images([load_image(source) for source in sources])
+        except ValueError as fault:
+            if isinstance(fault, LongVILAError):
+                raise
+            names = ", ".join(media.name for media in sample.media if media.kind == "image")
+            raise ImageError(f"{names}: {fault}") from fault
 
     def _build(
         self,

@@ -17,7 +17,7 @@ from family_cases import CASES
 from family_files import PROCESSORS, needs_torchvision, tokenizer
 
 from longvila.data.collate import Collator
-from longvila.data.encode import Document, Encoder
+from longvila.data.encode import Document, Encoder, Rejected
 from longvila.data.families import CODECS, FamilyCollator, FamilyEncoder, UnknownFamily, coders
 from longvila.data.sample import Media, Sample, Turn
 from longvila.media.synthetic import clip
@@ -172,6 +172,19 @@ def test_frames_are_cut_to_what_fits(name: str, media: Path) -> None:
     assert fewer.length < full.length and fewer.frames_cut > 0
     assert len(fewer.media[0].indices) == 7 - fewer.frames_cut  # type: ignore[arg-type]
     collator([fewer])
+
+
+def test_media_beyond_a_familys_limits_are_left_out(tmp_path: Path) -> None:
+    needs_torchvision()
+    clip(tmp_path / "long.mp4", 4, height=32, width=8192)
+    Image.new("RGB", (3000, 8)).save(tmp_path / "long.png")
+    (tmp_path / "broken.mp4").write_bytes(b"none")
+    for name in ("qwen2_5_vl", "qwen3_vl"):
+        encoder = made(name)[2]
+        for file in ("long.mp4", "long.png", "broken.mp4"):
+            rejected = encoder(sample(tmp_path, file))
+            assert isinstance(rejected, Rejected) and rejected.cause == "broken"
+            assert file in rejected.reason, rejected.reason
 
 
 def language_model() -> tuple[Any, Any]:
