@@ -51,6 +51,9 @@ class Case:
         frames: Frames a rank.
         targets: Tokens with a loss a rank; None for all.
         checkpointing: Whether layers run again.
+        plain_layers: Layers, the last ones, that do not.
+        mlp_tile_rows: Rows of the MLP computed at once; None for all.
+        compiled: Whether norms and MLPs are compiled.
         offload_gib: Host budget.
         frames_per_call: Frames in the tower at once.
         tuned: Parts that are tuned, by their first letters: tower, projector, language model.
@@ -63,6 +66,9 @@ class Case:
     frames: int = 0
     targets: int | None = None
     checkpointing: bool = True
+    plain_layers: int = 0
+    mlp_tile_rows: int | None = None
+    compiled: bool = False
     offload_gib: float = 0.0
     frames_per_call: int = 32
     tuned: str = "tpl"
@@ -74,7 +80,10 @@ CASES = (
     Case(name="text 64K, short answer", tokens=65536, targets=512),
     Case(name="text 16K, two micro-batches", tokens=16384, micro_batches=2),
     Case(name="text 96K, offload", tokens=98304, targets=512, offload_gib=8.0),
+    Case(name="text 96K, MLP in tiles", tokens=98304, targets=512, mlp_tile_rows=8192),
+    Case(name="text 64K, compiled", tokens=65536, targets=512, compiled=True),
     Case(name="no checkpoints 12K", tokens=12288, checkpointing=False),
+    Case(name="16K, half without checkpoints", tokens=16384, plain_layers=2),
     Case(name="128 frames, 32 at once", tokens=26240, frames=128, targets=512),
     Case(name="128 frames, 8 at once", tokens=26240, frames=128, targets=512, frames_per_call=8),
     Case(name="128 frames, frozen tower", tokens=26240, frames=128, targets=512, tuned="pl"),
@@ -231,13 +240,16 @@ def measure(case: Case, options: argparse.Namespace, cluster: Cluster) -> Row:
     model = build_model(options, case, cluster.device)
     config, size = model.config, size_of(model)
     mesh = build_mesh(
-        world, num_heads=options.heads, num_kv_heads=options.kv_heads,
+        world, options.ring_size, num_heads=options.heads, num_kv_heads=options.kv_heads,
         device_type=cluster.device.type,
     )  # fmt: skip
     budget = int(case.offload_gib * GIB)
     plan = ParallelPlan(
         activation_checkpointing=case.checkpointing,
         offload=Offload(budget_bytes=budget) if budget else None,
+        plain_layers=case.plain_layers,
+        mlp_tile_rows=case.mlp_tile_rows,
+        compile_modules=case.compiled,
         two_stage=True,
     )
     parallelize(model, mesh, plan)
@@ -261,7 +273,8 @@ def measure(case: Case, options: argparse.Namespace, cluster: Cluster) -> Row:
     )
     settings = Settings(
         checkpointing=case.checkpointing, offload_bytes=budget, backend=backend,
-        loss_tile_rows=plan.loss_tile_rows,
+        loss_tile_rows=plan.loss_tile_rows, plain_layers=case.plain_layers,
+        mlp_tile_rows=case.mlp_tile_rows, compiled=case.compiled,
     )  # fmt: skip
     tuned = Tuned(tower="t" in case.tuned, projector="p" in case.tuned, text="l" in case.tuned)
     ranks = Ranks(ring=mesh.ring_size, ulysses=mesh.ulysses_size, kv_exchange=mesh.plan.kv_exchange)
@@ -290,7 +303,9 @@ def measure(case: Case, options: argparse.Namespace, cluster: Cluster) -> Row:
         metrics["outside_torch_gib"] = outside / GIB
     shape = {
         "layers": case.layers, "frames": load.frames, "targets": load.targets,
-        "sequence_parallel": world, "checkpointing": case.checkpointing,
+        "sequence_parallel": world, "ring": mesh.ring_size, "checkpointing": case.checkpointing,
+        "plain_layers": case.plain_layers, "mlp_tile_rows": case.mlp_tile_rows,
+        "compiled": case.compiled,
         "offload_gib": case.offload_gib, "frames_per_call": case.frames_per_call,
         "tuned": case.tuned, "micro_batches": case.micro_batches, "backend": backend,
     }  # fmt: skip
@@ -413,6 +428,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="cases whose name has this")
     parser.add_argument("--shrink", type=int, default=1, help="divide tokens by this")
     parser.add_argument("--backend", help="name of the attention back end the plan assumes")
+    parser.add_argument("--ring-size", type=int, default=-1, help="ring degree; -1 to choose")
     parser.add_argument("--no-rates", action="store_true")
     parser.add_argument("--rate-seconds", type=float, default=1.5)
     parser.add_argument("--rate-rows", type=int, default=32768)

@@ -32,6 +32,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from longvila.memory.activations import (
+    MLP_SAVED,
+    MLP_WIDEST,
     NORM_PRODUCTS,
     SCRATCH,
     checkpoint_bytes,
@@ -138,9 +140,13 @@ class _Step:
 
     def head_gradient(self) -> float:
         """The head's whole gradient, from the loss to the end of backward."""
-        if not self.tuned.text or not self.settings.fsdp:
+        if not self.tuned.text:
             return 0.0
-        return float(self.c * self.text.embedding_parameters)
+        if self.settings.fsdp:
+            return float(self.c * self.text.embedding_parameters)
+        # It goes into the one of the micro-batches before, which `steady` counts.
+        first = self.load.micro_batches == 1
+        return float(self.settings.parameter_bytes * self.text.embedding_parameters * first)
 
     def gathered(self, *, first: bool, last_processed: bool) -> float:
         """A layer's parameters, the next one's, and the reduction under way, in backward.
@@ -177,11 +183,11 @@ class _Step:
         if not self.tuned.through_text:
             return 0.0, 0.0
         full = self.local * layer_activation_bytes(
-            text, compute_bytes=self.c, ulysses=self.ranks.ulysses
+            text, compute_bytes=self.c, ulysses=self.ranks.ulysses, compiled=settings.compiled
         )
         if settings.mlp_tile_rows is not None and settings.mlp_tile_rows < self.local:
             # A tiled MLP keeps its input, which the norm before it keeps already.
-            full -= 4.0 * self.c * text.mlp_width * self.local
+            full -= self.mlp_saved * self.local
         small = self.local * checkpoint_bytes(
             text, compute_bytes=self.c, keep_attention=settings.keep_attention
         )
@@ -203,10 +209,26 @@ class _Step:
 
     # ---- moments of a layer's backward
 
+    def norm_saved(self, *, input_counts: bool) -> float:
+        """Saved by a norm, a token."""
+        return norm_bytes(
+            self.text, self.c, input_counts=input_counts, compiled=self.settings.compiled
+        )
+
+    def norm_products(self) -> float:
+        """Made by a norm's backward, a token; compiled, its gradient alone."""
+        compiled = self.settings.compiled
+        return (self.c if compiled else NORM_PRODUCTS * 4.0) * self.text.width
+
+    @property
+    def mlp_saved(self) -> float:
+        """Saved by an MLP, a token."""
+        return MLP_SAVED[self.settings.compiled] * self.c * self.text.mlp_width
+
     def layer_saved(self) -> float:
         """What the second run of a layer leaves for its MLP's backward, without the MLP."""
         c, text = self.c, self.text
-        total = norm_bytes(text, c, input_counts=False) + norm_bytes(text, c, input_counts=True)
+        total = self.norm_saved(input_counts=False) + self.norm_saved(input_counts=True)
         total += qk_norm_bytes(text, c) + qkv_bytes(text, c)
         if not (self.settings.checkpointing and self.settings.keep_attention):
             total += out_bytes(text, c)
@@ -218,7 +240,7 @@ class _Step:
         tile = self.settings.mlp_tile_rows
         rows = local if tile is None else min(tile, local)
         gradient = c * text.mlp_matrices / 3 if self.tuned.text else 0.0
-        wide = 6.0 * c * text.mlp_width * rows
+        wide = MLP_WIDEST[self.settings.compiled] * c * text.mlp_width * rows
         parts = {"gradient of hidden states": float(c * text.width * local)}
         if rows < local:
             # x and dx whole; a tile's gradients; the sums of all tiles in float32
@@ -230,27 +252,28 @@ class _Step:
         if not plain:
             parts["recomputed layer"] = self.layer_saved()
         elif rows == local:
-            # Saved tensors are among the activations; three of the MLP's four are in both.
-            parts["MLP of one layer"] = wide - 4.0 * c * text.mlp_width * local
+            # Saved tensors are among the activations.
+            parts["MLP of one layer"] = wide - self.mlp_saved * local
         return parts
 
     def norm(self, plain: bool) -> dict[str, float]:
-        """Backward of the norm before the MLP: five float32 products of the hidden states."""
+        """Backward of the norm before the MLP."""
         text, c, local = self.text, self.c, self.local
         parts = {
             "gradient of hidden states": float(c * text.width * local),
-            "float32 of one norm": NORM_PRODUCTS * 4.0 * text.width * local,
+            "products of one norm": self.norm_products() * local,
         }
         if self.tuned.text:
             parts["weight gradients of one layer"] = float(c * text.mlp_matrices)
         if not plain:
-            parts["recomputed layer"] = self.layer_saved() - 2 * c * text.width * local
+            gone = c * text.width if self.settings.compiled else 2 * c * text.width
+            parts["recomputed layer"] = self.layer_saved() - gone * local
         else:
             # What the MLP and the norm itself saved is among the activations, and gone.
             tile = self.settings.mlp_tile_rows
             if tile is None or tile >= local:
-                parts["float32 of one norm"] -= 4.0 * c * text.mlp_width * local
-            parts["float32 of one norm"] -= 2.0 * c * text.width * local
+                parts["products of one norm"] -= self.mlp_saved * local
+            parts["products of one norm"] -= c * text.width * local * (2 - self.settings.compiled)
         return parts
 
     def attention(self, plain: bool) -> dict[str, float]:
@@ -294,7 +317,7 @@ class _Step:
                 c * (text.mlp_matrices + text.heads * d * text.width)
             )
         if not plain:
-            saved = norm_bytes(text, c, input_counts=False) + qkv_bytes(text, c)
+            saved = self.norm_saved(input_counts=False) + qkv_bytes(text, c)
             saved += qk_norm_bytes(text, c)
             if not self.settings.keep_attention:
                 saved += out_bytes(text, c)
@@ -382,7 +405,7 @@ class _Step:
         multiplied = float(products * logits) + weight + (part if self.tuned.text else 0.0)
         parts = {
             **self._waiting(),
-            "last norm": norm_bytes(text, c, input_counts=True) * local,
+            "last norm": self.norm_saved(input_counts=True) * local,
             "gradient of hidden states": float(c * text.width * local),
             "logits of one tile, gradient of the head": max(taken, multiplied),
         }
@@ -394,10 +417,10 @@ class _Step:
 
     def _last_norm(self) -> dict[str, float]:
         text = self.text
-        products = (1 + NORM_PRODUCTS) * 4.0 * text.width * self.local
+        kept = (self.c if self.settings.compiled else 4.0) * text.width
         return {
             **self._waiting(),
-            "float32 of one norm": products,
+            "products of one norm": (kept + self.norm_products()) * self.local,
             "gradient of the head": self.head_gradient(),
         }
 

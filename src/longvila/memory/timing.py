@@ -19,7 +19,8 @@ data and a loaded network are not in it.
 
 Bytes of the elementwise part, a token and layer, with two bytes a value. Forward: a norm as
 transformers writes it reads and writes 36 M, a residual 6 M, a rotation 20 (H + K) D, the MLP's
-activation and product 10 I. Backward: 90 M, 4 M, 30 (H + K) D and 18 I.
+activation and product 10 I. Backward: 90 M, 4 M, 30 (H + K) D and 18 I. Compiled norms and MLPs
+pass over memory once: 4 M and 6 I, 10 M and 12 I.
 
 Letters: M model dim, I MLP dim, H query heads, K kv heads, D head dim, U Ulysses ranks, R ranks.
 """
@@ -73,14 +74,21 @@ class StepTime:
         return sum(self.parts.values())
 
 
-def elementwise_bytes(text: TextSize, compute_bytes: int) -> tuple[float, float]:
+def elementwise_bytes(
+    text: TextSize, compute_bytes: int, *, compiled: bool = False
+) -> tuple[float, float]:
     """Return bytes that a layer's other operations move a token, forward and backward."""
     scale = compute_bytes / 2
     rotated = (text.heads + text.kv_heads) * text.head_dim
-    forward = 84 * text.width + 20 * rotated + 10 * text.mlp_width
-    backward = 188 * text.width + 30 * rotated + 18 * text.mlp_width
+    if compiled:
+        forward = 20 * text.width + 20 * rotated + 6 * text.mlp_width
+        backward = 28 * text.width + 30 * rotated + 12 * text.mlp_width
+    else:
+        forward = 84 * text.width + 20 * rotated + 10 * text.mlp_width
+        backward = 188 * text.width + 30 * rotated + 18 * text.mlp_width
     if text.qk_norm:
-        forward, backward = forward + 36 * rotated, backward + 90 * rotated
+        forward += (4 if compiled else 36) * rotated
+        backward += (10 if compiled else 90) * rotated
     return scale * forward, scale * backward
 
 
@@ -144,7 +152,7 @@ class _Clock:
                     found["tower"] = found.get("tower", 0.0) + total / sp / gpu.matrices[way]
                 else:
                     found[part] = total / sp / gpu.matrices[way]
-        forward, backward = elementwise_bytes(self.text, self.c)
+        forward, backward = elementwise_bytes(self.text, self.c, compiled=self.settings.compiled)
         again_bytes = forward if self.settings.checkpointing else 0.0
         moved = self.local * self.text.layers * self.load.micro_batches / gpu.memory_rate
         times[0]["elementwise"] = forward * moved

@@ -1,5 +1,6 @@
 """The plain loop: steps until a stage is done, saved and resumed, on any mesh.
 
+    refuse a stage whose longest row would not fit
     resume from the newest whole save, if there is one
     until progress is 1
         draw micro-batches until the step has its samples (or rows)
@@ -35,6 +36,7 @@ from longvila.errors import CheckpointError, LongVILAError
 from longvila.log import get_logger
 from longvila.sp.mesh import SPMesh
 from longvila.train import checkpoint
+from longvila.train.budget import check, load_of_stage
 from longvila.train.metrics import Clock, Metrics, Operations
 from longvila.train.schedule import rate_at
 from longvila.train.settings import from_plain, to_plain
@@ -175,11 +177,14 @@ def run_stage(
         How far the run is.
 
     Raises:
+        OverBudget: If a step of the longest row would not fit the device.
         CheckpointError: If a save in the folder does not fit.
         NotFinite: If a step is not finite; the saves before it stay.
     """
     device = next(model.parameters()).device
     optimizer = build_optimizer(model, stage.rates, stage.optimizer, fused=fused)
+    longest = load_of_stage(stage, model, mesh)
+    check(model, mesh, stage.parallel, longest, device, optimizer=optimizer)
     folder = output / "saves"
     checkpoint.clean(folder)
     checkpoint.seed_everything(stage.seed, mesh.rank)

@@ -58,6 +58,7 @@ from longvila.sp.loss import IGNORE_INDEX
 from longvila.sp.mesh import SPMesh, build_mesh
 from longvila.train import lora
 from longvila.train.arguments import MeshArguments
+from longvila.train.budget import check, load_of_batch
 from longvila.train.parts import base_model, export_state, named_parts
 from longvila.train.stages import StageError
 from longvila.train.step import Counts, count_batch, over_data_parallel
@@ -121,6 +122,7 @@ class MeshTrainer(_Base):
         self._put_on_mesh(args)
         # The loss is divided by the targets of the whole step, whatever the model's class says.
         self.model_accepts_loss_kwargs = True
+        self.optimizer_cls_and_kwargs = args.host_optimizer() or self.optimizer_cls_and_kwargs
         if isinstance(self.data_collator, Collator):
             self.data_collator = self._bind(self.data_collator)
         if _is_loader(self.train_dataset):
@@ -146,7 +148,8 @@ class MeshTrainer(_Base):
                 "one process a GPU (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES"
             )
         _agree_on_weights(model, self.mesh, self.args.device)
-        plan = args.parallel_plan()
+        plan = self._plan = args.parallel_plan()
+        self._planned = False
         parallelize(model, self.mesh, plan)
         if not plan.fsdp:
             # accelerate's own mark for a model that is ready: nothing wraps it.
@@ -300,8 +303,17 @@ class MeshTrainer(_Base):
     ) -> Tensor:
         """Run a micro-batch forward and backward; after the last of a step, combine gradients.
 
+        Raises:
+            OverBudget: Before the first one, if a step of such rows would not fit the device.
+
         Comm: That of the passes; without FSDP, the gradients once a step.
         """
+        if not self._planned:
+            self._planned = True
+            accumulated = self.args.gradient_accumulation_steps
+            load = load_of_batch(inputs, micro_batches=accumulated)
+            plan, device = self._plan, self.args.device
+            check(self.model, self.mesh, plan, load, device, optimizer=self.optimizer)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             if self._is_sharded():

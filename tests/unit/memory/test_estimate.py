@@ -5,7 +5,9 @@ Peaks of real steps are compared with planned ones in tests/unit/benchmarks/test
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from longvila.memory.settings import Ranks, Settings
 from longvila.memory.sizes import ModelSize, preset
 
 SEVEN = preset("7B")
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 TEXT = ModelSize(name="8B", text=preset("8B").text)
 NONE = Settings(checkpointing=False, backend="flash")
 #: A step so small that parameters are all there is, with media.
@@ -113,6 +116,20 @@ def test_plain_layers_lie_between_all_and_none() -> None:
     assert moved.bytes < 0.6 * none
 
 
+def test_compiled_norms_and_mlps_keep_less() -> None:
+    load, ranks = Load(tokens=2**18, targets=512), Ranks(ulysses=2)
+    eager, compiled = (planned(load, ranks, compiled=each) for each in (False, True))
+    last = "MLP backward, layer 28 of 28"
+    before, after = eager.moments[last], compiled.moments[last]
+    assert after["MLP of one layer"] == pytest.approx(5 / 6 * before["MLP of one layer"])
+    # two norms of 4 M in float32, normalised and scaled, against two results and one input
+    width = SEVEN.text.width * 2**17
+    assert before["recomputed layer"] - after["recomputed layer"] == (2 * 8 - 6) * width
+    assert compiled.bytes < eager.bytes
+    whole = [planned(load, ranks, compiled=each, checkpointing=False).bytes for each in (0, 1)]
+    assert whole[1] < 0.7 * whole[0]
+
+
 def test_frames_go_through_the_tower_a_few_at_a_time() -> None:
     load = Load(tokens=8192, frames=32, targets=64)
     tower = SEVEN.tower
@@ -127,6 +144,25 @@ def test_frames_go_through_the_tower_a_few_at_a_time() -> None:
     assert moments[2] == pytest.approx(32 * 729 * 26 * layer, rel=0.05)
     kept = training_peak(SEVEN, load, settings=NONE).moments["tower forward"]["tower"]
     assert kept == pytest.approx(moments[2], rel=0.05)
+
+
+def test_the_tower_on_a_gpu_takes_what_the_rule_says() -> None:
+    """The vision benchmark: 1024 frames on two H200, 64 at once, tower and projector trained."""
+    file = RESULTS / "2026-11-22_vision_balance_2xh200.json"
+    rows = json.loads(file.read_text())["rows"]
+    (measured,) = (
+        row["metrics"]["extra_gib"] for row in rows if row["method"] == "tower/longvila_exchange"
+    )
+    load = Load(tokens=1024 * 197, frames=1024, targets=64)
+    size = SEVEN.with_frames_per_call(64)
+    tower = size.tower
+    assert tower is not None
+    peak = training_peak(size, load, ranks=Ranks(ulysses=2))
+    # Beside it: rows encoded, received and their gradient, and the parameters' gradients.
+    rows_bytes = 3 * 512 * tower.rows * size.text.width * 2
+    gradients = 2 * (tower.parameters + tower.projector_parameters)
+    planned_bytes = peak.moments["tower backward"]["tower"] + rows_bytes + gradients
+    assert planned_bytes / GIB == pytest.approx(measured, rel=0.01)
 
 
 def test_uneven_and_few_kv_heads_are_exchanged_once_a_rank() -> None:
