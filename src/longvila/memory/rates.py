@@ -12,9 +12,10 @@ kernel and says so.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from longvila.memory.sizes import PlanError
 
@@ -188,7 +189,7 @@ def with_results(gpu: Gpu, files: Iterable[str | Path]) -> Gpu:
         if kind == "attention":
             gpu = _with_attention(gpu, content, str(file))
         elif kind == "memory_plan":
-            gpu = _with_rates(gpu, content, str(file))
+            gpu = with_rows(gpu, content["rows"], str(file))
         else:
             raise PlanError(
                 f"{file} is a result of {kind!r}; rates are in those of attention and memory_plan"
@@ -196,10 +197,8 @@ def with_results(gpu: Gpu, files: Iterable[str | Path]) -> Gpu:
     return gpu
 
 
-def _with_attention(gpu: Gpu, content: Mapping[str, object], file: str) -> Gpu:
-    rows = content["rows"]
-    assert isinstance(rows, list)
-    kernels = [row for row in rows if str(row["method"]).startswith("ideal_")]
+def _with_attention(gpu: Gpu, content: Mapping[str, Any], file: str) -> Gpu:
+    kernels = [row for row in content["rows"] if str(row["method"]).startswith("ideal_")]
     if not kernels:
         raise PlanError(f"{file} has no rows ideal_*: run it with the bare kernels")
     attention = dict(gpu.attention)
@@ -212,7 +211,6 @@ def _with_attention(gpu: Gpu, content: Mapping[str, object], file: str) -> Gpu:
         )
     gpu = replace(gpu, attention=attention, sources={**gpu.sources, "attention": file})
     links = content.get("links") or []
-    assert isinstance(links, list)
     if not links:
         return gpu
     largest = max(links, key=lambda each: float(each["message_mib"]))
@@ -225,9 +223,17 @@ def _with_attention(gpu: Gpu, content: Mapping[str, object], file: str) -> Gpu:
     )
 
 
-def _with_rates(gpu: Gpu, content: Mapping[str, object], file: str) -> Gpu:
-    rows = content["rows"]
-    assert isinstance(rows, list)
+def with_rows(gpu: Gpu, rows: Sequence[Mapping[str, Any]], file: str) -> Gpu:
+    """Replace rates by the ``rate/...`` rows of ``benchmarks.memory_plan``.
+
+    Args:
+        gpu: Rates to begin from.
+        rows: Rows of a result.
+        file: Where they come from.
+
+    Raises:
+        PlanError: If there is no such row.
+    """
     found = {row["method"]: row["metrics"] for row in rows if row["method"].startswith("rate/")}
     if not found:
         raise PlanError(f"{file} has no rows rate/*: run it without --no-rates")
