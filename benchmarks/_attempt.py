@@ -37,7 +37,6 @@ def attempt(function: Callable[[], Any], cluster: Cluster) -> tuple[Any, str | N
 
 def clean() -> None:
     """Give back the memory of what ran before."""
-    torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ from benchmarks._results import Kind, Report, Row, hardware, spread_percent
 
 QUESTION = "What does a full fine-tuning step on long text cost, AdamW included?"
 GIB = 2**30
+STARTED = time.perf_counter()
 #: Dense bf16 rate of one H100/H200 by its datasheet; MFU is over this.
 PEAK_TFLOPS = 989.0
 PARTS = ("embed", "text_forward", "loss_forward", "backward", "norm_clip", "update")
@@ -271,6 +273,13 @@ def check(
 # ---- measurement -------------------------------------------------------------------------------
 
 
+def reserve(cluster: Cluster) -> None:
+    """Let torch's allocator take the device's memory now, rather than in the first timed step."""
+    if cluster.is_cuda:
+        free, _ = torch.cuda.mem_get_info(cluster.device)
+        torch.empty(max(free - 6 * GIB, 0), dtype=torch.uint8, device=cluster.device)
+
+
 def model_flops(options: argparse.Namespace, tokens: int) -> float:
     """Operations of a step over all GPUs; see the module's text."""
     m, head_dim = options.model_dim, options.model_dim // options.heads
@@ -285,6 +294,7 @@ def measure(
     """Metrics of an engine's step, and its times in seconds."""
     seconds, parts = [], []
     peak = 0
+    reserve(cluster)
     for _ in range(repeats):
         gc.collect()
         cluster.barrier()
@@ -344,6 +354,9 @@ def run_engine(
     """Check and time one engine at several lengths, building it anew for each."""
     checked: dict[str, float] = {}
     for tokens in lengths:
+        if time.perf_counter() - STARTED > options.stop_after_s:
+            cluster.say(f"  no time left for {tokens} tokens")
+            break
         engine = make()
         began = time.perf_counter()
         ids = document(options, options.check_tokens, cluster)
@@ -367,9 +380,13 @@ def run_engine(
             )
             checked = errors or {}
         whole = document(options, tokens, cluster)
-        if reason is None:
-            warm = whole[:, : min(tokens, options.warm_tokens)]
-            _, reason = attempt(lambda engine=engine, warm=warm: engine.step(warm, 0.0), cluster)
+        # Two short documents of different lengths: what compiles does so for any length then.
+        for part in (2, 1) if first else (1,):
+            warm = whole[:, : min(tokens, options.warm_tokens) // part]
+            if reason is None:
+                _, reason = attempt(
+                    lambda engine=engine, warm=warm: engine.step(warm, 0.0), cluster
+                )
         metrics: dict[str, float] = {}
         seconds: list[float] = []
         if reason is None:
@@ -406,10 +423,11 @@ def run_engine(
         cluster.say(f"  {engine.kind:5s} {engine.name:28s} {tokens:8d}  {shown}")
         save()
         engine.close()
-        del engine, whole, ids
+        del engine, offload, whole, ids
         clean()
         if reason is not None and reason != OUT_OF_MEMORY:
-            return
+            break
+    torch._dynamo.reset()
 
 
 def compare(report: Report) -> list[dict[str, Any]]:
@@ -487,7 +505,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only-peers", action="store_true")
     parser.add_argument("--methods", default="", help="peers to run, a regular expression")
     parser.add_argument("--check-tokens", type=int, default=8192)
-    parser.add_argument("--warm-tokens", type=int, default=16384)
+    parser.add_argument("--warm-tokens", type=int, default=40960)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--long-tokens", type=int, default=200_000)
     parser.add_argument("--long-peer-tokens", type=int, default=200_000)
@@ -510,17 +528,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     # Settings by length: the entry of the longest length not above the step's counts.
     parser.add_argument("--plain-layers", type=_table, default=_table("65536:13,131072:2,262144:0"))
-    parser.add_argument("--mlp-tile", type=_table, default=_table("262144:32768"))
-    parser.add_argument("--offload-gib", type=_table, default=_table("262144:24,524288:92"))
+    parser.add_argument("--mlp-tile", type=_table, default=_table("262144:16384"))
+    parser.add_argument("--offload-gib", type=_table, default=_table("524288:72"))
     parser.add_argument("--offload-keep-last", type=_table, default={})
     parser.add_argument("--host-moments", type=_table, default={})
+    parser.add_argument("--stop-after-s", type=float, default=float("inf"))
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a shape for the CPU")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--suffix", default="")
+    argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
     if options.tiny:
-        given = set(argv or [])
+        given = set(argv)
         for name, value in TINY.items():
             if f"--{name.replace('_', '-')}" not in given:
                 setattr(options, name, value)

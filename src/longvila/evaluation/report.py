@@ -29,7 +29,7 @@ from typing import Any
 
 from longvila.evaluation.judge import AxisScore
 from longvila.evaluation.metrics import clustered_mean, wilson_interval
-from longvila.evaluation.presets import PRESETS, find_preset
+from longvila.evaluation.presets import PRESETS, duration_group, find_preset
 
 Record = Mapping[str, Any]
 #: Unreadable answers that the page shows of each benchmark.
@@ -178,7 +178,7 @@ def _summary(
         videos=len({record["video"] for record in records}),
         failed=sum(bool(record["error"]) for record in records),
         frames=(min(seen), max(seen)) if seen else (0, 0),
-        by_duration=_parts(judged, lambda record: record["duration"]),
+        by_duration=_parts(judged, _duration),
         by_category=categories,
         mean_of_categories=(
             sum(part.accuracy for part in categories.values()) / len(categories)
@@ -197,6 +197,14 @@ def _category(name: str, record: Record) -> str | None:
     if category is None and record["task"].startswith(f"{name}_"):
         category = record["task"].removeprefix(f"{name}_")
     return category
+
+
+def _duration(record: Record) -> str | None:
+    """The group of lengths of a question's video: the benchmark's, or by what was decoded."""
+    named: str | None = record["duration"]
+    if named is None and record["media"] and "length_s" in record["media"][0]:
+        return duration_group(record["media"][0]["length_s"])
+    return named
 
 
 def _parts(records: Sequence[Record], name_of: Any) -> dict[str, Score]:

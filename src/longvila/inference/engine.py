@@ -310,8 +310,12 @@ class Engine:
         ids, mask = pad_rows(ids)
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids must be (B, T) with at least one token, got {tuple(ids.shape)}")
+        self._refuse_media(ids)
         self.check_context(cache.get_seq_length() + ids.shape[1])
         ids = ids.to(self._device)
+        if mask is not None:
+            past = mask.new_ones(len(mask), cache.get_seq_length())
+            mask = torch.cat([past, mask], dim=1).to(self._device)
         logits = None
         for part in ids.split(self.chunk_tokens if mask is None else ids.shape[1], dim=1):
             output = self.model(
@@ -406,6 +410,7 @@ class Engine:
         mask: Tensor | None = None
         if ids is not None:
             ids, mask = pad_rows(ids)
+            self._refuse_media(ids)
         rows = 1 if ids is None else ids.shape[0]
         many = max(rows, option("num_beams") or 1, option("num_return_sequences") or 1) > 1
         if cache.input_ids is None or cache.input_ids.shape[0] != 1:
@@ -516,6 +521,15 @@ class Engine:
     def _device(self) -> torch.device:
         device: torch.device = self.model.get_output_embeddings().weight.device
         return device
+
+    def _refuse_media(self, ids: Tensor) -> None:
+        for kind in self.family.media:
+            token = kind.token_id(self.model.config)
+            if bool((ids == token).any()):
+                raise ValueError(
+                    f"the tokens after a prefix hold {kind.name} placeholders (id {token}); media "
+                    "are read by Engine.prefill"
+                )
 
     def _path(
         self, batch: Mapping[str, Any], onto: ShardedCache | None

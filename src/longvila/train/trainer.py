@@ -122,6 +122,7 @@ class MeshTrainer(_Base):
         self._put_on_mesh(args)
         # The loss is divided by the targets of the whole step, whatever the model's class says.
         self.model_accepts_loss_kwargs = True
+        self.optimizer_cls_and_kwargs = args.host_optimizer() or self.optimizer_cls_and_kwargs
         if isinstance(self.data_collator, Collator):
             self.data_collator = self._bind(self.data_collator)
         if _is_loader(self.train_dataset):

@@ -91,18 +91,18 @@ def test_a_blind_model_scores_what_a_guess_scores(tmp_path: Path) -> None:
 
 
 def test_six_thousand_frames(tmp_path: Path) -> None:
-    plan = Plan(max_frames=6000, interval=3000, depth_interval=0.5)
+    plan = Plan(max_frames=6000, interval=6000, depth_interval=0.5)
     groups, _ = _measure(tmp_path, plan)
     assert all(g.all.accuracy == 1 for g in groups if g.control is None)
-    assert {frames for g in groups for frames in g.by_frames} == {3000, 6000}
+    assert {frames for g in groups for frames in g.by_frames} == {6000}
     blind, _ = _measure(tmp_path / "blind", plan, blind=True)
-    assert all(g.all.accuracy < 1 for g in blind if g.all.n > 8)
+    assert sum(g.all.correct for g in blind) < 0.6 * sum(g.all.n for g in blind)
 
 
 def test_six_thousand_frames_through_an_engine(tmp_path: Path) -> None:
     """A language model that can see the needle's row finds it in every cell; without values not."""
     plan = Plan(
-        max_frames=6000, interval=3000, depth_interval=0.25, protocol="paper", seed=3,
+        max_frames=6000, interval=6000, depth_interval=0.25, protocol="paper", seed=3,
         words=Words(only="Which letter?"),
     )  # fmt: skip
     letters = [replace(n, answer=a) for n, a in zip(needles(4), LETTERS, strict=False)]
@@ -117,7 +117,7 @@ def test_six_thousand_frames_through_an_engine(tmp_path: Path) -> None:
                 engine, processor, make_parts(plan, haystack, letters, processor), {"model": ""},
                 rows, about=about(haystack, ""), out=out,
             )  # fmt: skip
-        assert group.all.n == 2 * 5 * 4
+        assert group.all.n == 5 * 4
         assert group.all.accuracy == (group.all.chance if blind else 1.0)
         assert rows.encoded == 6000 + 4
 

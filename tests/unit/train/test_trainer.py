@@ -99,6 +99,30 @@ def test_parts_have_rates_of_their_own(tmp_path: Path) -> None:
     assert matrices == {2, 4}  # no vector decays; the patch embedding is a convolution
 
 
+def test_memory_options_change_no_step(plain: dict[str, Any], tmp_path: Path) -> None:
+    options = {"offload_optimizer": True, "plain_layers": 1, "mlp_tile_rows": 16}
+    assert_equal_runs(trained(None, str(tmp_path), **options), plain)
+    whole_layers = trained(None, str(tmp_path), recompute_layers=False)
+    assert_equal_runs(whole_layers, plain)
+
+
+def in_bf16(rank: Rank | None, folder: str) -> dict[str, Any]:
+    model, seen = fresh_model(), set()
+    layer = model.model.language_model.layers[0].self_attn
+    layer.v_proj.register_forward_hook(lambda module, given, out: seen.add(out.dtype))
+    size = -1 if rank is None else rank.world_size
+    result = trained(rank, folder, model=model, steps=3, bf16=True, seq_parallel_size=size)
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    return result
+
+
+def test_bf16_computes_narrow_and_updates_wide(plain: dict[str, Any], tmp_path: Path) -> None:
+    for result in [in_bf16(None, str(tmp_path)), *run_ranks(in_bf16, 2, str(tmp_path))]:
+        assert result["losses"] == pytest.approx(plain["losses"][:3], rel=5e-3)
+        assert result["norms"] == pytest.approx(plain["norms"][:3], rel=2e-2)
+
+
 def test_parts_are_frozen(tmp_path: Path) -> None:
     trainer = make(None, tmp_path, steps=1, tune_language_model=False, tune_vision_tower=False)
     before = whole(trainer.model)

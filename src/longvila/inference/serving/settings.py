@@ -15,6 +15,8 @@ class Limits:
 
     Attributes:
         body_bytes: Of a request's body, base64 media counted in.
+        held_bytes: Of all bodies that have come or are coming, until they are answered.
+        text_chars: Characters of all text of a conversation.
         upload_bytes: Of one uploaded file.
         stored_bytes: Of all uploaded files together; the oldest go first.
         media_items: Images and videos of one conversation.
@@ -35,6 +37,8 @@ class Limits:
     """
 
     body_bytes: int = 256 << 20
+    held_bytes: int = 2 << 30
+    text_chars: int = 8 << 20
     upload_bytes: int = 4 << 30
     stored_bytes: int = 16 << 30
     media_items: int = 16
