@@ -36,11 +36,11 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from longvila.errors import ContextLengthError
 from longvila.inference.cache import ShardedCache
-from longvila.inference.decode import CacheForward, set_attention
+from longvila.inference.decode import CacheForward, FirstRankDecides, set_attention
 from longvila.inference.frames import FrameSource
 from longvila.inference.inputs import append_ids, pad_rows, whole_row
 from longvila.inference.paging import Pager
@@ -427,7 +427,7 @@ class Engine:
                 raise ValueError("max_time would stop ranks at different tokens; use a criterion")
             given = options.get("stopping_criteria") or []
             options["stopping_criteria"] = StoppingCriteriaList(
-                [_FirstRankDecides(each, cache) for each in given]
+                [FirstRankDecides(each, cache) for each in given]
             )
         seen = torch.ones_like(whole)
         if mask is not None:
@@ -590,17 +590,3 @@ class Engine:
         if limit is None:
             limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         return limit
-
-
-class _FirstRankDecides(StoppingCriteria):
-    """A caller's criterion, decided on one rank for all."""
-
-    def __init__(self, criterion: Any, cache: ShardedCache) -> None:
-        self.criterion, self.cache = criterion, cache
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        done = self.criterion(input_ids, scores, **kwargs)
-        flags = torch.as_tensor(done, device=input_ids.device).expand(input_ids.shape[0])
-        flags = flags.to(torch.uint8).contiguous()
-        dist.broadcast(flags, group=self.cache.group, group_src=0)
-        return flags.bool()
