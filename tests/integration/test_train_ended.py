@@ -56,7 +56,7 @@ class Run:
 
     def until(self, step: int) -> list[psutil.Process]:
         """Wait until a step is done and a little longer; return the ranks, in order."""
-        for _ in range(600):
+        for _ in range(1800):
             if self.process.poll() is not None:
                 raise AssertionError(f"ended before step {step}:\n{self.said()}")
             if max((line["step"] for line in self.lines()), default=0) >= step:
@@ -67,7 +67,7 @@ class Run:
         return sorted(ranks, key=lambda each: int(each.environ()["RANK"]))
 
     def end(self) -> int:
-        return self.process.wait(timeout=120)
+        return self.process.wait(timeout=200)
 
     def said(self) -> str:
         return self.log.read_text()
@@ -107,6 +107,7 @@ def kill_all(run: Run, step: int) -> None:
     assert not (run.output / "config.json").exists()
 
 
+@pytest.mark.timeout(900)
 def test_ended_in_every_way_it_is_the_undisturbed_run(
     files: Path, tmp_path: Path, undisturbed: Run
 ) -> None:
@@ -136,6 +137,7 @@ def test_ended_in_every_way_it_is_the_undisturbed_run(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_again_and_again(files: Path, tmp_path: Path, undisturbed: Run) -> None:
     done = 0
     for _ in range(5):
