@@ -4,7 +4,8 @@ Where the calling Python already has a CUDA build of torch, the environment sees
 packages and keeps its torch; elsewhere torch 2.13.0 is installed first, so that nothing pulls in
 another build. With `--oldest`, the lowest supported versions are put into a folder beside the
 environment (`oldest/`), to be placed in front of it with PYTHONPATH; with `--torchvision`,
-torchvision, which is no dependency, into `torchvision/` for the tests that meet one.
+torchvision, which is no dependency, into `torchvision/` for the tests that meet one. For
+development, lmms-eval is added without most of its dependencies, which ask for torchvision.
 
 Standard library only: it runs before anything is installed.
 """
@@ -24,6 +25,8 @@ TORCH = "torch==2.13.0"
 PROBE = "import torch; print(torch.version.cuda or '')"
 #: The lowest versions of the declared ranges; the suite runs against them too.
 OLDEST = ROOT / "scripts" / "oldest.txt"
+#: lmms-eval, without most of what it depends on.
+LMMS = ROOT / "scripts" / "lmms.txt"
 #: The release that belongs to TORCH.
 TORCHVISION = "torchvision==0.28.0"
 
@@ -49,6 +52,8 @@ def create(env: Path, extras: str) -> None:
     else:
         run(python, "-m", "pip", "install", "-q", TORCH)
     run(python, "-m", "pip", "install", "-q", "-e", f"{ROOT}[{extras}]")
+    if "dev" in extras.split(","):
+        run(python, "-m", "pip", "install", "-q", "--no-deps", "-r", LMMS)
 
 
 def add_beside(env: Path, name: str, *what: str | Path) -> None:
@@ -66,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     env = args.env.resolve()
     wanted = hashlib.sha256(
-        b"".join(p.read_bytes() for p in (ROOT / "pyproject.toml", OLDEST, Path(__file__)))
+        b"".join(p.read_bytes() for p in (ROOT / "pyproject.toml", OLDEST, LMMS, Path(__file__)))
         + f"{args.extras}".encode()
     ).hexdigest()
     name = "oldest" if args.oldest else "torchvision" if args.torchvision else "ready"
