@@ -5,7 +5,8 @@ random-weight models with the layers of Qwen2-7B and the tower of SigLIP-so400m,
 that a case takes seconds. Each case runs twice; the second step is measured, by phase: up to the
 loss, backward, optimiser. The allocator's own count is read at the seams without waiting for the
 device. Beside it stands what `longvila.memory.estimate` says of the same model (read from the model
-by `longvila.parallel.sizes`), row and settings, and the error in percent.
+by `longvila.parallel.sizes`), row and settings, and the error in percent; on a device whose rates
+are known, the planned time of the step too.
 
 The rows ``rate/...`` are sustained rates of this machine, which ``longvila plan --rates FILE``
 reads: matrix products as wide as the model's, copies within the device, and to and from pinned
@@ -24,7 +25,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ class Case:
         frames: Frames a rank.
         targets: Tokens with a loss a rank; None for all.
         checkpointing: Whether layers run again.
+        plain_layers: Layers, the last ones, that do not.
+        mlp_tile_rows: Rows of the MLP computed at once; None for all.
+        compiled: Whether norms and MLPs are compiled.
         offload_gib: Host budget.
         frames_per_call: Frames in the tower at once.
         tuned: Parts that are tuned, by their first letters: tower, projector, language model.
@@ -63,6 +67,9 @@ class Case:
     frames: int = 0
     targets: int | None = None
     checkpointing: bool = True
+    plain_layers: int = 0
+    mlp_tile_rows: int | None = None
+    compiled: bool = False
     offload_gib: float = 0.0
     frames_per_call: int = 32
     tuned: str = "tpl"
@@ -74,7 +81,10 @@ CASES = (
     Case(name="text 64K, short answer", tokens=65536, targets=512),
     Case(name="text 16K, two micro-batches", tokens=16384, micro_batches=2),
     Case(name="text 96K, offload", tokens=98304, targets=512, offload_gib=8.0),
+    Case(name="text 96K, MLP in tiles", tokens=98304, targets=512, mlp_tile_rows=8192),
+    Case(name="text 64K, compiled", tokens=65536, targets=512, compiled=True),
     Case(name="no checkpoints 12K", tokens=12288, checkpointing=False),
+    Case(name="16K, half without checkpoints", tokens=16384, plain_layers=2),
     Case(name="128 frames, 32 at once", tokens=26240, frames=128, targets=512),
     Case(name="128 frames, 8 at once", tokens=26240, frames=128, targets=512, frames_per_call=8),
     Case(name="128 frames, frozen tower", tokens=26240, frames=128, targets=512, tuned="pl"),
@@ -215,12 +225,15 @@ def phase_of(moment: str) -> str:
     return "optimizer" if moment == "optimizer" else "backward"
 
 
-def measure(case: Case, options: argparse.Namespace, cluster: Cluster) -> Row:
-    """Run one case; return planned and measured peaks."""
+def measure(
+    case: Case, options: argparse.Namespace, cluster: Cluster, gpu: Any | None = None
+) -> Row:
+    """Run one case; return planned and measured peaks, and times where rates are known."""
     from longvila.memory.estimate import training_peak
     from longvila.memory.offload import Offload
     from longvila.memory.operations import Load, Tuned
     from longvila.memory.settings import Ranks, Settings
+    from longvila.memory.timing import training_time
     from longvila.parallel.apply import ParallelPlan, parallelize
     from longvila.parallel.sizes import size_of
     from longvila.sp.mesh import build_mesh
@@ -231,13 +244,16 @@ def measure(case: Case, options: argparse.Namespace, cluster: Cluster) -> Row:
     model = build_model(options, case, cluster.device)
     config, size = model.config, size_of(model)
     mesh = build_mesh(
-        world, num_heads=options.heads, num_kv_heads=options.kv_heads,
+        world, options.ring_size, num_heads=options.heads, num_kv_heads=options.kv_heads,
         device_type=cluster.device.type,
     )  # fmt: skip
     budget = int(case.offload_gib * GIB)
     plan = ParallelPlan(
         activation_checkpointing=case.checkpointing,
         offload=Offload(budget_bytes=budget) if budget else None,
+        plain_layers=case.plain_layers,
+        mlp_tile_rows=case.mlp_tile_rows,
+        compile_modules=case.compiled,
         two_stage=True,
     )
     parallelize(model, mesh, plan)
@@ -261,7 +277,8 @@ def measure(case: Case, options: argparse.Namespace, cluster: Cluster) -> Row:
     )
     settings = Settings(
         checkpointing=case.checkpointing, offload_bytes=budget, backend=backend,
-        loss_tile_rows=plan.loss_tile_rows,
+        loss_tile_rows=plan.loss_tile_rows, plain_layers=case.plain_layers,
+        mlp_tile_rows=case.mlp_tile_rows, compiled=case.compiled,
     )  # fmt: skip
     tuned = Tuned(tower="t" in case.tuned, projector="p" in case.tuned, text="l" in case.tuned)
     ranks = Ranks(ring=mesh.ring_size, ulysses=mesh.ulysses_size, kv_exchange=mesh.plan.kv_exchange)
@@ -279,6 +296,10 @@ def measure(case: Case, options: argparse.Namespace, cluster: Cluster) -> Row:
         "error_percent": 100 * (peak.bytes / highest - 1),
         "step_s": step_s,
     }
+    if gpu is not None:
+        time_of = training_time(size, load, gpu=gpu, ranks=ranks, settings=settings, tuned=tuned)
+        metrics["planned_s"] = time_of.seconds
+        metrics["time_error_percent"] = 100 * (time_of.seconds / step_s - 1)
     for phase in PHASES:
         metrics[f"{phase}_peak_gib"] = measured[phase] / GIB
         metrics[f"{phase}_planned_gib"] = predicted[phase] / GIB
@@ -290,7 +311,9 @@ def measure(case: Case, options: argparse.Namespace, cluster: Cluster) -> Row:
         metrics["outside_torch_gib"] = outside / GIB
     shape = {
         "layers": case.layers, "frames": load.frames, "targets": load.targets,
-        "sequence_parallel": world, "checkpointing": case.checkpointing,
+        "sequence_parallel": world, "ring": mesh.ring_size, "checkpointing": case.checkpointing,
+        "plain_layers": case.plain_layers, "mlp_tile_rows": case.mlp_tile_rows,
+        "compiled": case.compiled,
         "offload_gib": case.offload_gib, "frames_per_call": case.frames_per_call,
         "tuned": case.tuned, "micro_batches": case.micro_batches, "backend": backend,
     }  # fmt: skip
@@ -375,6 +398,19 @@ def measure_rates(options: argparse.Namespace, cluster: Cluster) -> list[Row]:
     return found
 
 
+def known_rates(rows: list[Row], cluster: Cluster) -> Any | None:
+    """The table's rates of this device with those just measured laid over them, None without."""
+    from longvila.memory.rates import GPUS, find_gpu, with_rows
+
+    if not cluster.is_cuda:
+        return None
+    name = torch.cuda.get_device_name(cluster.device)
+    if not any(key in name.lower() for key in GPUS):
+        return None
+    gpu = find_gpu(name)
+    return with_rows(gpu, [asdict(row) for row in rows], "this run") if rows else gpu
+
+
 # ---- run ---------------------------------------------------------------------------------------
 
 
@@ -384,13 +420,14 @@ def run(options: argparse.Namespace, cluster: Cluster) -> Report:
         report.rows += measure_rates(options, cluster)
         for row in report.rows:
             cluster.say(f"  {row.method:40s} {row.metrics}")
+    gpu = known_rates(report.rows, cluster)
     cases = CASES if cluster.is_cuda else TINY
     wanted = [case for case in cases if not options.only or options.only in case.name]
     for case in wanted:
         if options.shrink > 1:
             case = replace(case, tokens=case.tokens // options.shrink)
         try:
-            row = measure(case, options, cluster)
+            row = measure(case, options, cluster, gpu)
         except torch.OutOfMemoryError as fault:
             report.not_measured.append({"method": f"step/{case.name}", "why": str(fault)[:200]})
             cluster.say(f"  {case.name}: out of memory")
@@ -413,6 +450,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="cases whose name has this")
     parser.add_argument("--shrink", type=int, default=1, help="divide tokens by this")
     parser.add_argument("--backend", help="name of the attention back end the plan assumes")
+    parser.add_argument("--ring-size", type=int, default=-1, help="ring degree; -1 to choose")
     parser.add_argument("--no-rates", action="store_true")
     parser.add_argument("--rate-seconds", type=float, default=1.5)
     parser.add_argument("--rate-rows", type=int, default=32768)

@@ -49,6 +49,7 @@ QUESTION = "How long until the first token about a long video, and how fast are 
 GIB = 2**30
 #: Longest a rank waits while the first one runs a peer alone.
 PEER_WAIT = timedelta(minutes=20)
+PEER = "transformers_generate_auto"
 LIMIT = {"bfloat16": 5e-2, "float32": 1e-4}
 
 
@@ -292,24 +293,41 @@ def greedy(options: argparse.Namespace) -> dict[str, Any]:
     return {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
 
 
-def fill(cache: Any, options: argparse.Namespace, tokens: int, cluster: Cluster) -> None:
-    """Put random keys and values into a cache, as if so many tokens had been read."""
+def filled_cache(
+    engine: Any, options: argparse.Namespace, edges: Sequence[int], cluster: Cluster
+) -> Any:
+    """A cache of random keys and values, as if so many tokens had been read.
+
+    Args:
+        engine: Whose model and mesh.
+        options: The shapes.
+        edges: Ascending lengths up to the whole; cut at any of them, ranks have equal parts.
+        cluster: The ranks.
+    """
+    from longvila.inference.cache import ShardedCache
     from longvila.sp.layout import SequenceLayout
 
     ranks = cluster.world_size
-    layout = SequenceLayout((tokens,), ranks, 1, "contiguous")
-    own = layout.local_lengths[cluster.rank]
-    shape = (1, options.kv_heads, own, options.model_dim // options.heads)
+    cache = ShardedCache(engine.text.config.num_hidden_layers, mesh=engine.mesh)
+    cache.reserve(-(-edges[-1] // ranks) + len(edges))
     dtype = getattr(torch, options.dtype)
-    cache.reserve(own)
-    with cache.receiving(layout, tokens, behind=True):
-        for layer in range(options.layers):
-            keys, values = (
-                torch.empty(shape, dtype=dtype, device=cluster.device).normal_() for _ in range(2)
-            )
-            cache.update(keys, values, layer)
-    length = cache.get_seq_length()
-    cache.input_ids = torch.ones(1, length, dtype=torch.int64, device=cluster.device)
+    done = 0
+    for edge in edges:
+        if edge == done:
+            continue
+        layout = SequenceLayout((edge - done,), ranks, 1, "contiguous")
+        own = layout.local_lengths[cluster.rank]
+        shape = (1, options.kv_heads, own, options.model_dim // options.heads)
+        with cache.receiving(layout, edge - done, behind=True):
+            for layer in range(options.layers):
+                keys, values = (
+                    torch.empty(shape, dtype=dtype, device=cluster.device).normal_()
+                    for _ in range(2)
+                )
+                cache.update(keys, values, layer)
+        done = edge
+    cache.input_ids = torch.ones(1, done, dtype=torch.int64, device=cluster.device)
+    return cache
 
 
 def check(model: Any, options: argparse.Namespace, mesh: Any, cluster: Cluster) -> float:
@@ -359,12 +377,10 @@ def sampled_prefill(
     length = ids.shape[1]
     last = max(tokens - length, 0)
     count = max(options.sample_chunks, 2)
-    cache = new_cache(engine)
+    pasts = [last * number // (count - 1) for number in range(count)]
+    cache = filled_cache(engine, options, [*pasts, tokens], cluster)
     samples: list[dict[str, float]] = []
-    for number in range(count):
-        past = last * number // (count - 1)
-        if more := past - cache.get_seq_length():
-            fill(cache, options, more, cluster)
+    for past in pasts:
         piece = {
             "input_ids": ids,
             "pixel_values_videos": DrawnFrames(options, frames, cluster.device),
@@ -373,6 +389,7 @@ def sampled_prefill(
         spent = []
         for _ in range(2):  # the first one plans and compiles
             fork = engine.fork(cache)
+            fork.crop(past - tokens)
             cluster.barrier()
             start = time.perf_counter()
             engine.prefill(piece, onto=fork)
@@ -382,8 +399,6 @@ def sampled_prefill(
         (seconds,) = cluster.everywhere([spent[-1]])
         samples.append({"past_tokens": past, "chunk_s": seconds})
         cluster.say(f"    chunk of {length} behind {past}: {seconds:.3f} s")
-    if more := tokens - cache.get_seq_length():
-        fill(cache, options, more, cluster)
     base, slope, error = line([(s["past_tokens"], s["chunk_s"]) for s in samples])
     chunks = tokens / length
     total = chunks * (base + slope * (tokens - length) / 2)
@@ -397,12 +412,6 @@ def line(points: list[tuple[float, float]]) -> tuple[float, float, float]:
     slope = sum((x - middle_x) * (y - middle_y) for x, y in points) / spread if spread else 0.0
     base = middle_y - slope * middle_x
     return base, slope, max(abs(base + slope * x - y) / y for x, y in points)
-
-
-def new_cache(engine: Any) -> Any:
-    from longvila.inference.cache import ShardedCache
-
-    return ShardedCache(engine.text.config.num_hidden_layers, mesh=engine.mesh)
 
 
 # ---- ours --------------------------------------------------------------------------------------
@@ -433,7 +442,7 @@ def run_ours(
             )  # fmt: skip
             first = Answer(ttft_s, first.step_s)
         else:
-            film, more = new_cache(engine), {"sampled": 0.0}
+            more = {"sampled": 0.0}
             film_box: list[Any] = []
 
             def answer(clock: Clock) -> None:
@@ -510,11 +519,18 @@ def sweep_split(
 # ---- the peer ----------------------------------------------------------------------------------
 
 
-def run_peer(options: argparse.Namespace, cluster: Cluster, lengths: list[int]) -> list[Row]:
+def run_peer(
+    options: argparse.Namespace, cluster: Cluster, lengths: list[int], report: Report
+) -> list[Row]:
     """transformers' generate over the same GPUs, from the first process alone."""
     rows: list[Row] = []
     if cluster.is_main:
-        rows = _peer_alone(options, cluster, lengths)
+        try:
+            _peer_alone(options, cluster, lengths, rows)
+        except (RuntimeError, ValueError, ImportError) as fault:
+            reason = f"{type(fault).__name__}: {fault}"[:300]
+            report.not_measured.append({"method": PEER, "reason": reason})
+            cluster.say(f"  left out {PEER}: {reason}")
     if cluster.world_size > 1:
         store = dist.distributed_c10d._get_default_store()
         if cluster.is_main:
@@ -524,7 +540,9 @@ def run_peer(options: argparse.Namespace, cluster: Cluster, lengths: list[int]) 
     return rows
 
 
-def _peer_alone(options: argparse.Namespace, cluster: Cluster, lengths: list[int]) -> list[Row]:
+def _peer_alone(
+    options: argparse.Namespace, cluster: Cluster, lengths: list[int], rows: list[Row]
+) -> None:
     ranks = cluster.world_size
     model = build_model(options, cluster.device)
     if ranks > 1 and cluster.is_cuda:
@@ -536,7 +554,6 @@ def _peer_alone(options: argparse.Namespace, cluster: Cluster, lengths: list[int
         plan = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=names)
         model = dispatch_model(model, plan)
     devices = range(ranks) if cluster.is_cuda else ()
-    rows: list[Row] = []
     for tokens in lengths:
         batch = prompt(options, tokens, cluster.device)
         frames = batch["pixel_values_videos"].num_frames
@@ -562,16 +579,13 @@ def _peer_alone(options: argparse.Namespace, cluster: Cluster, lengths: list[int
             metrics["out_of_memory"] = 1.0
         peaks = [torch.cuda.max_memory_allocated(device) for device in devices]
         metrics["peak_gib"] = max(peaks, default=0) / GIB
-        rows.append(
-            row("transformers_generate_auto", "peer", options, length, frames, ranks, metrics, [])
-        )
+        rows.append(row(PEER, "peer", options, length, frames, ranks, metrics, []))
         del batch
         gc.collect()
         if cluster.is_cuda:
             torch.cuda.empty_cache()
         if metrics["out_of_memory"]:
             break  # longer ones cannot fit either
-    return rows
 
 
 # ---- run ---------------------------------------------------------------------------------------
@@ -607,7 +621,8 @@ def run(options: argparse.Namespace, cluster: Cluster) -> Report:
 
     with torch.no_grad():
         if options.peer:
-            for found in run_peer(options, cluster, options.peer_lengths or options.lengths):
+            lengths = options.peer_lengths or options.lengths
+            for found in run_peer(options, cluster, lengths, report):
                 add(found)
             free(cluster)
         mesh = None
@@ -623,6 +638,7 @@ def run(options: argparse.Namespace, cluster: Cluster) -> Report:
             name: value if isinstance(value, str) else float(f"{value:.5g}")
             for name, value in vars(ceilings).items()
         }
+        warm_up(model, options, mesh, cluster)
         for tokens in options.lengths:
             free(cluster)
             try:
@@ -636,6 +652,17 @@ def run(options: argparse.Namespace, cluster: Cluster) -> Report:
                 save()
                 break
     return report
+
+
+def warm_up(model: Any, options: argparse.Namespace, mesh: Any, cluster: Cluster) -> None:
+    """Compile and plan what the shortest length needs, a few chunks of it at least."""
+    from longvila.inference.engine import Engine
+
+    few = 3 * options.chunk_tokens * cluster.world_size
+    batch = prompt(options, max(few, min(options.lengths[0], 131072)), cluster.device)
+    with Engine(model, mesh, chunk_tokens=options.chunk_tokens) as engine:
+        engine.generate(batch, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    cluster.synchronize()
 
 
 def free(cluster: Cluster) -> None:

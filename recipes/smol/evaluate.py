@@ -10,7 +10,6 @@ question (when, is there, which, how many) are scored by exact greedy answers.
 
 from __future__ import annotations
 
-import math
 import platform
 import subprocess
 import sys
@@ -24,6 +23,8 @@ import torch
 from synth import Batch, Packer, Pool, plan_batch, to_device
 from torch import Tensor
 
+from longvila.evaluation.metrics import wilson_interval
+
 WAYS = 20
 
 
@@ -31,10 +32,7 @@ def wilson(right: int, n: int) -> list[float]:
     """95 % interval of a share."""
     if n == 0:
         return [0.0, 1.0]
-    z, p = 1.96, right / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return [round(middle - half, 4), round(middle + half, 4)]
+    return [round(end, 4) for end in wilson_interval(right, n, confidence=0.95)]
 
 
 def generate(model: Any, packer: Packer, batch: Batch, rows: Tensor, hidden: Callable) -> list[str]:
@@ -244,7 +242,8 @@ def main() -> None:
 
     from synth import MEAN, STD, Index, compose
 
-    from longvila.cli._asker import Asker
+    from longvila.evaluation.answerer import Answerer
+    from longvila.inference.engine import Engine
     from longvila.media.video import read_frames
     from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
     from longvila.model.processing_longvila import LongVILAProcessor
@@ -268,6 +267,7 @@ def main() -> None:
     index = Index(args.data)
     pool = Pool(index, "cpu")
     every = sorted({index.names[i] for part in index.splits.values() for i in part})
+    answerer = Answerer(Engine(model), processor)
     mean, std = (np.array(v, np.float32) for v in (MEAN, STD))
     rows = []
     for tier in args.tiers:
@@ -289,7 +289,7 @@ def main() -> None:
             pixels = compose(pool, batch).permute(0, 2, 3, 1).numpy() * std + mean
             frames = (pixels * 255).round().clip(0, 255).astype(np.uint8)
             video = read_frames(frames, indices=range(len(frames)), frame_rate=1 / step_s)
-            asker = Asker(model, processor, video)
+            watched = answerer.watch(video)
             rng = np.random.default_rng([args.seed, number, ord(tier)])
             for start, length, picture in batch.shown[0]:
                 truth = index.names[picture]
@@ -297,7 +297,8 @@ def main() -> None:
                 others = [name for name in every if name != truth]
                 options = [truth, *map(str, rng.choice(others, WAYS - 1, replace=False))]
                 question = f"What is shown at {int(time_s) // 60:02d}:{int(time_s) % 60:02d}?"
-                answer, choice = asker.ask(question, options)
+                answer = answerer.answer(watched, question, max_new_tokens=16)
+                choice = options[int(np.argmax(answerer.choose(watched, question, options)))]
                 named += answer == truth
                 chosen += choice == truth
                 asked += 1
@@ -312,7 +313,7 @@ def main() -> None:
         shape = {"tier": tier, "frames_max": args.frames, "n": asked}
         print(shape, metrics, flush=True)
         rows.append(
-            {"method": "longvila-smol", "kind": "ours", "tokens": asker.shared, "shape": shape,
+            {"method": "longvila-smol", "kind": "ours", "tokens": watched.tokens, "shape": shape,
              "metrics": metrics, "samples": samples[:24]}
         )  # fmt: skip
         result = result_file(rows, args, time.time() - began)

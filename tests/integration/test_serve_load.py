@@ -281,6 +281,7 @@ def check_clean(server: Any, tasks: int, files: int) -> None:
     kept = shared_bytes(entry.cache for entry in inner.scheduler.prefix.entries)
     assert kept <= inner.settings.kv_bytes
     assert inner.scheduler._spent == {}, "shares of clients that are gone"
+    assert inner.bodies.taken == inner.uploads.incoming.taken == 0
     open_files = len(os.listdir("/proc/self/fd"))
     assert open_files <= files + 2, f"{open_files} open files, {files} before"
 

@@ -210,6 +210,9 @@ def fail_alone(rank: Rank, film: str) -> None:
         broken = {**batch, "pixel_values_videos": source}
         if rank.rank == 1:
             source.to_pixels = lambda frames: 1 / 0  # type: ignore[assignment,return-value]
+        other = {"input_ids": torch.full((1, 90), 5 + rank.rank)}
+        with pytest.raises(ValueError, match="different prompts"):
+            engine.prefill(other)
         kind = ZeroDivisionError if rank.rank == 1 else RankError
         with pytest.raises(kind, match="division by zero"):
             engine.prefill(broken)

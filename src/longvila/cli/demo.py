@@ -292,7 +292,8 @@ def main(argv: list[str]) -> int:
     import numpy as np
     import torch
 
-    from longvila.cli._asker import Asker
+    from longvila.evaluation.answerer import Answerer
+    from longvila.inference.engine import Engine
     from longvila.media.video import open_video
     from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
     from longvila.model.processing_longvila import LongVILAProcessor
@@ -313,12 +314,13 @@ def main(argv: list[str]) -> int:
     groups = [needles[i : i + options.per_video] for i in range(0, len(needles), options.per_video)]
     starts = np.linspace(first_s, last_s, len(groups))
     cells = []
+    answerer = Answerer(Engine(model), processor)
     for number, (group, start_s) in enumerate(zip(groups, starts, strict=True)):
         path = options.out / f"video{number}.mp4"
         write_video(path, film, float(start_s), group, folder, rng)
         written = time.time()
         watched = processor.video_processor.sample(str(path), fps=options.fps)
-        asker = Asker(model, processor, watched)
+        seen = answerer.watch(watched)
         for needle in group:
             # The time of the first frame the model sees of it.
             frame = int(np.searchsorted(watched.timestamps_s, needle.time_s + 0.25))
@@ -327,7 +329,10 @@ def main(argv: list[str]) -> int:
             picked = [str(n) for n in rng.choice(others, WAYS - 1, replace=False)]
             choices = [needle.name, *picked]
             rng.shuffle(choices)
-            needle.answer, needle.choice = asker.ask(QUESTION.format(time=needle.clock), choices)
+            question = QUESTION.format(time=needle.clock)
+            needle.answer = answerer.answer(seen, question, max_new_tokens=16)
+            scores = answerer.choose(seen, question, choices)
+            needle.choice = choices[int(np.argmax(scores))]
             cells.append((watched.frames[frame], needle))
         print(
             f"{path.name}: film from {start_s:.0f} s, {len(watched.frames)} frames, "

@@ -92,6 +92,7 @@ def main(argv: list[str]) -> int:
         raise LongVILAError("--out is needed: the folder of the results")
     data = folders(options.data, presets)
     require_lmms_eval()
+    quieten()
     from longvila.evaluation.lmms_run import Plan, run
     from longvila.evaluation.report import table
     from longvila.packaged import default_model
@@ -191,6 +192,14 @@ def require_lmms_eval() -> None:
         raise LongVILAError(
             "benchmarks come from lmms-eval, which is not installed: pip install 'longvila[eval]'"
         )
+
+
+def quieten() -> None:
+    """Keep lmms-eval's notes about its own task files off the terminal."""
+    from loguru import logger
+
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING")
 
 
 def compare(options: Options) -> int:

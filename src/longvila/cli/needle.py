@@ -79,7 +79,9 @@ class Options:
     beyond_context: bool = False
     """Measure also beyond the length the model's configuration allows."""
     chunk_tokens: int = 8192
-    """Tokens read at once."""
+    """Tokens that a rank reads at once."""
+    keep_rows: bool = False
+    """Keep the film's rows on disk, so that a run that goes on encodes nothing again."""
     seq_parallel_size: int = -1
     """Ranks that share a sequence under torchrun; -1 for all."""
     device: str = "auto"
@@ -107,8 +109,6 @@ def main(argv: list[str]) -> int:
     needles = load_needles(options.needles or shipped(), tier=options.tier)
     source = options.model or str(default_model())
     model, processor, mesh = load(source, options)
-    if options.beyond_context:
-        model.config.get_text_config().max_position_embeddings = 2**31 - 1
     haystack = open_haystack(
         options.haystack,
         num_frames=plan.max_frames,
@@ -120,7 +120,9 @@ def main(argv: list[str]) -> int:
     first = mesh is None or mesh.rank == 0
     groups = run_needle(
         model, processor, plan, haystack, needles, out=options.out, name=Path(source).name,
-        mesh=mesh, chunk_tokens=options.chunk_tokens, progress=progress_line() if first else None,
+        mesh=mesh, chunk_tokens=options.chunk_tokens, keep_rows=options.keep_rows,
+        past_limit=options.beyond_context,
+        progress=progress_line() if first else None,
     )  # fmt: skip
     if first:
         print(text_table(groups))

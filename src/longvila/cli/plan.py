@@ -60,6 +60,8 @@ class Options:
     """Ranks that share a row; chosen if not given."""
     backend: str | None = None
     """Attention's back end; the fastest whose rate on the device is known if not given."""
+    compiled: bool = False
+    """Plan with norms and MLPs compiled (parallel.compile)."""
     rates: tuple[Path, ...] = ()
     """Result files of the benchmarks attention and memory_plan on your machine."""
     frame_side: int = 448
@@ -157,9 +159,14 @@ def make_plan(options: Options) -> Any:
     if options.memory_gib is not None:
         gpu = replace(gpu, memory_bytes=options.memory_gib * GIB)
     backend = options.backend or max(gpu.attention, key=lambda name: gpu.attention[name][1])
-    base = Settings(backend=backend)
+    base = Settings(backend=backend, compiled=options.compiled)
     if options.stage is not None:
-        base = replace(base, loss_tile_rows=get_stage(options.stage).parallel.loss_tile_rows)
+        parallel = get_stage(options.stage).parallel
+        base = replace(
+            base,
+            loss_tile_rows=parallel.loss_tile_rows,
+            compiled=options.compiled or parallel.compile,
+        )
     planner = Planner(
         size,
         gpu,

@@ -40,6 +40,10 @@ class Bounds:
 
     body_mib: int = 256
     """Size of a request, media in it counted."""
+    held_mib: int = 2048
+    """Requests under way together."""
+    text_chars: int = 8388608
+    """Characters of a conversation's text."""
     upload_mib: int = 4096
     """Size of an uploaded file."""
     stored_mib: int = 16384
@@ -56,10 +60,10 @@ class Bounds:
     """Tokens of a prompt; what the context holds if absent."""
     new_tokens: int = 4096
     """Tokens of an answer."""
-    active: int = 8
-    """Requests that the model works on at once."""
-    preparing: int = 2
-    """Requests whose media are decoded at once."""
+    active: int = 16
+    """Requests that the model works on at once; a client has half of the places at most."""
+    preparing: int = 4
+    """Requests whose media are decoded at once; likewise."""
     waiting: int = 64
     """Requests in the queue."""
     per_client: int = 16
@@ -272,6 +276,8 @@ def to_settings(options: Options, kv: int, *, page: bool) -> Settings:
     given = options.limits
     limits = Limits(
         body_bytes=given.body_mib << 20,
+        held_bytes=given.held_mib << 20,
+        text_chars=given.text_chars,
         upload_bytes=given.upload_mib << 20,
         stored_bytes=given.stored_mib << 20,
         media_items=given.media_items,

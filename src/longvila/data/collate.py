@@ -135,15 +135,33 @@ class Collator:
         planned = [
             (number, media) for number, document in enumerate(documents) for media in document.media
         ]
-        counts = {
-            kind: [media.count for _, media in planned if media.media.kind == kind]
-            for kind in _KINDS
-        }
-        counts = {kind: each for kind, each in counts.items() if each}
-        for kind, each in counts.items():
-            batch[_KINDS[kind][1]] = torch.tensor(each, dtype=torch.int64)
+        counts: dict[str, list[Any]] = {}
+        for kind in self._kinds:
+            found = [media for _, media in planned if self._kind_of(media) == kind]
+            if found:
+                counts[kind] = [m.count if m.shape is None else m.shape for m in found]
+        batch.update(self._describe(documents, counts))
         batch.update(self._pixels(planned, counts))
         return batch
+
+    # ---- what families of models do in ways of their own
+
+    @property
+    def _kinds(self) -> Mapping[str, tuple[str, str]]:
+        """Names of pixels and of what describes items, by kind."""
+        return _KINDS
+
+    def _kind_of(self, media: PlannedMedia) -> str:
+        return media.media.kind
+
+    def _describe(
+        self, documents: Sequence[Document], counts: Mapping[str, Sequence[Any]]
+    ) -> dict[str, Any]:
+        """What the model is told about all media, beside pixels."""
+        return {
+            self._kinds[kind][1]: torch.tensor(each, dtype=torch.int64)
+            for kind, each in counts.items()
+        }
 
     def _document(self, item: Document | Sample) -> Document:
         if isinstance(item, Document):
@@ -158,21 +176,22 @@ class Collator:
         return document
 
     def _pixels(
-        self, planned: Sequence[tuple[int, PlannedMedia]], counts: Mapping[str, Sequence[int]]
+        self, planned: Sequence[tuple[int, PlannedMedia]], counts: Mapping[str, Sequence[Any]]
     ) -> dict[str, Tensor]:
         """Decode this rank's frames of every kind."""
         if not counts:
             return {}
         dealt = self.deal(counts) if self.sp_size > 1 and self.deal is not None else None
         jobs: list[tuple[str, int, PlannedMedia, int, int]] = []
-        for kind, each in counts.items():
-            first, last = 0, sum(each)
+        for kind in counts:
+            own = [media.count for _, media in planned if self._kind_of(media) == kind]
+            first, last = 0, sum(own)
             if dealt is not None:
                 local = dealt.local(kind, self.sp_rank)
                 first, last = local.start, local.stop
             base = 0
             for number, media in planned:
-                if media.media.kind != kind:
+                if self._kind_of(media) != kind:
                     continue
                 start, stop = max(first - base, 0), min(last - base, media.count)
                 if start < stop:
@@ -194,11 +213,14 @@ class Collator:
             raise BrokenMedia(failures)
         prefix = "" if dealt is None else "local_"
         return {
-            f"{prefix}{_KINDS[kind][0]}": torch.cat([self._empty(kind), *tensors])
+            f"{prefix}{self._kinds[kind][0]}": torch.cat([self._empty(kind, tensors), *tensors])
             for kind, tensors in decoded.items()
         }
 
-    def _empty(self, kind: str) -> Tensor:
+    def _empty(self, kind: str, decoded: Sequence[Tensor]) -> Tensor:
+        """No frames, of the shape that frames have."""
+        if decoded:
+            return decoded[0][:0]
         assert self.processor is not None
         part = self.processor.image_processor if kind == "image" else self.processor.video_processor
         return torch.empty(0, 3, *part.height_width)

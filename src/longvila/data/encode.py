@@ -63,12 +63,16 @@ class PlannedMedia:
         count: Frames of the video, or tiles of the image.
         indices: ``(count,)`` frames to take; None for an image.
         tiled: Whether an image may be cut into tiles.
+        shape: What the plan of who encodes what is told about it; None for ``count``.
+        more: What else its family needs to know of it.
     """
 
     media: Media
     count: int
     indices: np.ndarray[Any, Any] | None = None
     tiled: bool = False
+    shape: Any = None
+    more: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,13 +202,19 @@ class Encoder:
             raise ValueError("this sample has turns; encoding them needs the model's processor")
         return self.processor
 
-    def _probe(self, media: Media) -> _Video:
+    @property
+    def _sampling(self) -> tuple[int | None, float | None, ShortPolicy]:
+        """The processor's own number of frames, rate and way with short videos."""
         part = self._need_processor.video_processor
+        return part.num_frames, part.fps, part.short
+
+    def _probe(self, media: Media) -> _Video:
+        default_frames, default_fps, default_short = self._sampling
         fps = media.fps or (None if media.num_frames else self.fps)
         num_frames = media.num_frames or self.num_frames
         if fps is None and num_frames is None:
-            num_frames, fps = part.num_frames, part.fps
-        short = self.short or part.short
+            num_frames, fps = default_frames, default_fps
+        short = self.short or default_short
         with open_video(media.source, **self.options) as reader:
             metadata = reader.metadata
         stretch = _stretch(metadata, media)
@@ -223,7 +233,7 @@ class Encoder:
             indices = stretch[uniform_indices(len(stretch), num_frames, short=short)]
         return _Video(media, metadata, indices)
 
-    def _tiles(self, sample: Sample) -> list[tuple[int, bool]]:
+    def _tiles(self, sample: Sample) -> list[Any]:
         """Tiles of each image and whether it may be tiled: only one that is alone is."""
         images = [media for media in sample.media if media.kind == "image"]
         if not images:
@@ -241,7 +251,7 @@ class Encoder:
         name: str,
         sample: Sample,
         videos: Sequence[_Video],
-        tiles: Sequence[tuple[int, bool]],
+        tiles: Sequence[Any],
         cut: int = 0,
     ) -> Document:
         processor = self._need_processor
@@ -369,7 +379,7 @@ class Encoder:
         name: str,
         sample: Sample,
         videos: Sequence[_Video],
-        tiles: Sequence[tuple[int, bool]],
+        tiles: Sequence[Any],
         counts: Sequence[int],
     ) -> Document:
         """Take the same share of every video's frames, the largest that fits."""

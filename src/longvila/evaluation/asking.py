@@ -4,8 +4,8 @@
    earlier run answered are taken from its files.
 2. The rest is brought together by what it shows, and dealt to the groups of ranks. A group reads a
    video once and asks its questions on forks of that prefix (`longvila.evaluation.answerer`), while
-   a thread decodes the next one. Messages that show media between words are read whole, each on
-   its own.
+   a thread decodes the next one; ranks that share a sequence decode a stretch each
+   (`longvila.evaluation.lmms_share`). Messages that show media between words are read whole.
 3. Every answer is graded and written before the next question is asked: the frames that were
    sampled, the prompt, the answer as it came, what was read out of it.
 4. All ranks tell each other the answers.
@@ -44,6 +44,8 @@ from longvila.evaluation.lmms_media import (
     read_video,
     words_of,
 )
+from longvila.evaluation.lmms_share import Part, Ranks, can_be_shared, own_part
+from longvila.evaluation.lmms_share import whole as join_parts
 from longvila.evaluation.presets import Preset, Sample, find_preset
 from longvila.media.image import ImageError
 from longvila.media.video import SampledVideo
@@ -104,6 +106,7 @@ class Place:
         groups: Groups of ranks that share a sequence.
         group: This one's.
         leads: Whether it is the first of its group, which writes.
+        shares: The ranks that share a sequence with this one, if there are others.
     """
 
     ranks: int = 1
@@ -111,6 +114,7 @@ class Place:
     groups: int = 1
     group: int = 0
     leads: bool = True
+    shares: Ranks | None = None
 
 
 class Asking:
@@ -213,26 +217,44 @@ class Asking:
             for number, part in enumerate(parts):
                 while len(ahead) < 2 and number + len(ahead) < len(parts):
                     ahead.append(pool.submit(self._open, parts[number + len(ahead)][0][1]))
-                shown, error = ahead.popleft().result()
+                shown, error = self._joined(*ahead.popleft().result())
                 yield part, shown, error
+
+    def _joined(self, shown: list[Any], error: str) -> tuple[list[Any], str]:
+        """Put stretches that several ranks decoded together; a thread must not talk to ranks."""
+        whole: list[Any] = []
+        for medium in shown:
+            if isinstance(medium, Part):
+                assert self.place.shares is not None
+                joined = join_parts(medium, self.place.shares)
+                if isinstance(joined, str):
+                    error = error or joined
+                    continue
+                medium = joined
+            whole.append(medium)
+        return ([], error) if error else (whole, "")
 
     def _open(self, question: Question) -> tuple[list[Any], str]:
         """Decode what a question shows; or say why that cannot be."""
         if question.missing:
             return [], question.missing
         sampler = self.answerer.processor.video_processor
+        shares, fps = self.place.shares, question.fps
         shown: list[Any] = []
-        try:
-            for part in media_of(question.messages):
-                source = part["source"]
+        error = ""
+        for part in media_of(question.messages):
+            source = part["source"]
+            try:
                 if part["type"] == "image":
                     shown.append(read_image(source))
+                elif shares is not None and can_be_shared(source):
+                    shown.append(own_part(sampler, source, question.frames, shares, fps=fps))
                 else:
-                    video = read_video(sampler, source, question.frames, fps=question.fps)
-                    shown.append(video)
-        except (VideoError, ImageError, FileNotFoundError) as fault:
-            return [], f"{type(fault).__name__}: {fault}"
-        return shown, ""
+                    shown.append(read_video(sampler, source, question.frames, fps=fps))
+            except (VideoError, ImageError, FileNotFoundError) as fault:
+                # The other media are read all the same: ranks wait for each other's stretches.
+                error = error or f"{type(fault).__name__}: {fault}"
+        return shown, error
 
     def _answer_medium(
         self, questions: Sequence[tuple[str, Question]], shown: list[Any], error: str

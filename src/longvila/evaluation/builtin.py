@@ -24,7 +24,7 @@ with fixed material.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import partial
@@ -34,11 +34,19 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from longvila.evaluation.measure import About, Part, Progress, measure
+from longvila.evaluation.measure import (
+    About,
+    Part,
+    Progress,
+    beyond_context,
+    identity,
+    measure,
+    rows_folder,
+)
 from longvila.evaluation.needle_frames import FrameRows
 from longvila.evaluation.needle_plan import Grid, Stage, Words, merged, strict_scenes
 from longvila.evaluation.needle_read import reading_order
-from longvila.evaluation.needle_sets import Haystack, Needle
+from longvila.evaluation.needle_sets import Haystack, Needle, NeedleError
 from longvila.evaluation.summary import Group
 from longvila.evaluation.task import Question, Scene
 from longvila.inference.engine import Engine
@@ -116,14 +124,14 @@ def bench_scenes(material: Material, plan: BenchPlan, processor: Any) -> list[Sc
         Scenes in reading order.
 
     Raises:
-        ValueError: If a length is more than the film's frames.
+        NeedleError: If a length is more than the film's frames.
     """
     book = material.haystack.book
     square = processor.video_processor.square
     scenes: list[Scene] = []
     for length in sorted(plan.lengths):
         if length > book.num_frames:
-            raise ValueError(f"{length} frames are asked for, the film gives {book.num_frames}")
+            raise NeedleError(f"{length} frames are asked for, the film gives {book.num_frames}")
         stage = Stage(
             material.haystack, material.pictures, square, insert="paste",
             times=processor.timestamps, seed=plan.seed, words=Words(),
@@ -237,6 +245,8 @@ def run_bench(
     name: str,
     mesh: Any = None,
     chunk_tokens: int = 8192,
+    keep_rows: bool = False,
+    past_limit: bool = False,
     progress: Progress | None = None,
 ) -> list[Group]:
     """Measure a model; goes on where an interrupted run stopped.
@@ -249,7 +259,9 @@ def run_bench(
         out: Folder for records, result and pages.
         name: What results call the model.
         mesh: Ranks that share a sequence, or several groups of them; None for one process.
-        chunk_tokens: Tokens read at once where a prompt is not dealt over ranks.
+        chunk_tokens: Tokens that a rank reads at once.
+        keep_rows: Whether the film's rows are kept in ``out``, for when the run goes on.
+        past_limit: Whether lengths that the model's configuration does not allow are measured.
         progress: As for `longvila.evaluation.runner.run`.
 
     Returns:
@@ -259,31 +271,43 @@ def run_bench(
         RecordsError: If ``out`` holds answers of other settings.
         ContextLengthError: If the longest scene does not fit the model's context.
     """
-    rows = FrameRows(find_family(model), material.haystack.book, processor.video_processor.pixels)
+    who = identity(model, processor)
+    rows = FrameRows(
+        find_family(model), material.haystack.book, processor.video_processor.pixels,
+        folder=rows_folder(out, who, material.haystack.key) if keep_rows else None,
+    )  # fmt: skip
     parts = [Part("model", bench_scenes(material, plan, processor))]
-    with Engine(model, mesh, chunk_tokens=chunk_tokens, family=rows.family) as engine:
+    with (
+        beyond_context(model, past_limit),
+        Engine(model, mesh, chunk_tokens=chunk_tokens, family=rows.family) as engine,
+    ):
         return measure(
-            engine, processor, parts, settings_of(plan, material, name), rows,
+            engine, processor, parts, settings_of(plan, material, name, who), rows,
             about=about(material, name), out=out, mesh=mesh, progress=progress,
         )  # fmt: skip
 
 
-def settings_of(plan: BenchPlan, material: Material, model: str) -> dict[str, Any]:
+def settings_of(
+    plan: BenchPlan, material: Material, model: str, who: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return what answers depend on.
 
     Args:
         plan: What is asked.
         material: What is shown.
-        model: Which model.
+        model: What results call the model.
+        who: What tells it from another (`longvila.evaluation.measure.identity`).
     """
     return {
         "model": model,
+        "identity": dict(who or {}),
+        "film": material.haystack.key,
         "haystack": material.haystack.label,
         "repeats": material.haystack.repeats,
         "start_s": round(material.start_s, 3),
         "duration_s": round(material.duration_s, 3),
         "frames": material.haystack.book.num_frames,
-        "pictures": [[needle.id, needle.answer, needle.tier] for needle in material.pictures],
+        "pictures": [[p.id, p.answer, p.tier, p.digest()] for p in material.pictures],
         "events": [[event.time_s, event.text] for event in material.events],
         **asdict(plan),
     }

@@ -38,6 +38,7 @@ from longvila.evaluation.answerer import Answerer
 from longvila.evaluation.answers import Answers
 from longvila.evaluation.asking import Asking, Place, Question
 from longvila.evaluation.lmms_media import normal_messages
+from longvila.evaluation.lmms_share import Ranks
 from longvila.evaluation.presets import Preset, find_preset, preset_of_task
 from longvila.inference.engine import Engine
 from longvila.log import get_logger, log_once
@@ -104,6 +105,7 @@ class LongVILA(lmms):  # type: ignore[misc]
             groups=mesh.dp_size if many else 1,
             group=mesh.dp_rank if many else 0,
             leads=mesh.sp_rank == 0 if many else True,
+            shares=Ranks(mesh.sp_group, mesh.sp_rank, mesh.sp_size) if mesh.sp_size > 1 else None,
         )
         self._rank, self._world_size = place.rank, place.ranks
         self.engine = Engine(model, mesh)

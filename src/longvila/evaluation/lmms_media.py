@@ -24,7 +24,7 @@ from PIL import Image
 
 from longvila.errors import VideoError
 from longvila.media.image import load_image
-from longvila.media.sampling import uniform_indices
+from longvila.media.sampling import ShortPolicy, uniform_indices
 from longvila.media.video import SampledVideo, open_video
 
 Message = dict[str, Any]
@@ -189,16 +189,34 @@ def read_video(sampler: Any, source: Any, frames: int, *, fps: float | None = No
     if isinstance(source, Mapping):
         with open_video(source["path"]) as reader:
             times = reader.metadata.timestamps_s
-        start = source["start_s"] or 0.0
-        end = source["end_s"] if source["end_s"] is not None else float("inf")
-        inside = np.flatnonzero((times >= start) & (times <= end))
-        if not len(inside):
-            raise VideoError(f"{source['path']}: no frame from {start:g} s to {end:g} s")
-        chosen = inside[uniform_indices(len(inside), frames, short=sampler.short)]
+        chosen = inside(times, source, frames, sampler.short)
         sample = sampler.sample(source["path"], indices=chosen.tolist())
         return sample
     sample = sampler.sample(source, num_frames=frames, fps=fps)
     return sample
+
+
+def inside(times_s: Any, source: Mapping[str, Any], frames: int, short: ShortPolicy) -> Any:
+    """Choose frames of a part of a video.
+
+    Args:
+        times_s: When each frame of the video appears.
+        source: With ``path``, and ``start_s`` and ``end_s`` or None.
+        frames: How many.
+        short: What a shorter part gives.
+
+    Returns:
+        Frame numbers.
+
+    Raises:
+        VideoError: If no frame is in the part.
+    """
+    start = source["start_s"] or 0.0
+    end = source["end_s"] if source["end_s"] is not None else float("inf")
+    found = np.flatnonzero((times_s >= start) & (times_s <= end))
+    if not len(found):
+        raise VideoError(f"{source['path']}: no frame from {start:g} s to {end:g} s")
+    return found[uniform_indices(len(found), frames, short=short)]
 
 
 def _splice(sampler: Any, splice: Mapping[str, Any]) -> SampledVideo:

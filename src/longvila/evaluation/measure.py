@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +25,10 @@ from longvila.evaluation.answerer import Answerer
 from longvila.evaluation.needle_frames import FrameRows
 from longvila.evaluation.needle_read import SceneReader
 from longvila.evaluation.page import write_page
-from longvila.evaluation.runner import Record, Records, run
+from longvila.evaluation.runner import Record, Records, run, settings_key
 from longvila.evaluation.summary import Group, result_rows, summarise
 from longvila.evaluation.task import Scene
+from longvila.inference.store import model_key
 
 LayoutName = Literal["needle", "model"]
 Progress = Callable[[int, int, Scene], None]
@@ -74,6 +76,46 @@ def make_answerer(engine: Any, processor: Any, layout: LayoutName) -> Answerer:
     if layout == "model":
         return Answerer(engine, processor)
     return Answerer(engine, processor, frame_separator="", timestamps=False)
+
+
+def identity(model: Any, processor: Any) -> dict[str, Any]:
+    """Return what tells a model and how it sees from another, to be part of a run's settings.
+
+    Args:
+        model: The model, before an engine holds it.
+        processor: Its processor.
+    """
+    pixels = settings_key(json.loads(processor.video_processor.to_json_string()))
+    return {**model_key(model), "pixels": pixels}
+
+
+@contextmanager
+def beyond_context(model: Any, allowed: bool) -> Iterator[None]:
+    """Let an engine read prompts that are longer than the model's configuration allows.
+
+    Args:
+        model: The model; its configuration is put back afterwards.
+        allowed: Whether to do anything.
+    """
+    config = model.config.get_text_config()
+    before = config.max_position_embeddings
+    if allowed:
+        config.max_position_embeddings = 2**31 - 1
+    try:
+        yield
+    finally:
+        config.max_position_embeddings = before
+
+
+def rows_folder(out: Path, who: Mapping[str, Any], haystack_key: Any) -> Path:
+    """Return where rows of a film are kept, by model and film.
+
+    Args:
+        out: Folder of the run.
+        who: What `identity` returned.
+        haystack_key: What tells the film from another.
+    """
+    return out / f"rows-{settings_key({'model': dict(who), 'film': haystack_key})}"
 
 
 def measure(

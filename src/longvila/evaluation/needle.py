@@ -18,12 +18,21 @@ the tower n * D times over.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from longvila.evaluation.measure import About, LayoutName, Part, Progress, measure
+from longvila.evaluation.measure import (
+    About,
+    LayoutName,
+    Part,
+    Progress,
+    beyond_context,
+    identity,
+    measure,
+    rows_folder,
+)
 from longvila.evaluation.needle_frames import FrameRows
 from longvila.evaluation.needle_plan import (
     Grid,
@@ -134,7 +143,11 @@ def make_parts(
 
 
 def settings_of(
-    plan: Plan, haystack: Haystack, needles: Sequence[Needle], model: str
+    plan: Plan,
+    haystack: Haystack,
+    needles: Sequence[Needle],
+    model: str,
+    who: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what answers depend on; records of another run do not mix with these.
 
@@ -142,13 +155,16 @@ def settings_of(
         plan: What is measured.
         haystack: The film.
         needles: The set.
-        model: Which model.
+        model: What results call the model.
+        who: What tells it from another (`longvila.evaluation.measure.identity`).
     """
     return {
         "model": model,
+        "identity": dict(who or {}),
         "haystack": haystack.label,
+        "film": haystack.key,
         "repeats": haystack.repeats,
-        "needles": [[needle.id, needle.answer, needle.tier] for needle in needles],
+        "needles": [[each.id, each.answer, each.tier, each.digest()] for each in needles],
         **asdict(plan),
     }
 
@@ -164,6 +180,8 @@ def run_needle(
     name: str,
     mesh: Any = None,
     chunk_tokens: int = 8192,
+    keep_rows: bool = False,
+    past_limit: bool = False,
     progress: Progress | None = None,
 ) -> list[Group]:
     """Measure a model; goes on where an interrupted run stopped.
@@ -177,7 +195,9 @@ def run_needle(
         out: Folder for records, result and pages.
         name: What results call the model.
         mesh: Ranks that share a sequence, or several groups of them; None for one process.
-        chunk_tokens: Tokens read at once where a prompt is not dealt over ranks.
+        chunk_tokens: Tokens that a rank reads at once.
+        keep_rows: Whether the film's rows are kept in ``out``, for when the run goes on.
+        past_limit: Whether lengths that the model's configuration does not allow are measured.
         progress: As for `longvila.evaluation.runner.run`.
 
     Returns:
@@ -187,11 +207,18 @@ def run_needle(
         RecordsError: If ``out`` holds answers of other settings.
         ContextLengthError: If the longest scene does not fit the model's context.
     """
-    rows = FrameRows(find_family(model), haystack.book, processor.video_processor.pixels)
-    with Engine(model, mesh, chunk_tokens=chunk_tokens, family=rows.family) as engine:
+    who = identity(model, processor)
+    rows = FrameRows(
+        find_family(model), haystack.book, processor.video_processor.pixels,
+        folder=rows_folder(out, who, haystack.key) if keep_rows else None,
+    )  # fmt: skip
+    with (
+        beyond_context(model, past_limit),
+        Engine(model, mesh, chunk_tokens=chunk_tokens, family=rows.family) as engine,
+    ):
         return measure(
             engine, processor, make_parts(plan, haystack, needles, processor),
-            settings_of(plan, haystack, needles, name), rows,
+            settings_of(plan, haystack, needles, name, who), rows,
             about=about(haystack, name), out=out, mesh=mesh, progress=progress,
         )  # fmt: skip
 

@@ -16,7 +16,8 @@ once is exact:
 3. Temporal pooling joins neighbouring frames before the language model; then rows belong to the
    frames joined, are kept for each such group, and are made anew where a needle shifts the groups.
 
-Over several ranks each rank encodes the frames that are dealt to it, or that it has to read.
+Over several ranks each rank encodes the frames that are dealt to it. Rows of the film may be kept
+in a folder, a file a block, written in one step; a run that goes on then encodes nothing again.
 
 Memory: rows of all frames read so far, ``N * M`` in the model's type, on the host.
 Cost: each frame once through the tower.
@@ -27,12 +28,15 @@ Letters: F frames, H frames of the haystack, N rows, M model dim.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -132,19 +136,26 @@ class FrameRows:
         family: The model's family.
         book: The frames.
         pixels: Turns uint8 frames ``(F, h, w, 3)`` into pixel values, as the processor does.
+        folder: Where rows of the film are kept; None for memory alone. Whoever names it makes sure
+            that model and film are the same.
 
     Raises:
         ValueError: If the family has no video.
     """
 
     def __init__(
-        self, family: Family, book: FrameBook, pixels: Callable[[Picture], Tensor]
+        self,
+        family: Family,
+        book: FrameBook,
+        pixels: Callable[[Picture], Tensor],
+        *,
+        folder: Path | None = None,
     ) -> None:
         kinds = [kind for kind in family.media if kind.name == "video"]
         if not kinds:
             raise ValueError(f"{family.name} reads no video")
         self.kind: MediaKind = kinds[0]
-        self.book, self.pixels = book, pixels
+        self.book, self.pixels, self.folder = book, pixels, folder
         self.encoded = 0
         self._rows: dict[tuple[int, ...], Tensor] = {}
         looked_up = dataclasses.replace(self.kind, encode=self.encode)
@@ -187,14 +198,36 @@ class FrameRows:
         device = model.get_output_embeddings().weight.device
         if len(unit) > 1:
             frames = np.stack([self.book.frame(number) for number in unit])
-            rows = self.kind.encode(model, self.pixels(frames).to(device), (len(unit),))
-            self._rows[unit] = rows.cpu()
+            joined = self.kind.encode(model, self.pixels(frames).to(device), (len(unit),))
+            self._rows[unit] = joined.cpu()
             self.encoded += len(unit)
             return
         block = self.book.block_of(unit[0])
-        pixels = self.pixels(self.book.frames(block)).to(device)
-        rows = self.kind.encode(model, pixels, (1,) * len(block))
-        for number, part in zip(block, rows.cpu().chunk(len(block)), strict=True):
+        rows = self._kept(block)
+        if rows is None:
+            pixels = self.pixels(self.book.frames(block)).to(device)
+            rows = self.kind.encode(model, pixels, (1,) * len(block)).cpu()
+            self.encoded += len(block)
+            self._keep(block, rows)
+        for number, part in zip(block, rows.chunk(len(block)), strict=True):
             # A copy, so that a block's rows can be dropped one by one.
             self._rows[(number,)] = part.clone()
-        self.encoded += len(block)
+
+    def _file(self, block: range) -> Path | None:
+        if self.folder is None or block.start >= self.book.num_frames:
+            return None
+        return self.folder / f"{block.start:06d}-{block.stop:06d}.safetensors"
+
+    def _kept(self, block: range) -> Tensor | None:
+        file = self._file(block)
+        return None if file is None or not file.exists() else load_file(file)["rows"]
+
+    def _keep(self, block: range, rows: Tensor) -> None:
+        file = self._file(block)
+        if file is None:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Ranks may write the same block; each moves a whole file into place.
+        partial = file.with_suffix(f".{os.getpid()}")
+        save_file({"rows": rows.contiguous()}, partial)
+        partial.replace(file)

@@ -43,7 +43,13 @@ import numpy as np
 from PIL import Image
 
 from longvila.evaluation.needle_frames import FrameBook, Picture
-from longvila.evaluation.needle_sets import Haystack, Needle, pasted, whole_frame
+from longvila.evaluation.needle_sets import (
+    Haystack,
+    Needle,
+    NeedleError,
+    pasted,
+    whole_frame,
+)
 from longvila.evaluation.task import Question, Scene
 from longvila.model.processing_longvila import clock
 
@@ -99,13 +105,13 @@ def make_grid(max_frames: int, interval: int, depth_interval: float) -> Grid:
         depth_interval: Step of depths; must divide 1.
 
     Raises:
-        ValueError: If a step is not positive, or depths do not end at 1.
+        NeedleError: If a step is not positive, or depths do not end at 1.
     """
     if not 0 < interval <= max_frames:
-        raise ValueError(f"the interval must be 1 to {max_frames} frames, got {interval}")
+        raise NeedleError(f"the interval must be 1 to {max_frames} frames, got {interval}")
     steps = round(1 / depth_interval) if depth_interval > 0 else 0
     if steps < 1 or not math.isclose(steps * depth_interval, 1.0):
-        raise ValueError(f"the depth interval must divide 1, got {depth_interval}")
+        raise NeedleError(f"the depth interval must divide 1, got {depth_interval}")
     return Grid(
         tuple(range(interval, max_frames + 1, interval)),
         tuple(Fraction(step, steps) for step in range(steps + 1)),
@@ -128,7 +134,7 @@ class Stage:
         stride: Frames of the book from one frame of the film to the next.
 
     Raises:
-        ValueError: If ``insert`` is neither.
+        NeedleError: If ``insert`` is neither.
     """
 
     def __init__(
@@ -145,7 +151,7 @@ class Stage:
         stride: int = 1,
     ) -> None:
         if insert not in ("frame", "paste"):
-            raise ValueError(f"insert must be frame or paste, got {insert!r}")
+            raise NeedleError(f"insert must be frame or paste, got {insert!r}")
         self.haystack, self.needles, self.square = haystack, list(needles), square
         self.insert, self.times, self.seed = insert, times, seed
         self.words = words or Words()
@@ -267,7 +273,7 @@ def strict_scenes(
         per_film: Needles in each.
 
     Raises:
-        ValueError: If there are fewer names than needles in a film and options, or a length has no
+        NeedleError: If there are fewer names than needles in a film and options, or a length has no
             room for them.
     """
     names: dict[str, list[str]] = {}
@@ -277,12 +283,12 @@ def strict_scenes(
             known.append(needle.answer)
     for tier, found in names.items():
         if len(found) < max(per_film + 1, WAYS) or per_film < 3:
-            raise ValueError(
+            raise NeedleError(
                 f"{per_film} needles a film (at least 3) need {max(per_film + 1, WAYS)} different "
                 f"names, the set has {len(found)}" + (f" of tier {tier!r}" if tier else "")
             )
     if grid.lengths[0] < 4 * per_film:
-        raise ValueError(f"{grid.lengths[0]} frames have no room for {per_film} needles")
+        raise NeedleError(f"{grid.lengths[0]} frames have no room for {per_film} needles")
     order = stage.rng("targets").permutation(len(stage.needles))
     scenes: list[Scene] = []
     controls: list[Scene] = []

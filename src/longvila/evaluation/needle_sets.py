@@ -18,6 +18,7 @@ Cost: opening indexes a video once; frames are decoded when they are needed.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -32,6 +33,7 @@ from PIL import Image
 
 from longvila.errors import LongVILAError, VideoError
 from longvila.evaluation.needle_frames import FrameBook, Picture
+from longvila.inference.store import file_key
 from longvila.media.sampling import timestamp_indices
 from longvila.media.sources import IMAGE_SUFFIXES
 from longvila.media.video import open_video
@@ -64,6 +66,12 @@ class Needle:
     question: str | None = None
     options: tuple[str, ...] = ()
     tier: str = ""
+
+    def digest(self) -> str:
+        """Return a digest of the picture's pixels."""
+        picture = self.open()
+        content = f"{picture.mode}{picture.size}".encode() + picture.tobytes()
+        return hashlib.sha256(content).hexdigest()[:12]
 
 
 def load_needles(source: str | Path, *, tier: str | None = None) -> list[Needle]:
@@ -257,12 +265,14 @@ class Haystack:
         label: What results call it.
         step_s: Seconds from a frame to the next.
         repeats: How often the film is shown to fill the frames.
+        key: What tells it from another film, or another part or rate of this one.
     """
 
     book: FrameBook
     label: str
     step_s: float
     repeats: int
+    key: Any = None
 
 
 def open_haystack(
@@ -312,7 +322,8 @@ def open_haystack(
         # One call a reel where a block lies within one.
         first, last, base = start % total, (stop - 1) % total, 0
         for reel in reels:
-            if base <= first <= last < base + reel.num_frames:
+            inside = base <= first <= last < base + reel.num_frames
+            if inside and last - first == stop - 1 - start:
                 return reel.frames(first - base, last + 1 - base)
             base += reel.num_frames
         return read(start, stop)
@@ -322,6 +333,7 @@ def open_haystack(
         Path(source).name,
         1 / fps,
         -(-num_frames // total),
+        {"file": file_key(source), "part": list(part), "fps": fps, "frames": num_frames},
     )
 
 

@@ -31,13 +31,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from longvila.inference.arrivals import Dealt, Given
 from longvila.inference.paging import HostBlock, Pager, Walk
 from longvila.inference.positions import TextRuns
 from longvila.sp.layout import SequenceLayout
@@ -294,48 +294,6 @@ def take_rows(values: tuple[int, ...], rows: Tensor) -> tuple[int, ...]:
     return tuple(values[row] for row in rows.tolist())
 
 
-# ---- who got what ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Dealt:
-    """The tokens of a prefill, or of a chunk of it, dealt by a layout."""
-
-    total: int
-    layout: SequenceLayout
-    appended: bool = False
-
-    def intervals(self, rank: int) -> list[tuple[int, int]]:
-        """Tokens of a rank, as it holds them, counted from the first of this arrival."""
-        own = ((a, min(b, self.total)) for a, b in self.layout.intervals(rank))
-        return [(a, b) for a, b in own if a < b]
-
-    def counts(self, first: int) -> list[int]:
-        """Tokens of each rank among the first so many."""
-        return [
-            sum(max(0, min(stop, first) - start) for start, stop in self.layout.intervals(rank))
-            for rank in range(self.layout.sp_size)
-        ]
-
-
-@dataclass(frozen=True)
-class _Given:
-    """Tokens of a step, all given to one rank."""
-
-    total: int
-    owner: int
-    num_ranks: int
-    pads: tuple[int, ...] | None = None
-
-    def intervals(self, rank: int) -> list[tuple[int, int]]:
-        """As for `_Dealt`."""
-        return [(0, self.total)] if rank == self.owner else []
-
-    def counts(self, first: int) -> list[int]:
-        """As for `_Dealt`."""
-        return [first if rank == self.owner else 0 for rank in range(self.num_ranks)]
-
-
 class ShardedCache(Cache):
     """Keys and values of one sequence over the ranks of a sequence-parallel group.
 
@@ -370,8 +328,8 @@ class ShardedCache(Cache):
         self.pads: tuple[int, ...] | None = None
         #: Tokens that all rows share; None while there is one row.
         self._shared: int | None = None
-        self._arrivals: list[_Dealt | _Given] = []
-        self._arriving: _Dealt | _Given | None = None
+        self._arrivals: list[Dealt | Given] = []
+        self._arriving: Dealt | Given | None = None
 
     # ---- steps
 
@@ -396,7 +354,7 @@ class ShardedCache(Cache):
             )
         if layout.sp_size != self.num_ranks:
             raise ValueError(f"a layout of {layout.sp_size} ranks, a cache of {self.num_ranks}")
-        with self._arrive(_Dealt(total, layout, behind)):
+        with self._arrive(Dealt(total, layout, behind)):
             yield
 
     @contextmanager
@@ -413,13 +371,13 @@ class ShardedCache(Cache):
         owner = min(range(self.num_ranks), key=lambda rank: (self.held[rank], rank))
         if pads is not None and self.pads is not None:
             raise ValueError("the rows of this cache are padded already; fork their prefix")
-        with self._arrive(_Given(tokens, owner, self.num_ranks, pads)):
+        with self._arrive(Given(tokens, owner, self.num_ranks, pads)):
             yield owner
         if pads is not None:
             self.pads = pads
 
     @contextmanager
-    def _arrive(self, arrival: _Dealt | _Given) -> Iterator[None]:
+    def _arrive(self, arrival: Dealt | Given) -> Iterator[None]:
         if self._arriving is not None:
             raise RuntimeError("a step of this cache is under way; fork it for another reader")
         self._arriving = arrival
@@ -480,7 +438,7 @@ class ShardedCache(Cache):
         layer = self.shards[layer_idx]
         if key_states.shape[0] > 1 and self._shared is None:
             self._shared = sum(self.held)
-        if isinstance(arriving, _Dealt):
+        if isinstance(arriving, Dealt):
             own = arriving.counts(arriving.total)[self.rank]
             if not arriving.appended:
                 layer.place(key_states, value_states, own)
@@ -557,9 +515,9 @@ class ShardedCache(Cache):
             self._count(last.counts(last.total), -1)
             if left := last.total - take:
                 kept = (
-                    _Dealt(left, last.layout, last.appended)
-                    if isinstance(last, _Dealt)
-                    else _Given(left, last.owner, last.num_ranks)
+                    Dealt(left, last.layout, last.appended)
+                    if isinstance(last, Dealt)
+                    else Given(left, last.owner, last.num_ranks)
                 )
                 self._arrivals.append(kept)
                 self._count(kept.counts(left), 1)

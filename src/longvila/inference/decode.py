@@ -34,7 +34,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longvila.inference.cache import ShardedCache
@@ -492,9 +492,12 @@ class CacheForward:
                 )
         embeds = given.get("inputs_embeds")
         if embeds is None:
-            embeds = self._embed(given["input_ids"])
+            ids = _new_ids(given, cache)
+            embeds = self.family.embed(self.model, ids.flatten()).view(*ids.shape, -1)
         pads = _pads(given.get("attention_mask"), cache, embeds.shape[1])
         positions = given.get("position_ids")
+        if positions is not None:
+            positions = positions[..., -embeds.shape[1] :]
         if cache.text_runs is not None or pads is not None or cache.pads is not None:
             # generate has not seen the prefix's media, and makes positions that count tokens.
             positions = None
@@ -509,15 +512,24 @@ class CacheForward:
         logits = shared_logits(self.model.get_output_embeddings()(kept), cache)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        for kind in self.family.media:
-            token = kind.token_id(self.model.config)
-            if input_ids.shape[1] > 1 and bool((input_ids == token).any()):
-                raise ValueError(
-                    f"the tokens after a prefix hold {kind.name} placeholders (id {token}); media "
-                    "are read by Engine.prefill"
-                )
-        return self.family.embed(self.model, input_ids.flatten()).view(*input_ids.shape, -1)
+
+def _new_ids(given: Mapping[str, Any], cache: ShardedCache) -> Tensor:
+    """Leave out ids that the cache holds: assisted decoding begins with all of them."""
+    ids: Tensor = given["input_ids"]
+    past = cache.get_seq_length()
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    if not 0 < past < ids.shape[1]:
+        return ids
+    # A mask of the ids' own length, or else positions that begin at 0: these are the whole.
+    if mask is not None:
+        if mask.shape[1] != ids.shape[1]:
+            return ids
+    elif positions is None or int(positions.flatten()[0]) != 0:
+        return ids
+    known = cache.input_ids
+    if known is None or not torch.equal(ids[:, :past], known.to(ids.device).expand(len(ids), -1)):
+        raise ValueError(f"the first {past} tokens are not those that the cache holds")
+    return ids[:, past:]
 
 
 def _pads(mask: Tensor | None, cache: ShardedCache, tokens: int) -> tuple[int, ...] | None:
@@ -534,7 +546,7 @@ def _pads(mask: Tensor | None, cache: ShardedCache, tokens: int) -> tuple[int, .
         whole = bool((before != 0).all())
     else:  # filler that was read before: in its place, and nowhere else
         whole = int((before == 0).sum()) == sum(known) and not bool(hidden.any())
-    if mask.shape[1] not in (tokens, past + tokens) or not whole or not torch.equal(new, expected):
+    if mask.shape[1] != past + tokens or not whole or not torch.equal(new, expected):
         raise ValueError(
             "attention_mask hides tokens; a ShardedCache holds whole rows, which may differ in "
             "length at one place: filler before the first tokens of their own"
@@ -550,3 +562,22 @@ def set_attention(text: PreTrainedModel) -> str | None:
         return None
     text.set_attn_implementation(NAME)
     return before
+
+
+class FirstRankDecides(StoppingCriteria):
+    """A caller's criterion, decided on one rank for all.
+
+    Args:
+        criterion: The caller's.
+        cache: Whose ranks.
+    """
+
+    def __init__(self, criterion: Any, cache: ShardedCache) -> None:
+        self.criterion, self.cache = criterion, cache
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        done = self.criterion(input_ids, scores, **kwargs)
+        flags = torch.as_tensor(done, device=input_ids.device).expand(input_ids.shape[0])
+        flags = flags.to(torch.uint8).contiguous()
+        dist.broadcast(flags, group=self.cache.group, group_src=0)
+        return flags.bool()

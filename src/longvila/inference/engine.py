@@ -36,12 +36,13 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from longvila.errors import ContextLengthError
 from longvila.inference.cache import ShardedCache
-from longvila.inference.decode import CacheForward, set_attention
+from longvila.inference.decode import CacheForward, FirstRankDecides, set_attention
 from longvila.inference.frames import FrameSource
+from longvila.inference.inputs import append_ids, pad_rows, whole_row
 from longvila.inference.paging import Pager
 from longvila.inference.positions import TextRuns
 from longvila.inference.prefill import (
@@ -222,7 +223,7 @@ class Engine:
         Comm: On one process none, else as `longvila.inference.prefill.prefill_ranks`.
         """
         rest = {name: value for name, value in inputs.items() if value is not None}
-        ids = _whole_row(rest.pop("input_ids"), rest.pop("attention_mask", None))
+        ids = whole_row(rest.pop("input_ids"), rest.pop("attention_mask", None))
         return self.read(
             self.family.prepare(self.model.config, {"input_ids": ids, **rest}),
             onto=onto, times=times,
@@ -276,7 +277,7 @@ class Engine:
                 chunk_tokens=self.chunk_tokens, split_tokens=self.split_tokens,
                 positions=positions, times=times,
             )  # fmt: skip
-        _append_ids(cache, ids.to(self._device))
+        append_ids(cache, ids.to(self._device))
         return cache
 
     def fork(self, cache: ShardedCache) -> ShardedCache:
@@ -310,8 +311,12 @@ class Engine:
         ids, mask = pad_rows(ids)
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids must be (B, T) with at least one token, got {tuple(ids.shape)}")
+        self._refuse_media(ids)
         self.check_context(cache.get_seq_length() + ids.shape[1])
         ids = ids.to(self._device)
+        if mask is not None:
+            past = mask.new_ones(len(mask), cache.get_seq_length())
+            mask = torch.cat([past, mask], dim=1).to(self._device)
         logits = None
         for part in ids.split(self.chunk_tokens if mask is None else ids.shape[1], dim=1):
             output = self.model(
@@ -320,7 +325,7 @@ class Engine:
             logits = output.logits[:, -1]
         assert logits is not None
         cache.logits = logits
-        _append_ids(cache, ids)
+        append_ids(cache, ids)
         return logits
 
     # ---- stored prompts
@@ -406,6 +411,7 @@ class Engine:
         mask: Tensor | None = None
         if ids is not None:
             ids, mask = pad_rows(ids)
+            self._refuse_media(ids)
         rows = 1 if ids is None else ids.shape[0]
         many = max(rows, option("num_beams") or 1, option("num_return_sequences") or 1) > 1
         if cache.input_ids is None or cache.input_ids.shape[0] != 1:
@@ -421,7 +427,7 @@ class Engine:
                 raise ValueError("max_time would stop ranks at different tokens; use a criterion")
             given = options.get("stopping_criteria") or []
             options["stopping_criteria"] = StoppingCriteriaList(
-                [_FirstRankDecides(each, cache) for each in given]
+                [FirstRankDecides(each, cache) for each in given]
             )
         seen = torch.ones_like(whole)
         if mask is not None:
@@ -517,6 +523,15 @@ class Engine:
         device: torch.device = self.model.get_output_embeddings().weight.device
         return device
 
+    def _refuse_media(self, ids: Tensor) -> None:
+        for kind in self.family.media:
+            token = kind.token_id(self.model.config)
+            if bool((ids == token).any()):
+                raise ValueError(
+                    f"the tokens after a prefix hold {kind.name} placeholders (id {token}); media "
+                    "are read by Engine.prefill"
+                )
+
     def _path(
         self, batch: Mapping[str, Any], onto: ShardedCache | None
     ) -> Literal["alone", "one pass", "over ranks"]:
@@ -575,67 +590,3 @@ class Engine:
         if limit is None:
             limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         return limit
-
-
-class _FirstRankDecides(StoppingCriteria):
-    """A caller's criterion, decided on one rank for all."""
-
-    def __init__(self, criterion: Any, cache: ShardedCache) -> None:
-        self.criterion, self.cache = criterion, cache
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        done = self.criterion(input_ids, scores, **kwargs)
-        flags = torch.as_tensor(done, device=input_ids.device).expand(input_ids.shape[0])
-        flags = flags.to(torch.uint8).contiguous()
-        dist.broadcast(flags, group=self.cache.group, group_src=0)
-        return flags.bool()
-
-
-def _whole_row(input_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """The tokens of one sample, padding left out."""
-    if input_ids.dim() != 2 or input_ids.shape[0] != 1:
-        raise ValueError(
-            f"prefill reads one sample, input_ids (1, S); got {tuple(input_ids.shape)}: read each "
-            "row into a cache of its own"
-        )
-    if mask is not None:
-        input_ids = input_ids[:, mask[0].bool()]
-    if input_ids.shape[1] == 0:
-        raise ValueError("the prompt has no token")
-    return input_ids
-
-
-def pad_rows(ids: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Return rows of one length, filler in front, and which tokens are not filler.
-
-    Args:
-        ids: ``(B, T)``, or B rows ``(T_b,)``.
-
-    Returns:
-        ``(B, T)`` ids, and a mask of their shape; None where there is no filler.
-
-    Raises:
-        ValueError: If a row has no token.
-    """
-    if isinstance(ids, Tensor):
-        return ids, None
-    rows = [row.flatten() for row in ids]
-    longest = max((row.numel() for row in rows), default=0)
-    if not rows or min(row.numel() for row in rows) == 0:
-        raise ValueError(f"each of the {len(rows)} rows needs at least one token")
-    padded = rows[0].new_zeros(len(rows), longest)
-    mask = torch.zeros_like(padded)
-    for number, row in enumerate(rows):
-        padded[number, longest - row.numel() :] = row
-        mask[number, longest - row.numel() :] = 1
-    return padded, None if bool(mask.all()) else mask
-
-
-def _append_ids(cache: ShardedCache, ids: Tensor) -> None:
-    before = cache.input_ids
-    if before is None:
-        cache.input_ids = ids
-        return
-    if before.shape[0] != ids.shape[0]:
-        before = before.expand(ids.shape[0], -1)
-    cache.input_ids = torch.cat([before, ids.to(before.device)], dim=1)

@@ -356,7 +356,8 @@ def prefill_rank_chunks(
         ``(1, V)`` logits of the last token, the same on every rank.
 
     Raises:
-        ValueError: If media and placeholders do not match, or pixels come in pieces.
+        ValueError: If media and placeholders do not match, pixels come in pieces, or ranks have
+            different prompts.
         RankError: If another rank failed to decode or encode its frames.
 
     Comm: As `ChunkStep.attend` a layer and chunk, `DealtRows.take` a chunk and kind; a broadcast of
@@ -372,6 +373,7 @@ def prefill_rank_chunks(
     device = head.weight.device
     times = times or ReadTimes(device)
     times.expect("read", total)
+    _check_same(on_host, cache, device)
     # Whole zigzag parts, so that only the last chunk has filler.
     step_tokens = max(1, chunk_tokens // 2) * 2 * ranks
     edges = [*range(0, total, step_tokens), total]
@@ -423,6 +425,22 @@ def prefill_rank_chunks(
     # Every rank makes the tensor; that of the owner is sent.
     logits = head(hidden[row if owner == rank else 0].view(1, -1))
     return shared_logits(logits, cache, owner)
+
+
+def _check_same(input_ids: Tensor, cache: ShardedCache, device: torch.device) -> None:
+    """Ranks with different prompts would wait for each other, or answer nonsense.
+
+    Comm: One all-reduce of six integers.
+    """
+    places = torch.arange(1, input_ids.numel() + 1) % 1_000_003
+    own = torch.tensor([input_ids.numel(), int((input_ids * places).sum()), cache.get_seq_length()])
+    both = torch.cat([own, -own]).to(device)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=cache.group)
+    if not torch.equal(both[:3], -both[3:]):
+        raise ValueError(
+            f"the ranks were given different prompts, or caches of different lengths; rank "
+            f"{cache.rank} has {input_ids.numel()} tokens behind {cache.get_seq_length()}"
+        )
 
 
 def _positions(

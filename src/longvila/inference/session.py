@@ -323,6 +323,65 @@ class Session:
         )  # fmt: skip
         return Answer(text, tuple(new), bool(new) and new[-1] in self._stops(), timings)
 
+    def ask_each(
+        self,
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> list[Answer]:
+        """Ask questions that have nothing to do with one another, all at once.
+
+        Each follows what was watched and said so far; the conversation does not go on with any.
+
+        Args:
+            questions: Their texts.
+            max_new_tokens: Most tokens of an answer.
+            temperature: Of sampling; zero takes the likeliest token.
+            top_p: Probability mass sampled from.
+
+        Returns:
+            An answer each; their timings are those of all together.
+
+        Raises:
+            ContextLengthError: If the conversation and an answer do not fit the context.
+            ValueError: If there is no question.
+        """
+        if not questions:
+            raise ValueError("ask_each needs at least one question")
+        prompts = [self._render(question, self.watched) for question in questions]
+        for each in prompts:
+            self._check_context(len(each.ids), max_new_tokens, [*self.media, *self.watched])
+        shared = min(common_prefix(prompts[0].ids, each.ids) for each in prompts)
+        # The last token is read with the question, to be predicted from.
+        shared = min(shared, min(len(each.ids) for each in prompts) - 1)
+
+        def render() -> tuple[Rendered, int]:
+            return self._render(questions[0], self.watched), shared
+
+        times, _, kept, prefill_s = self._read(render, self.watched, new=max_new_tokens)
+        assert self._cache is not None
+        rest = [torch.tensor(each.ids[shared:]) for each in prompts]
+        with self._timed() as generate:
+            found = self.engine.generate_many(
+                self._cache,
+                rest,
+                generation_config=self._config(max_new_tokens, temperature, top_p),
+            )
+        answers = []
+        for each, new in zip(prompts, found, strict=True):
+            ids = new.tolist()
+            text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            timings = Timings(
+                times.decode_s, times.vision_s, prefill_s, generate[0], len(each.ids), kept,
+                len(ids),
+            )  # fmt: skip
+            answers.append(
+                Answer(text, tuple(ids), bool(ids) and ids[-1] in self._stops(), timings)
+            )
+        return answers
+
     # ---- steps
 
     def _render(self, question: str, media: Sequence[Medium]) -> Rendered:
@@ -403,24 +462,25 @@ class Session:
         top_p: float,
         on_text: Callable[[str], None] | None,
     ) -> list[int]:
-        tokenizer = self.processor.tokenizer
-        stops = sorted(self._stops())
+        assert self._cache is not None
+        out = self.engine.generate(
+            self._cache,
+            torch.tensor([ids[-1:]]),
+            generation_config=self._config(max_new_tokens, temperature, top_p),
+            streamer=None if on_text is None else _Pieces(self.processor.tokenizer, on_text),
+        )
+        return [int(token) for token in out[0, len(ids) :].tolist()]
+
+    def _config(self, max_new_tokens: int, temperature: float, top_p: float) -> GenerationConfig:
+        tokenizer, stops = self.processor.tokenizer, sorted(self._stops())
         sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
-        config = GenerationConfig(
+        return GenerationConfig(
             do_sample=temperature > 0,
             max_new_tokens=max_new_tokens,
             eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
             **sampling,
         )
-        assert self._cache is not None
-        out = self.engine.generate(
-            self._cache,
-            torch.tensor([ids[-1:]]),
-            generation_config=config,
-            streamer=_Pieces(tokenizer, on_text) if on_text is not None else None,
-        )
-        return [int(token) for token in out[0, len(ids) :].tolist()]
 
     def _stops(self) -> set[int]:
         given = self.model.generation_config.eos_token_id

@@ -122,7 +122,8 @@ class PyAVReader(Closing):
         path, data = self._source.path, self._source.data
         file = str(path.resolve()) if path is not None else io.BytesIO(data or b"")
         try:
-            self._container = av.open(file, options=_OPTIONS)
+            # As container_options: PyAV 15 crashes when options meet streams that show up late.
+            self._container = av.open(file, container_options=_OPTIONS)
         except (av.FFmpegError, OSError) as fault:
             raise VideoError(
                 f"{name}: cannot be opened as a video ({fault}); is it a video, and was its "

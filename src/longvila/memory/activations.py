@@ -33,13 +33,21 @@ SCRATCH: dict[str, tuple[float, float, float]] = {
 
 #: Float32 tensors of the hidden states' size that an RMSNorm's backward makes.
 NORM_PRODUCTS = 5
+#: Tensors of the MLP's width that it saves, eager and compiled (gate and up; the rest is cheap to
+#: compute again), and those at the widest point of its backward, which is the same: measured in
+#: benchmarks/results/2026-11-22_memory_plan_1xh200.json, "text 64K, compiled".
+MLP_SAVED = {False: 4.0, True: 2.0}
+MLP_WIDEST = {False: 6.0, True: 6.0}
 
 
-def norm_bytes(text: TextSize, c: int, *, input_counts: bool) -> float:
-    """Saved by an RMSNorm as transformers writes it, a token.
+def norm_bytes(text: TextSize, c: int, *, input_counts: bool, compiled: bool = False) -> float:
+    """Saved by an RMSNorm as transformers writes it, or compiled, a token.
 
     In float32 the cast is the input itself, which a checkpoint or a residual may hold already.
+    Compiled, the input is kept as it is and the rest is computed again.
     """
+    if compiled:
+        return c * (1.0 + input_counts) * text.width
     if c == 4:
         return (8.0 + 4.0 * input_counts) * text.width
     return (4.0 + 2 * c) * text.width
@@ -74,7 +82,9 @@ def exchanged_kv_heads(text: TextSize, ulysses: int) -> float:
     return float(total)
 
 
-def layer_activation_bytes(text: TextSize, *, compute_bytes: int, ulysses: int = 1) -> float:
+def layer_activation_bytes(
+    text: TextSize, *, compute_bytes: int, ulysses: int = 1, compiled: bool = False
+) -> float:
     """Bytes that autograd keeps of one layer and local token without checkpointing.
 
     Args:
@@ -82,15 +92,16 @@ def layer_activation_bytes(text: TextSize, *, compute_bytes: int, ulysses: int =
         compute_bytes: c.
         ulysses: Ulysses degree; above one, what was exchanged is kept in place of q, k, v,
             and out twice.
+        compiled: Whether norms and MLPs are compiled.
 
     Memory: ``(16 M + c (2 H + 2 K) D + 4 H + 4 c I)`` for c = 2.
 
     Source: Counted by saved-tensor hooks in tests/unit/memory/test_estimate.py.
     """
     c = compute_bytes
-    total = norm_bytes(text, c, input_counts=True) + norm_bytes(text, c, input_counts=True)
+    total = 2 * norm_bytes(text, c, input_counts=True, compiled=compiled)
     total += qk_norm_bytes(text, c) + qkv_bytes(text, c) + out_bytes(text, c)
-    total += 4.0 * c * text.mlp_width
+    total += MLP_SAVED[compiled] * c * text.mlp_width
     if ulysses > 1:
         more = exchanged_kv_heads(text, ulysses) - text.kv_heads
         total += c * text.heads * text.head_dim + 2 * c * more * text.head_dim

@@ -32,6 +32,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from longvila.memory.activations import (
+    MLP_SAVED,
+    MLP_WIDEST,
     NORM_PRODUCTS,
     SCRATCH,
     checkpoint_bytes,
@@ -45,6 +47,11 @@ from longvila.memory.activations import (
 from longvila.memory.operations import Load, Tuned
 from longvila.memory.settings import STATE_BYTES, Ranks, Settings
 from longvila.memory.sizes import ModelSize
+
+#: What stays allocated on a GPU between steps beside parameters and states: workspaces of cuBLAS
+#: and the like. Source: between_steps_gib of every case in
+#: benchmarks/results/2026-11-22_memory_plan_1xh200.json, minus 12 bytes a parameter.
+LIBRARY_BYTES = 0.132 * 2**30
 
 #: Rows of the head's gradient that are added at a time (`longvila.memory.cross_entropy`).
 _GRADIENT_ROWS = 16384
@@ -138,9 +145,13 @@ class _Step:
 
     def head_gradient(self) -> float:
         """The head's whole gradient, from the loss to the end of backward."""
-        if not self.tuned.text or not self.settings.fsdp:
+        if not self.tuned.text:
             return 0.0
-        return float(self.c * self.text.embedding_parameters)
+        if self.settings.fsdp:
+            return float(self.c * self.text.embedding_parameters)
+        # It goes into the one of the micro-batches before, which `steady` counts.
+        first = self.load.micro_batches == 1
+        return float(self.settings.parameter_bytes * self.text.embedding_parameters * first)
 
     def gathered(self, *, first: bool, last_processed: bool) -> float:
         """A layer's parameters, the next one's, and the reduction under way, in backward.
@@ -169,31 +180,52 @@ class _Step:
             return float(self.c * self.frames * tower.patches * tower.width)
         return 0.0
 
+    def rows_in_place(self) -> float:
+        """Received rows, which putting them among the embeddings keeps for its backward."""
+        tower = self.size.tower
+        if tower is None or not (self.tuned.tower or self.tuned.projector):
+            return 0.0
+        return float(self.c * self.frames * tower.rows * self.text.width)
+
     # ---- checkpoints
 
-    def checkpoints(self, layers: int) -> tuple[float, float]:
-        """Bytes on the device and on the host of the first so many layers, waiting for backward."""
+    def checkpoints(self, layers: int, *, running: bool) -> tuple[float, float]:
+        """Bytes on the device and on the host of the first so many layers.
+
+        Args:
+            layers: How many are left.
+            running: Whether the last of them is in its backward pass; else all wait for it.
+        """
         settings, text = self.settings, self.text
         if not self.tuned.through_text:
             return 0.0, 0.0
         full = self.local * layer_activation_bytes(
-            text, compute_bytes=self.c, ulysses=self.ranks.ulysses
+            text, compute_bytes=self.c, ulysses=self.ranks.ulysses, compiled=settings.compiled
         )
         if settings.mlp_tile_rows is not None and settings.mlp_tile_rows < self.local:
             # A tiled MLP keeps its input, which the norm before it keeps already.
-            full -= 4.0 * self.c * text.mlp_width * self.local
+            full -= self.mlp_saved * self.local
         small = self.local * checkpoint_bytes(
             text, compute_bytes=self.c, keep_attention=settings.keep_attention
         )
         first_plain = text.layers - settings.plain_layers if settings.checkpointing else 0
         per = [small if layer < first_plain else full for layer in range(layers)]
-        total = sum(per)
-        movable = sum(per[: max(layers - settings.keep_last, 0)])
-        host = min(float(settings.offload_bytes), movable)
-        if host == 0:
-            return total, 0.0
-        in_flight = min(host, _LAYERS_IN_FLIGHT * max(per))
-        return total - host + in_flight, host
+        moved, host = self._moved(small, full, first_plain)
+        # Coming back in time: the layer that runs backward, and the one before it.
+        back = range(layers - 2, layers) if running else range(moved - _LAYERS_IN_FLIGHT, moved)
+        device = sum(size for layer, size in enumerate(per) if layer >= moved or layer in back)
+        return device, host
+
+    def _moved(self, small: float, full: float, first_plain: int) -> tuple[int, float]:
+        """How many layers go to the host, from the first on, and their bytes."""
+        settings, host = self.settings, 0.0
+        for layer in range(self.text.layers - settings.keep_last):
+            size = small if layer < first_plain else full
+            if host + size > settings.offload_bytes:
+                # Single tensors of this layer may still fit.
+                return layer, host
+            host += size
+        return max(self.text.layers - settings.keep_last, 0), host
 
     def plain(self, layer: int) -> bool:
         """Whether a layer keeps what its backward needs."""
@@ -203,10 +235,26 @@ class _Step:
 
     # ---- moments of a layer's backward
 
+    def norm_saved(self, *, input_counts: bool) -> float:
+        """Saved by a norm, a token."""
+        return norm_bytes(
+            self.text, self.c, input_counts=input_counts, compiled=self.settings.compiled
+        )
+
+    def norm_products(self) -> float:
+        """Made by a norm's backward, a token; compiled, its gradient alone."""
+        compiled = self.settings.compiled
+        return (self.c if compiled else NORM_PRODUCTS * 4.0) * self.text.width
+
+    @property
+    def mlp_saved(self) -> float:
+        """Saved by an MLP, a token."""
+        return MLP_SAVED[self.settings.compiled] * self.c * self.text.mlp_width
+
     def layer_saved(self) -> float:
         """What the second run of a layer leaves for its MLP's backward, without the MLP."""
         c, text = self.c, self.text
-        total = norm_bytes(text, c, input_counts=False) + norm_bytes(text, c, input_counts=True)
+        total = self.norm_saved(input_counts=False) + self.norm_saved(input_counts=True)
         total += qk_norm_bytes(text, c) + qkv_bytes(text, c)
         if not (self.settings.checkpointing and self.settings.keep_attention):
             total += out_bytes(text, c)
@@ -218,7 +266,7 @@ class _Step:
         tile = self.settings.mlp_tile_rows
         rows = local if tile is None else min(tile, local)
         gradient = c * text.mlp_matrices / 3 if self.tuned.text else 0.0
-        wide = 6.0 * c * text.mlp_width * rows
+        wide = MLP_WIDEST[self.settings.compiled] * c * text.mlp_width * rows
         parts = {"gradient of hidden states": float(c * text.width * local)}
         if rows < local:
             # x and dx whole; a tile's gradients; the sums of all tiles in float32
@@ -230,27 +278,28 @@ class _Step:
         if not plain:
             parts["recomputed layer"] = self.layer_saved()
         elif rows == local:
-            # Saved tensors are among the activations; three of the MLP's four are in both.
-            parts["MLP of one layer"] = wide - 4.0 * c * text.mlp_width * local
+            # Saved tensors are among the activations.
+            parts["MLP of one layer"] = wide - self.mlp_saved * local
         return parts
 
     def norm(self, plain: bool) -> dict[str, float]:
-        """Backward of the norm before the MLP: five float32 products of the hidden states."""
+        """Backward of the norm before the MLP."""
         text, c, local = self.text, self.c, self.local
         parts = {
             "gradient of hidden states": float(c * text.width * local),
-            "float32 of one norm": NORM_PRODUCTS * 4.0 * text.width * local,
+            "products of one norm": self.norm_products() * local,
         }
         if self.tuned.text:
             parts["weight gradients of one layer"] = float(c * text.mlp_matrices)
         if not plain:
-            parts["recomputed layer"] = self.layer_saved() - 2 * c * text.width * local
+            gone = c * text.width if self.settings.compiled else 2 * c * text.width
+            parts["recomputed layer"] = self.layer_saved() - gone * local
         else:
             # What the MLP and the norm itself saved is among the activations, and gone.
             tile = self.settings.mlp_tile_rows
             if tile is None or tile >= local:
-                parts["float32 of one norm"] -= 4.0 * c * text.mlp_width * local
-            parts["float32 of one norm"] -= 2.0 * c * text.width * local
+                parts["products of one norm"] -= self.mlp_saved * local
+            parts["products of one norm"] -= c * text.width * local * (2 - self.settings.compiled)
         return parts
 
     def attention(self, plain: bool) -> dict[str, float]:
@@ -294,7 +343,7 @@ class _Step:
                 c * (text.mlp_matrices + text.heads * d * text.width)
             )
         if not plain:
-            saved = norm_bytes(text, c, input_counts=False) + qkv_bytes(text, c)
+            saved = self.norm_saved(input_counts=False) + qkv_bytes(text, c)
             saved += qk_norm_bytes(text, c)
             if not self.settings.keep_attention:
                 saved += out_bytes(text, c)
@@ -305,12 +354,20 @@ class _Step:
 
     def moments(self) -> dict[str, dict[str, float]]:
         """All moments, with their parts."""
+        found = self._moments()
+        if self.settings.backend != "cpu":
+            for parts in found.values():
+                parts["workspaces of libraries"] = LIBRARY_BYTES
+        return found
+
+    def _moments(self) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = {}
         text = self.text
         base = self.steady(gradient_layers=0, root_gradients=False)
         always = {
             "gathered outside the layers": self.root(),
             "pixels or features": self.media(),
+            "media rows in place": self.rows_in_place(),
             # rotary tables of the step, ids, labels and indices
             "positions and ids": self.local * (2.0 * self.c * text.head_dim + 40),
         }
@@ -346,7 +403,7 @@ class _Step:
         ends = {0, 1, layers - 1, plain if self.settings.checkpointing else 0}
         for processed in sorted(each for each in ends if each < layers):
             where = f"{name}, layer {layers - processed} of {layers}"
-            device, _ = self.checkpoints(layers - processed)
+            device, _ = self.checkpoints(layers - processed, running=True)
             found[where] = {
                 **self.steady(gradient_layers=processed, root_gradients=False),
                 **always,
@@ -365,7 +422,7 @@ class _Step:
 
     def _waiting(self) -> dict[str, float]:
         """What all layers left for backward."""
-        device, _ = self.checkpoints(self.text.layers)
+        device, _ = self.checkpoints(self.text.layers, running=False)
         return {self._waiting_name: device}
 
     def _loss(self) -> dict[str, float]:
@@ -375,14 +432,17 @@ class _Step:
         weight = 4.0 * text.embedding_parameters if self.tuned.text else 0.0
         part = 4.0 * text.width * min(_GRADIENT_ROWS, text.vocabulary) if tiles > 1 else 0.0
         logits = rows * text.vocabulary
-        # Logits twice while the logarithm of their sum is taken; then beside them their gradient
-        # in the type of the products (which the CPU casts back for each of them).
+        # Logits twice while the logarithm of their sum is taken, with the gradient of the tile
+        # before them still there; then beside them their gradient in the type of the products
+        # (which the CPU casts back for each of them).
         products = 4 + c + (4 if self.settings.backend == "cpu" and c < 4 else 0)
-        taken = 8.0 * logits + (weight if tiles > 1 else 0.0)
+        taken = 8.0 * logits
+        if tiles > 1:
+            taken += (c if c < 4 else 0.0) * logits + weight
         multiplied = float(products * logits) + weight + (part if self.tuned.text else 0.0)
         parts = {
             **self._waiting(),
-            "last norm": norm_bytes(text, c, input_counts=True) * local,
+            "last norm": self.norm_saved(input_counts=True) * local,
             "gradient of hidden states": float(c * text.width * local),
             "logits of one tile, gradient of the head": max(taken, multiplied),
         }
@@ -394,10 +454,10 @@ class _Step:
 
     def _last_norm(self) -> dict[str, float]:
         text = self.text
-        products = (1 + NORM_PRODUCTS) * 4.0 * text.width * self.local
+        kept = (self.c if self.settings.compiled else 4.0) * text.width
         return {
             **self._waiting(),
-            "float32 of one norm": products,
+            "products of one norm": (kept + self.norm_products()) * self.local,
             "gradient of the head": self.head_gradient(),
         }
 
@@ -439,7 +499,7 @@ class _Step:
         frames = self._tower_call() if self.settings.checkpointing else self.frames
         parameters = tuned.tower * tower.parameters + tuned.projector * tower.projector_parameters
         parts = {
-            "media rows": float(2 * c * self.frames * tower.rows * self.text.width),
+            "media rows": float(c * self.frames * tower.rows * self.text.width),
             "gradient of the head": self.head_gradient(),
             "gradient of hidden states": float(c * self.text.width * self.local),
         }
@@ -449,7 +509,8 @@ class _Step:
             width = 2 * tower.joined_width + 4 * self.text.width
             parts["tower"] = float(c * self._tower_call() * tower.rows * width)
         if self.settings.checkpointing and frames < self.frames:
-            parts["sums of the tower's gradients"] = 4.0 * parameters
+            # with those of the micro-batch before, which go only when the next ones come
+            parts["sums of the tower's gradients"] = (4.0 + c) * parameters
         if self.settings.fsdp:
             parts["gathered layers"] = self.settings.reduce_bytes * self.layer_tuned
         return parts
@@ -502,7 +563,7 @@ def training_peak(
     Memory: See the module's text; ``(4 + 4 + 8) N / R`` for parameters, gradients and states.
     """
     step = _Step(size, load, ranks or Ranks(), settings or Settings(), tuned or Tuned())
-    _, host = step.checkpoints(size.text.layers)
+    _, host = step.checkpoints(size.text.layers, running=False)
     if step.settings.optimizer == "adamw-host":
         host += STATE_BYTES["adamw"] * step.tuned.parameters(size) / step.shards
     return Peak(moments=step.moments(), host_bytes=host)

@@ -85,6 +85,7 @@ class Settings:
         offload_bytes: Host memory of a rank in which checkpoints, and what other layers save, wait.
         keep_last: Layers whose checkpoints never move.
         mlp_tile_rows: Rows of the MLP computed at once; None for all.
+        compiled: Whether norms and MLPs of the text model go through ``torch.compile``.
         loss_tile_rows: Rows of head and loss computed at once.
         head_chunks: Parts in which attention exchanges heads.
         backend: Attention's back end.
@@ -101,6 +102,7 @@ class Settings:
     offload_bytes: int = 0
     keep_last: int = 1
     mlp_tile_rows: int | None = None
+    compiled: bool = False
     loss_tile_rows: int = 4096
     head_chunks: int = 1
     backend: str = "fa4"

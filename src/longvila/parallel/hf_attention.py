@@ -90,6 +90,15 @@ class AttentionStep:
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
+def lowered(x: Tensor) -> Tensor:
+    """Return a tensor in the type that autocast, where it is on, gives to matrix products.
+
+    Autocast knows torch's attention, not ours; rotated queries would be wider than values.
+    """
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def sp_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -140,7 +149,7 @@ def sp_attention_forward(
             **kwargs,
         )
     # (1, H, L, D) -> (1, L, H, D), a view; sp_attention packs it for the exchange in one copy.
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k, v = (lowered(x).transpose(1, 2) for x in (query, key, value))
     if isinstance(sp_context, AttentionStep):
         sp_context.calls += 1
         _check_plain(module, attention_mask, dropout, sliding_window, sp_context.longest, kwargs)

@@ -45,7 +45,7 @@ from transformers.utils.generic import ModelOutput
 from longvila.memory.cross_entropy import tiled_cross_entropy
 from longvila.parallel.encode import encode_recomputed
 from longvila.parallel.families import Family, MediaKind
-from longvila.parallel.hf_attention import NAME, SPStep, check_calls, sentinel_mask
+from longvila.parallel.hf_attention import NAME, SPStep, check_calls, lowered, sentinel_mask
 from longvila.parallel.plan import StepPlan, plan_step
 from longvila.parallel.plan import plan_media as plan_media
 from longvila.sp.loss import IGNORE_INDEX, GradientReduction, count_targets, global_mean
@@ -425,14 +425,17 @@ class TwoStageForward:
             # Known on the host, so that the device is not asked how many rows have a target.
             target_rows = (on_host != IGNORE_INDEX).nonzero().flatten()
             local = on_host.to(hidden.device)
-            local_sum = tiled_cross_entropy(
-                hidden,
-                head.weight,
-                local,
-                tile_rows=self.options.loss_tile_rows,
-                bias=head.bias,
-                target_rows=target_rows.to(hidden.device),
-            )
+            rows = lowered(hidden)
+            # It chooses types itself: narrow factors, wide sums.
+            with torch.autocast(hidden.device.type, enabled=False):
+                local_sum = tiled_cross_entropy(
+                    rows,
+                    head.weight,
+                    local,
+                    tile_rows=self.options.loss_tile_rows,
+                    bias=head.bias,
+                    target_rows=target_rows.to(hidden.device),
+                )
             loss = global_mean(
                 local_sum,
                 count_targets(local),

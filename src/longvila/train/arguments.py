@@ -29,6 +29,7 @@ from transformers import TrainingArguments
 
 from longvila.memory.offload import Offload
 from longvila.parallel.apply import ParallelPlan
+from longvila.train.host_adamw import HostAdamW
 from longvila.train.parts import PARTS
 from longvila.train.stages import Adapter
 
@@ -66,7 +67,15 @@ class MeshArguments:
         lora_targets: Names of the linear layers of the language model that get one.
         lora_also_tune: What is trained in full beside them: embeddings, norms, head.
         recompute_layers: Whether layers are recomputed in backward, their attention kept.
-        offload_gib: Host memory a rank in which checkpoints wait; zero for none.
+        plain_layers: Text layers, the last ones, that are not recomputed.
+        offload_gib: Host memory a rank in which checkpoints (and what plain layers save) wait; zero
+            for none.
+        offload_keep_last: Layers, the last ones, whose tensors stay on the device.
+        offload_optimizer: Whether AdamW's moments wait on the host.
+        mlp_tile_rows: Tokens whose MLP is computed at once; None for all.
+        compile_modules: Whether norms and MLPs of the language model are compiled.
+        check_memory: Whether a run on GPUs is refused, with advice, when its first step is planned
+            not to fit.
         head_chunks: Parts in which attention exchanges heads.
         loss_tile_rows: Rows of head and loss computed at once.
         remove_unused_columns: Whether columns that no argument of the model is called are dropped
@@ -94,13 +103,22 @@ class MeshArguments:
     )
     lora_also_tune: list[str] = field(default_factory=lambda: ["embeddings", "norms"])
     recompute_layers: bool = True
+    plain_layers: int = 0
     offload_gib: float = 0.0
+    offload_keep_last: int = 1
+    offload_optimizer: bool = False
+    mlp_tile_rows: int | None = None
+    compile_modules: bool = False
+    check_memory: bool = True
     head_chunks: int = 1
     loss_tile_rows: int = 4096
     remove_unused_columns: bool = False
 
     def __post_init__(self) -> None:
         own: Any = self
+        if not torch.accelerator.is_available():
+            # Without being told, accelerate joins no ranks on a machine that has CPUs alone.
+            own.use_cpu = True
         self._check()
         for name in _TAKEN_BACK:
             if hasattr(self, name):
@@ -133,6 +151,11 @@ class MeshArguments:
             )
         if own.deepspeed:
             raise ValueError("deepspeed shards and counts in its own way; leave it out")
+        if own.parallelism_config is not None:
+            raise ValueError(
+                "parallelism_config lets accelerate deal tokens, and its hooks stay on the "
+                "model's attention; seq_parallel_size makes the mesh here"
+            )
         if own.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor {own.label_smoothing_factor} needs whole logits, which no "
@@ -141,7 +164,12 @@ class MeshArguments:
         if own.fp16:
             raise ValueError("fp16 overflows at these lengths; use bf16, or neither")
         if own.torch_compile:
-            raise ValueError("torch_compile is not supported over a mesh; leave it out")
+            raise ValueError(
+                "torch_compile would compile the exchanges between ranks; compile_modules compiles "
+                "what gains by it"
+            )
+        if self.offload_optimizer and "adamw_torch" not in str(own.optim):
+            raise ValueError(f"offload_optimizer holds AdamW's moments; optim is {own.optim}")
         if getattr(own, "train_sampling_strategy", None) == "batch_rebalance":
             raise ValueError(
                 "train_sampling_strategy 'batch_rebalance' deals batches to single ranks, not to "
@@ -187,17 +215,30 @@ class MeshArguments:
         own: Any = self
         offload = None
         if self.offload_gib > 0:
-            offload = Offload(budget_bytes=int(self.offload_gib * 2**30))
+            offload = Offload(
+                budget_bytes=int(self.offload_gib * 2**30), keep_last=self.offload_keep_last
+            )
         return ParallelPlan(
             fsdp=self.shards_parameters,
             fsdp_replicate=self.sharding == "hsdp",
             compute_dtype=torch.bfloat16 if own.bf16 else None,
             activation_checkpointing=self.recompute_layers,
+            plain_layers=self.plain_layers,
             offload=offload,
+            mlp_tile_rows=self.mlp_tile_rows,
+            compile_modules=self.compile_modules,
             head_chunks=self.head_chunks,
             loss_tile_rows=self.loss_tile_rows,
             two_stage=True,
         )
+
+    def host_optimizer(self) -> tuple[type[HostAdamW], dict[str, Any]] | None:
+        """Return the optimizer with its moments on the host, if there shall be one."""
+        own: Any = self
+        if not self.offload_optimizer:
+            return None
+        betas = (own.adam_beta1, own.adam_beta2)
+        return HostAdamW, {"lr": own.learning_rate, "betas": betas, "eps": own.adam_epsilon}
 
     def part_rates(self) -> dict[str, float | None]:
         """Return the learning rate of each part; None for that of all."""

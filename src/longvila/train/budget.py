@@ -35,7 +35,7 @@ from torch.distributed.fsdp import FSDPModule
 from longvila.errors import LongVILAError
 from longvila.log import get_logger
 from longvila.memory.activations import SCRATCH
-from longvila.memory.estimate import training_peak
+from longvila.memory.estimate import Peak, training_peak
 from longvila.memory.operations import Load, Tuned
 from longvila.memory.rates import GIB
 from longvila.memory.settings import OptimizerKind, Settings
@@ -90,7 +90,7 @@ def check(
         OverBudget: If it does not fit, on every rank.
         TypeError: If the model is of no known family.
 
-    Comm: With more than one rank, one all-reduce of two numbers.
+    Comm: With more than one rank, one all-reduce of four numbers.
     """
     size, tuned = size_of(model), tuned_parts(model)
     switches = read_settings(model, settings, size, device, optimizer)
@@ -101,7 +101,7 @@ def check(
     limit, host = _available(device, mesh, held)
     if optimizer is not None and switches.optimizer == "adamw-host":
         host += peak.host_bytes - switches.offload_bytes  # there already
-    limit, host = _lowest(limit, host, mesh, device)
+    limit, host, most, most_host = _worst(limit, host, peak, mesh, device)
     planner = Planner(
         size, None, tuned=tuned, base=switches, limit_bytes=limit, host_bytes=max(host, 0.0)
     )
@@ -109,21 +109,21 @@ def check(
         size=size, load=load, ranks=ranks, settings=switches, tuned=tuned, gpu=None, peak=peak,
         time=None, limit_bytes=limit, host_limit_bytes=host,
     )  # fmt: skip
-    if peak.bytes <= limit and peak.host_bytes <= host:
+    if most <= limit and most_host <= host:
         _LOG.info(
             "planned peak %.1f of %.1f GiB on %s (%s)",
             peak.bytes / GIB, limit / GIB, device, peak.moment,
         )  # fmt: skip
         return plan
     plan = replace(plan, attempts=tuple(planner.ladder(load, ranks, given=switches)))
-    message = _explain(plan, device)
-    if peak.bytes > MARGIN * limit or peak.host_bytes > MARGIN * host:
+    message = _explain(plan, device, most)
+    if most > MARGIN * limit or most_host > MARGIN * host:
         raise OverBudget(message)
     _LOG.warning("%s", message)
     return plan
 
 
-def _explain(plan: Plan, device: torch.device) -> str:
+def _explain(plan: Plan, device: torch.device, most: float) -> str:
     peak, load, ranks = plan.peak, plan.load, plan.ranks
     host = plan.host_limit_bytes
     assert host is not None
@@ -132,6 +132,8 @@ def _explain(plan: Plan, device: torch.device) -> str:
         f"planned to need {peak.bytes / GIB:.1f} GiB of {device}, which has "
         f"{plan.limit_bytes / GIB:.1f} GiB for it"
     ]
+    if most > peak.bytes:
+        lines.append(f"and another rank's row {most / GIB:.1f} GiB")
     if peak.host_bytes > host:
         lines.append(
             f"and {peak.host_bytes / GIB:.1f} GiB of host memory a rank, of {host / GIB:.1f} GiB"
@@ -221,6 +223,9 @@ def read_settings(
         offload_bytes=int(budget),
         keep_last=last,
         mlp_tile_rows=getattr(settings, "mlp_tile_rows", None),
+        compiled=bool(
+            getattr(settings, "compile_modules", False) or getattr(settings, "compile", False)
+        ),
         loss_tile_rows=settings.loss_tile_rows,
         head_chunks=settings.head_chunks,
         # Back ends without a rule (the oracle) are planned as the CPU's.
@@ -253,7 +258,8 @@ def load_of_stage(stage: Stage, model: nn.Module, mesh: SPMesh) -> Load:
         mesh: The mesh.
 
     Returns:
-        A full row: as many frames as its samples may have and fit; every other token has a loss.
+        The worst of all rows in one: as many frames as may be in a row, and a loss for every token.
+        A real row has not both, but they are not needed at the same moment.
     """
     data, tower = stage.data, size_of(model).tower
     frames = 0
@@ -262,12 +268,11 @@ def load_of_stage(stage: Stage, model: nn.Module, mesh: SPMesh) -> Load:
         frames = (data.max_tokens - 1) // tower.tokens
         if data.max_documents == 1:
             frames = min(frames, data.num_frames)
-    media = 0 if tower is None else frames * tower.tokens
     rows = (data.rows_per_step or 2 * mesh.dp_size) // mesh.dp_size
     return Load(
         tokens=data.max_tokens,
         frames=frames,
-        targets=data.max_tokens - media if frames else data.max_tokens,
+        targets=data.max_tokens,
         micro_batches=max(rows, 1),
     )
 
@@ -322,11 +327,15 @@ def host_bytes() -> float:
     return found
 
 
-def _lowest(limit: float, host: float, mesh: SPMesh, device: torch.device) -> tuple[float, float]:
-    """The same numbers on every rank, so that all refuse or none."""
+def _worst(
+    limit: float, host: float, peak: Peak, mesh: SPMesh, device: torch.device
+) -> tuple[float, float, float, float]:
+    """The least there is and the most that is needed on any rank, so that all refuse or none."""
     if mesh.world_size == 1:
-        return limit, host
-    values = torch.tensor([limit, host], dtype=torch.float64, device=device)
+        return limit, host, peak.bytes, peak.host_bytes
+    values = torch.tensor(
+        [limit, host, -peak.bytes, -peak.host_bytes], dtype=torch.float64, device=device
+    )
     dist.all_reduce(values, op=dist.ReduceOp.MIN, group=mesh.dp_sp_group)
-    low = values.tolist()
-    return float(low[0]), float(low[1])
+    low = [float(value) for value in values.tolist()]
+    return low[0], low[1], -low[2], -low[3]

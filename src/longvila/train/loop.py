@@ -176,8 +176,8 @@ def run_stage(
         How far the run is.
 
     Raises:
+        OverBudget: If a step of the longest row would not fit the device.
         CheckpointError: If a save in the folder does not fit.
-        OverBudget: If the longest row of the stage would not fit.
         NotFinite: If a step is not finite; the saves before it stay.
     """
     device = next(model.parameters()).device

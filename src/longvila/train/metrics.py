@@ -13,8 +13,8 @@ Operations of a step, from what it saw; recomputation and padding do not count:
 
 where w = 2 forward, + 2 where gradients pass through, + 2 where weights are tuned; and a = 4
 forward (two products of 2 operations), + 8 where gradients pass through. An adapter's own weights
-are left out. The ceiling is the published dense bfloat16 rate of the GPU; where that is not known
-here, no MFU is given.
+are left out, and so are towers of other families, whose frames have no one size. The ceiling is the
+published dense bfloat16 rate of the GPU; where that is not known here, no MFU is given.
 
 Lines go to ``metrics.jsonl``, always, and to trackers by name (`longvila.train.trackers`). Only the
 first rank writes. Times are of the first rank.

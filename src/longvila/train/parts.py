@@ -1,10 +1,11 @@
 """The parts of a model: which parameters are whose, what is tuned, and the adapter beside it.
 
-    vision_tower    the family's first vision module, without what the others share with it
-    projector       its further vision modules
+    projector       what makes rows of features: the family says which modules these are
+    vision_tower    what else serves media only
     language_model  everything else: embeddings, layers, norms, head
 
-1. `tune` freezes what a stage gives no rate. With an adapter, only the adapter and the groups that
+1. `tune` freezes what a stage gives no rate; a rate for a part that the model has not is said and
+   left, as long as another part is tuned. With an adapter, only the adapter and the groups that
    it names (embeddings, norms, head) are tuned in the language model; they are looked up in the
    model, and a name that finds nothing is an error.
 2. `merge_adapter` folds adapters into the weights they stand beside, on plain tensors, so that
@@ -23,12 +24,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from longvila.log import get_logger
 from longvila.parallel.families import find_family
 from longvila.train.lora import adapt
 from longvila.train.lora import merge_adapter as merge_adapter
 from longvila.train.stages import Adapter, Context, Rates, StageError
 
 PARTS = ("vision_tower", "projector", "language_model")
+_LOG = get_logger(__name__)
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -51,9 +54,9 @@ def named_parts(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
         model: A model of a known family, or PEFT around one.
     """
     base = base_model(model)
-    modules = find_family(base).vision_modules(base)
-    projector = {id(p) for module in modules[1:] for p in module.parameters()}
-    tower = {id(p) for module in modules[:1] for p in module.parameters()} - projector
+    family = find_family(base)
+    projector = {id(p) for p in family.projector_parameters(base)}
+    tower = {id(p) for p in family.media_parameters(base)} - projector
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
         key = id(parameter)
@@ -74,13 +77,19 @@ def tune(model: PreTrainedModel, rates: Rates, adapter: Adapter | None = None) -
         The model, or PEFT around it.
 
     Raises:
-        StageError: If a tuned part has no parameter, or the adapter names what is not there.
+        StageError: If nothing that a rate is given for is there, or the adapter names what is not.
     """
     parts = named_parts(model)
+    wanted = [part for part in parts if getattr(rates, part) is not None]
+    absent = [part for part in wanted if not parts[part]]
+    if absent == wanted:
+        raise StageError(
+            f"rates.{', rates.'.join(absent)} tune nothing: {type(model).__name__} has no such part"
+        )
+    if absent:
+        _LOG.info("%s has no %s; the rest is tuned", type(model).__name__, " and no ".join(absent))
     for part, parameters in parts.items():
         rate = getattr(rates, part)
-        if rate is not None and not parameters:
-            raise StageError(f"rates.{part} is {rate}, but {type(model).__name__} has no such part")
         tuned = rate is not None and not (part == "language_model" and adapter is not None)
         for _, parameter in parameters:
             parameter.requires_grad_(tuned)

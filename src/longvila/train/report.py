@@ -108,6 +108,8 @@ def _switches(plan: Plan) -> list[str]:
         tower = plan.size.tower
         assert tower is not None
         found.append(f"vision_batch_size={tower.frames_per_call} in the model's configuration")
+    if settings.compiled:
+        found.append("parallel.compile=true")
     if settings.mlp_tile_rows is not None:
         found.append(f"parallel.mlp_tile_rows={settings.mlp_tile_rows}")
     if settings.offload_bytes:

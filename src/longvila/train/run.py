@@ -30,17 +30,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from longvila.data.agreement import Agreement
-from longvila.data.collate import Collator
 from longvila.data.datasets import read_file
-from longvila.data.encode import Encoder
+from longvila.data.families import coders
 from longvila.data.loader import PackedLoader
 from longvila.data.mixture import Mixture
 from longvila.errors import CheckpointError, ContextLengthError
 from longvila.log import get_logger
 from longvila.memory.offload import Offload
+from longvila.model.configuration_longvila import LongVILAConfig
 from longvila.model.convert_vila import convert_to_vila
 from longvila.parallel.apply import ParallelPlan, parallelize
 from longvila.parallel.families import find_family
@@ -132,6 +139,10 @@ def _train(job: Job, device: torch.device) -> Progress:
     if stage.context is not None:
         set_context(base, stage.context)
     _check_context(base, stage)
+    if stage.saving.vila and not isinstance(base.config, LongVILAConfig):
+        raise StageError(
+            f"saving.vila writes the original's layout, which knows no {type(base).__name__}"
+        )
     processor = AutoProcessor.from_pretrained(job.model)
     text = find_family(base).text_model(base).config
     mesh = build_mesh(
@@ -161,11 +172,20 @@ def _train(job: Job, device: torch.device) -> Progress:
 
 
 def _load_model(name: str) -> PreTrainedModel:
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
+    """A model of a known family: of text and media, or a language model alone."""
+    config = AutoConfig.from_pretrained(name)
+    loader: Any = AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        loader = AutoModelForImageTextToText
+    model = loader.from_pretrained(name, dtype="auto")
     if not isinstance(model, PreTrainedModel):
         raise CheckpointError(
             f"{name} holds a {type(model).__name__}, which cannot be trained here"
         )
+    try:
+        find_family(model)
+    except (TypeError, ValueError) as fault:
+        raise CheckpointError(f"{name} cannot be trained here: {fault}") from fault
     return model.train()
 
 
@@ -236,20 +256,22 @@ def build_loader(
             f"{path}: {fault}. The stage {stage.name} takes {spec!r}; name a mixture "
             f"{stage.name!r} in the file, or --set data.mixture=NAMES (null for all datasets)"
         ) from fault
-    encoder = Encoder(
+    encoder, collator = coders(
         processor,
-        data.max_tokens,
-        style=data.style,
-        too_long=data.too_long,
-        num_frames=data.num_frames,
-        fps=data.fps,
-    )
-    collator = Collator(
-        processor,
-        sp_rank=mesh.sp_rank,
-        sp_size=mesh.sp_size,
-        deal=functools.partial(plan_media, model.config, mesh.sp_size),
-        threads=data.threads,
+        model.config,
+        encoder={
+            "max_tokens": data.max_tokens,
+            "style": data.style,
+            "too_long": data.too_long,
+            "num_frames": data.num_frames,
+            "fps": data.fps,
+        },
+        collator={
+            "sp_rank": mesh.sp_rank,
+            "sp_size": mesh.sp_size,
+            "deal": functools.partial(plan_media, model.config, mesh.sp_size),
+            "threads": data.threads,
+        },
     )
     return PackedLoader(
         mixture,
@@ -300,8 +322,8 @@ def export(model: nn.Module, processor: Any, stage: Stage, job: Job) -> None:
 
 
 def _lengthen(processor: Any, stage: Stage) -> None:
-    tokenizer = getattr(processor, "tokenizer", None)
-    if stage.context is not None and tokenizer is not None:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if stage.context is not None:
         tokenizer.model_max_length = stage.context.max_position_embeddings
 
 

@@ -111,23 +111,30 @@ def count_batch(batch: Mapping[str, Any]) -> Counts:
     else:
         labels = packed.take(batch["labels"], filler=IGNORE_INDEX)
         targets = shift_labels(labels, packed.lengths)
-    frames = 0
+    return Counts(
+        documents=len(packed.lengths),
+        tokens=packed.num_tokens,
+        pairs=sum(n * (n + 1) // 2 for n in packed.lengths),
+        frames=_count_frames(batch),
+        targets=int((targets != IGNORE_INDEX).sum()),
+        rows=1,
+    )
+
+
+def _count_frames(batch: Mapping[str, Any]) -> int:
+    grids = [batch[name] for name in ("video_grid_thw", "image_grid_thw") if name in batch]
+    if grids:  # steps in time, each of which holds a few frames
+        return sum(int(torch.as_tensor(grid)[:, 0].sum()) for grid in grids)
+    frames = len(batch["image_sizes"]) if "image_sizes" in batch else 0
     for counts, pixels in (
         ("video_num_frames", "pixel_values_videos"),
         ("image_num_tiles", "pixel_values"),
     ):
         if counts in batch:
             frames += int(torch.as_tensor(batch[counts]).sum())
-        elif pixels in batch:
+        elif pixels in batch and not (pixels == "pixel_values" and "image_sizes" in batch):
             frames += batch[pixels].shape[0]
-    return Counts(
-        documents=len(packed.lengths),
-        tokens=packed.num_tokens,
-        pairs=sum(n * (n + 1) // 2 for n in packed.lengths),
-        frames=frames,
-        targets=int((targets != IGNORE_INDEX).sum()),
-        rows=1,
-    )
+    return frames
 
 
 def over_data_parallel(counts: Counts, mesh: SPMesh) -> Counts:

@@ -29,7 +29,7 @@ def options(more: str = "") -> argparse.Namespace:
 
 
 def row_of(case: Case, more: str = "") -> Row:
-    return measure(case, options(more), _cluster.start())
+    return measure(case, options(more), _cluster.start(), GPUS["h200"])
 
 
 @ranks(1)
@@ -40,6 +40,8 @@ def test_one_rank(_: Rank) -> None:
         (replace(TINY, tokens=2048), "--text-mlp 32"),
         (replace(TINY, tokens=512, checkpointing=False), ""),
         (replace(TINY, tokens=512, micro_batches=2), ""),
+        (replace(TINY, mlp_tile_rows=128), ""),
+        (replace(TINY, layers=4, tokens=512, plain_layers=2, mlp_tile_rows=128), ""),
         # many targets and a wide vocabulary: the loss is
         (replace(TINY, tokens=512, targets=None), "--vocab 4000"),
         # few tokens, many frames: the tower is
@@ -50,15 +52,17 @@ def test_one_rank(_: Rank) -> None:
     for case, more in cases:
         row = row_of(case, more)
         assert abs(row.metrics["error_percent"]) < CLOSE, (case, more, row.metrics, row.about)
+        assert row.metrics["planned_s"] > 0
         moments.add(str(row.about["moment"]).partition(",")[0])
     assert moments >= {"MLP backward", "norm backward", "loss", "tower backward"}, moments
 
 
 @ranks(2)
 def test_two_ranks_share_a_row(_: Rank) -> None:
-    for case, more in ((TINY, ""), (replace(TINY, tokens=2048), "--text-mlp 32")):
+    narrow = replace(TINY, tokens=2048)
+    for case, more in ((TINY, ""), (narrow, "--text-mlp 32 --ring-size 2")):
         row = row_of(case, more)
-        assert abs(row.metrics["error_percent"]) < 3.0, (case, more, row.metrics, row.about)
+        assert abs(row.metrics["error_percent"]) < 4.0, (case, more, row.metrics, row.about)
         assert row.shape["sequence_parallel"] == 2
 
 

@@ -9,54 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from longvila.cli import demo
-from longvila.cli._asker import Asker
 from longvila.errors import VideoError
 from longvila.media.synthetic import clip
 from longvila.media.video import read_frames
 from longvila.packaged import DELTA, asset
 from longvila.testing.tiny import tiny_model, tiny_processor
-
-
-def _asker(fps: float = 1.0, frames: int = 4) -> Asker:
-    video = np.random.default_rng(0).integers(0, 255, (frames, 20, 20, 3), dtype=np.uint8)
-    sampled = read_frames(video, indices=range(frames), frame_rate=fps)
-    return Asker(tiny_model(1), tiny_processor(timestamps=True), sampled)
-
-
-def test_cached_answers_equal_plain_generation() -> None:
-    asker = _asker()
-    for question in ("What is shown at 00:02?", "Why?", "What is shown at 00:02?"):
-        inputs = asker._inputs(question)
-        out = asker.model.generate(**inputs, max_new_tokens=6, do_sample=False)
-        plain = out[0, inputs["input_ids"].shape[1] :]
-        words, _ = asker.ask(question, limit=6)
-        assert words == asker.processor.tokenizer.decode(plain).strip()
-        assert asker.cache.get_seq_length() == asker.shared
-
-
-def test_choice_is_the_likeliest_whole_answer() -> None:
-    asker = _asker()
-    options = ["cat", "a green dog", "x", "the the"]
-    question = "What is it?"
-    end = asker.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    totals = []
-    for option in options:
-        inputs = asker._inputs(question)
-        reply = [*asker.processor.tokenizer(option)["input_ids"], end]
-        length = inputs["input_ids"].shape[1]
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([reply])], 1)
-        inputs.pop("attention_mask")
-        with torch.no_grad():
-            scores = asker.model(**inputs).logits[0, length - 1 : -1].log_softmax(-1)
-        totals.append(float(scores[range(len(reply)), reply].sum()))
-    _, choice = asker.ask(question, options)
-    assert choice == options[int(np.argmax(totals))]
-    _, reversed_choice = asker.ask(question, options[::-1])
-    assert reversed_choice == choice
 
 
 def test_times_do_not_overlap() -> None:

@@ -28,7 +28,7 @@ def test_a_run_and_the_same_again(
 ) -> None:
     film = clip(tmp_path / "film.mp4", 16, fps=1)
     arguments = ["--model", str(checkpoint), "--haystack", str(film), "--out", str(tmp_path / "o")]
-    arguments += [*GRID, "--tier", "seen", "--no-control"]
+    arguments += [*GRID, "--tier", "seen", "--no-control", "--keep-rows"]
     assert main(["needle", *arguments]) == 0
     first = capsys.readouterr()
     assert "paper, forced | seen" in first.out and "page.html" in first.out
@@ -40,6 +40,12 @@ def test_a_run_and_the_same_again(
     assert (tmp_path / "o" / "records.jsonl").read_bytes() == before
     assert main(["needle", *arguments, "--seed", "3"]) == 1
     assert "seed was 0, is 3" in capsys.readouterr().err
+    (kept,) = (tmp_path / "o").glob("rows-*/*.safetensors")
+    assert kept.name == "000000-000016.safetensors"
+    # Other weights under the same name are another model.
+    save_tiny(checkpoint, seed=1)
+    assert main(["needle", *arguments]) == 1
+    assert "identity was" in capsys.readouterr().err
     result = json.loads((tmp_path / "o" / "result.json").read_text())
     assert result["settings"]["haystack"] == "film.mp4"
 

@@ -52,6 +52,13 @@ def test_a_stage_says_what_is_tuned(capsys: pytest.CaptureFixture[str]) -> None:
     assert long["load"]["frames"] == 256 and long["load"]["tokens"] == 2**17
 
 
+def test_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model", "7B", "--frames", "1024", "--gpus", "4"]
+    eager, compiled = values(capsys, *given), values(capsys, *given, "--compiled")
+    assert compiled["time"]["parts"]["elementwise"] < 0.6 * eager["time"]["parts"]["elementwise"]
+    assert "parallel.compile=true" in compiled["switch_on"]
+
+
 def test_too_few_gpus_is_a_status_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     found = values(capsys, "--model", "7B", "--frames", "2048", "--gpus", "1", status=3)
     assert found["fits"] is False and found["enough_gpus"] == 2

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from lmms_eval.__main__ import cli_evaluate
 from lmms_eval.api.model import lmms
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
+from PIL import Image
+from test_presets import DOCS
 
 from longvila.cli.main import main as longvila
 from longvila.evaluation.presets import find_preset
@@ -171,6 +174,93 @@ def run_verb(folder: Path, out: str, *more: str) -> int:
     )
 
 
+def theirs_agree() -> dict[str, list[bool]]:
+    """What lmms-eval's own scoring says to the letter that a preset holds for right, and to others.
+
+    Only of tasks whose modules import without packages of their own.
+    """
+    functions = {
+        "egoschema": ("egoschema", "egoschema_process_results_generation"),
+        "perceptiontest_val_mc": ("perceptiontest.val", "perceptiontest_val_process_results_mc"),
+        "mvbench": ("mvbench", "mvbench_process_results"),
+        "nextqa_mc_test": ("nextqa", "nextqa_mc_process_results"),
+        "mlvu": ("mlvu", "mlvu_process_results"),
+        "lvbench": ("lvbench", "lvbench_process_results"),
+    }
+    out = {}
+    for name, (package, function) in functions.items():
+        module = importlib.import_module(f"lmms_eval.tasks.{package}.utils")
+        doc = {**DOCS[name][0], **MORE.get(name, {})}
+        sample = find_preset(name).sample(doc)
+        out[name] = []
+        for letter in sorted(sample.letters, key=lambda x: x != sample.answer):
+            (value,) = [
+                value
+                for key, value in getattr(module, function)(doc, [letter]).items()
+                if key != "submission"
+            ]
+            if isinstance(value, dict):
+                value = next(
+                    right(value)
+                    for keys, right in RIGHT.items()
+                    if all(key in value for key in keys.split())
+                )
+            out[name].append(bool(value))
+    return out
+
+
+#: How their entries say whether an answer is right, by the keys they have.
+RIGHT: dict[str, Callable[[Any], bool]] = {
+    "correct": lambda v: v["correct"],
+    "score": lambda v: v["score"],
+    "pred ground_truth": lambda v: str(v["pred"]) == str(v["ground_truth"]),
+    "pred_answer answer": lambda v: v["pred_answer"] == v["answer"],
+}
+#: What their scoring reads of a document beside what ours does.
+MORE: dict[str, dict[str, Any]] = {
+    "perceptiontest_val_mc": {"question": "q"},
+    "mlvu": {"question": "q"},
+    "nextqa_mc_test": {f"a{i}": f"thing {i}" for i in range(5)},
+    "mvbench": {"candidates": ["a cat", "a dog"], "answer": "a cat", "question": "q"},
+}
+
+
+def run_ours(folder: Path) -> int:
+    """The verb on tasks whose questions are files in a folder, with pictures put into a video."""
+    data = folder / "files"
+    data.mkdir()
+    for name, rows in (("VNBench-main-4try", "vnbench"), ("needles", "needles")):
+        suffix = ".jsonl" if name == "needles" else ".json"
+        text = (folder / f"{rows}.json").read_text()
+        if suffix == ".jsonl":
+            text = "".join(json.dumps(row) + "\n" for row in json.loads(text))
+        (data / f"{name}{suffix}").write_text(text)
+    for video in "ab":
+        (data / f"{video}.mp4").write_bytes((folder / f"{video}.mp4").read_bytes())
+    Image.new("RGB", (30, 20), "red").save(data / "needle.png")
+    return longvila(
+        [
+            "eval",
+            "--tasks=vnbench,needle",
+            f"--data=vnbench={data}",
+            f"--data=needle={data}",
+            "--frames=3",
+            f"--model={folder / 'model'}",
+            f"--out={folder / 'ours'}",
+        ]
+    )
+
+
+def interrupt(run: Path) -> None:
+    """Leave what a process leaves that dies over its sixth answer."""
+    for file in run.iterdir():
+        if file.suffix in (".html", ".txt") or file.name in ("samples.jsonl", "results.json"):
+            file.unlink()
+    log = run / "answers" / "group-0.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[:5]) + lines[5][:20])
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     tasks = write_videomme(folder / "videomme")
@@ -182,6 +272,9 @@ def main() -> None:
     results = run_scripted(names, tasks, folder / "tasks")
     results["questions"] = len(videomme_rows(2, 4))
     results["status"] = [run_verb(folder, "one"), run_verb(folder, "two"), run_verb(folder, "one")]
+    interrupt(folder / "two")
+    results["status"] += [run_verb(folder, "two"), run_ours(folder)]
+    results["theirs"] = theirs_agree()
     results["other settings"] = run_verb(folder, "one", "--seed=1")
     (folder / "results.json").write_text(json.dumps(results))
     run_command(folder, tasks, "log", "out")

@@ -15,6 +15,7 @@ from longvila.errors import VideoError
 from longvila.evaluation.answerer import Answerer
 from longvila.evaluation.answers import Answers
 from longvila.evaluation.asking import Asking, Place, Question
+from longvila.evaluation.lmms_share import Ranks
 from longvila.evaluation.presets import Sample
 from longvila.inference.engine import Engine
 from longvila.media.synthetic import clip
@@ -264,6 +265,21 @@ def test_two_groups_share_the_videos(rank: Rank, tmp_path: Path) -> None:
 
 
 @ranks(2)
+def test_a_broken_video_breaks_no_rank(rank: Rank, tmp_path: Path) -> None:
+    if rank.rank == 0:
+        questions(tmp_path)
+        (tmp_path / "clip1.mp4").write_bytes(b"no video")
+    torch.distributed.barrier()
+    mesh = build_mesh(2, num_heads=4, num_kv_heads=2)
+    shares = Ranks(mesh.sp_group, mesh.sp_rank, mesh.sp_size)
+    ask = asking(None, mesh, Place(2, rank.rank, 1, 0, rank.rank == 0, shares))
+    records = ask.ask(questions(tmp_path)[rank.rank :: 2])
+    assert [bool(record["error"]) for record in records] == [
+        record["doc_id"] % 3 == 1 for record in records
+    ]
+
+
+@ranks(2)
 def test_two_ranks_share_a_sequence(rank: Rank, tmp_path: Path) -> None:
     _over_ranks(rank, tmp_path, groups=1)
 
@@ -276,12 +292,13 @@ def _over_ranks(rank: Rank, folder: Path, *, groups: int) -> None:
     asked = questions(folder)
     expected = asking(None).ask(asked)
     mesh = build_mesh(rank.world_size // groups, num_heads=4, num_kv_heads=2)
-    place = Place(2, rank.rank, mesh.dp_size, mesh.dp_rank, mesh.sp_rank == 0)
+    shares = Ranks(mesh.sp_group, mesh.sp_rank, mesh.sp_size) if mesh.sp_size > 1 else None
+    place = Place(2, rank.rank, mesh.dp_size, mesh.dp_rank, mesh.sp_rank == 0, shares)
     assert place.groups == groups
     ask = asking(folder / "log", mesh, place)
     prefills = count_prefills(ask)
     records = ask.ask(asked[rank.rank :: 2])
-    assert [r["answer"] for r in records] == [r["answer"] for r in expected[rank.rank :: 2]]
+    assert records == expected[rank.rank :: 2]
     counts = [None, None]
     torch.distributed.all_gather_object(counts, len(prefills))
     assert sum(counts) == (3 if groups == 2 else 6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,23 @@ def test_two_ranks_read_what_one_reads(rank: Rank) -> None:
             torch.testing.assert_close(logits[0], wanted[scene.id], rtol=1e-8, atol=1e-8)
     assert reader.stops == [2, 4, 5, 6, 9]
     assert reader.frames_read < sum(len(scene.frames) for scene in scenes) - 12
+
+
+def test_kept_rows_are_not_encoded_again(tmp_path: Path) -> None:
+    model, processor = tiny_model(2), tiny_processor(timestamps=True)
+    found = []
+    for run in range(2):
+        book, scenes = _scenes(processor)
+        pixels = processor.video_processor.pixels
+        rows = FrameRows(LONGVILA, book, pixels, folder=tmp_path / "rows")
+        with Engine(model, family=rows.family) as engine:
+            reader = SceneReader(Answerer(engine, processor), rows, scenes)
+            found.append(reader.watch(scenes[0]).cache.logits)
+        # The needle is not the film's; the film's blocks come from the folder.
+        assert rows.encoded == (1 if run else 10)
+    assert torch.equal(*found)
+    names = sorted(path.name for path in (tmp_path / "rows").iterdir())
+    assert names == [f"{a:06d}-{b:06d}.safetensors" for a, b in ((0, 4), (4, 8), (8, 9))]
 
 
 def test_scenes_out_of_order_and_of_two_speeds_are_errors() -> None:

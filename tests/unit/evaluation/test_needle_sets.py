@@ -159,8 +159,20 @@ def test_films_of_a_folder_follow_each_other_and_may_repeat(tmp_path: Path) -> N
     assert _numbers(film, 5) == [0, 24, 48, 1000, 1024]
     again = _film(tmp_path, num_frames=9, repeat=True, block=4)
     assert _numbers(again, 9) == [0, 24, 48, 1000, 1024, 0, 24, 48, 1000] and again.repeats == 2
+    many = _film(tmp_path, num_frames=16, repeat=True, block=16)
+    assert _numbers(many, 16)[8:12] == [1000, 1024, 0, 24] and many.repeats == 4
     with pytest.raises(NeedleError, match=r"gives 5 frames .* and 9 are needed: .*--fps 1.8"):
         _film(tmp_path, num_frames=9)
+
+
+def test_a_part_of_a_film(tmp_path: Path) -> None:
+    path = clip(tmp_path / "a.mp4", 24 * 8)
+    assert _numbers(_film(path, part=(0.5, 1.0)), 4) == [96, 120, 144, 168]
+    assert _numbers(_film(path, num_frames=2, part=(0.25, 0.5)), 2) == [48, 72]
+    with pytest.raises(NeedleError, match="gives 4 frames"):
+        _film(path, num_frames=5, part=(0.5, 1.0))
+    with pytest.raises(NeedleError, match=r"two shares of it in order, got \(0.5, 0.5\)"):
+        _film(path, part=(0.5, 0.5))
 
 
 def test_a_folder_of_pictures_is_a_film(tmp_path: Path) -> None:

@@ -78,6 +78,14 @@ def test_parts_are_ordered_by_length_and_each_has_its_own_error() -> None:
     ]
 
 
+def test_a_benchmark_without_lengths_is_grouped_by_what_was_decoded() -> None:
+    media = [[{"kind": "video", "frames": [0], "length_s": s}] for s in (700.0, 30.0)]
+    records = [record(i, True, duration=None, media=m) for i, m in enumerate(media)]
+    records.append(record(2, False, duration=None, media=[], error="gone"))
+    parts = summarise(records)["videomme"].by_duration
+    assert {name: part.questions for name, part in parts.items()} == {"0-60 s": 1, "600-1800 s": 1}
+
+
 def test_all_or_none_right_have_an_interval_and_not_an_error_of_zero() -> None:
     films = [record(2 * i, True) for i in range(20)]
     assert percent(score(films)) == "100.0 (84 to 100)"

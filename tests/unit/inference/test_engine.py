@@ -160,6 +160,34 @@ def test_options_of_generate_mean_what_they_mean_elsewhere(options: dict) -> Non
         assert out.tolist() == expected
 
 
+@pytest.mark.parametrize("how", ["lookup", "assistant"])
+def test_assisted_decoding_gives_the_same_tokens(how: str) -> None:
+    model, inputs = language_model(), prompt(30)
+    inputs["input_ids"][0, 20:] = inputs["input_ids"][0, 5:15]  # something to look up
+    assistant = language_model("llama", heads=4, kv_heads=2)
+    options = {"prompt_lookup_num_tokens": 3} if how == "lookup" else {"assistant_model": assistant}
+    question = inputs["input_ids"][:, 5:9]
+    whole = torch.cat([inputs["input_ids"], question], 1)
+    expected = greedy(model, {"input_ids": whole}, 12)
+    with Engine(model, chunk_tokens=8) as engine:
+        film = engine.prefill(inputs)
+        turn = engine.fork(film)
+        out = engine.generate(turn, question, max_new_tokens=12, do_sample=False, **options)
+        assert said(out) == expected
+        assert turn.get_seq_length() == turn.input_ids.shape[1] == 45
+        # The conversation goes on, and the prefix is what it was.
+        more = engine.generate(turn, out[:, -1:], max_new_tokens=3, do_sample=False)
+        assert said(more) == greedy(model, {"input_ids": out}, 3)
+        again = engine.generate(film, question, max_new_tokens=12, do_sample=False, **options)
+        assert said(again) == expected
+        with pytest.raises(ValueError, match="not those that the cache holds"):
+            model(
+                input_ids=torch.ones(1, 80, dtype=torch.long),
+                attention_mask=torch.ones(1, 80, dtype=torch.long),
+                past_key_values=turn,
+            )
+
+
 def test_sampling_with_a_seed_is_that_of_generate_and_leaves_the_generator_alone() -> None:
     model, inputs = language_model(), prompt(23)
     options = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.5, "pad_token_id": 0}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tests.integration.family_cases import CASES
 from transformers import AutoModelForImageTextToText
 from transformers.utils import is_torchvision_available
 
@@ -16,7 +17,6 @@ from longvila.inference.prompts import FamilyPrompts, LongVILAPrompts, common_pr
 from longvila.inference.session import Session
 from longvila.media.synthetic import clip, numbered_frame
 from longvila.testing.tiny import tiny_model, tiny_processor, tiny_tokenizer
-from tests.integration.family_cases import CASES
 
 
 @pytest.fixture(scope="module")

@@ -284,6 +284,25 @@ def test_a_video_is_watched_before_it_is_asked_about(film: Path) -> None:
     assert second.timings.cached_tokens >= answer.timings.prompt_tokens
 
 
+def test_questions_apart_are_answered_at_once(film: Path) -> None:
+    model, processor = build(seed=8)
+    questions = ["What?", "Is it day or night, and how can one tell?", "Who?"]
+    session = Session(model, processor)
+    session.watch([session.load_video(film, num_frames=5)])
+    answers = session.ask_each(questions, max_new_tokens=6)
+    for question, answer in zip(questions, answers, strict=True):
+        messages = [user({"type": "video", "path": str(film)}, text(question))]
+        _, expected = whole(model, processor, messages, 6, num_frames=5)
+        assert list(answer.token_ids) == expected
+    # The conversation is where it was, and goes on.
+    assert session.messages == [] and len(session.watched) == 1
+    assert session.ask("What?", max_new_tokens=6).token_ids == answers[0].token_ids
+    again = session.ask_each(["And?", "Why so?"], max_new_tokens=4)
+    messages = [user({"type": "video", "path": str(film)}, text("What?")), said(answers[0])]
+    _, expected = whole(model, processor, [*messages, user(text("Why so?"))], 4, num_frames=5)
+    assert list(again[1].token_ids) == expected
+
+
 def test_sessions_of_one_model_share_its_engine(film: Path) -> None:
     model, processor = build(seed=7)
     with Engine(model) as engine:

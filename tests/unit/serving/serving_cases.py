@@ -26,6 +26,7 @@ __all__ = ["LIMITS", "Access", "Running", "ask", "clip", "data_uri", "replace", 
 
 LIMITS = Limits(
     body_bytes=1 << 20,
+    text_chars=20_000,
     upload_bytes=1 << 20,
     stored_bytes=4 << 20,
     media_items=4,

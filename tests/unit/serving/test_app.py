@@ -198,6 +198,13 @@ def test_the_model_is_listed(client: openai.OpenAI) -> None:
         ({"invented": 1}, 400, "invented"),
         ({"temperature": 3}, 400, "temperature"),
         ({"stop": [""]}, 400, "must not be empty"),
+        ({"stop": "x" * 257}, 400, "nor longer than 256"),
+        ({"fps": 1e9}, 400, "fps"),
+        ({"model": "m" * 100_000}, 404, "mmm...'"),
+        ({"m" * 100_000: 1}, 400, "no such field"),
+        ({"messages": [ask("?", "a.mp4", num_frames=10**15)]}, 400, "ask for fewer"),
+        ({"messages": [ask("?", "a.mp4", fps=1000.0)]}, 400, "ask for fewer"),
+        ({"messages": [{"role": "user", "content": "y" * 30_000}]}, 400, "at most 20000"),
         ({"messages": [ask("?", "a.mp4", num_frames=65)]}, 400, "ask for fewer"),
         ({"messages": [ask("?", "a.mp4", fps=1000.0), ask("?", "c.mp4", num_frames=64)]}, 400,
          "are left"),
@@ -224,7 +231,41 @@ def test_what_is_refused_and_how(
     with pytest.raises(openai.APIStatusError) as caught:
         client.post("/chat/completions", body=body | change, cast_to=object)
     assert caught.value.status_code == status
-    assert says in caught.value.message, caught.value.message
+    assert says in caught.value.message and len(caught.value.message) < 400, caught.value.message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 1e-30}, {"temperature": 2.0, "top_p": 1e-9}, {"top_k": 10**9, "seed": -1},
+        {"fps": 1e-300}, {"stop": ["x"] * 4}, {"max_tokens": 1}, {"temperature": 0, "top_p": 0.1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_odd_but_right(client: openai.OpenAI, change: dict[str, Any]) -> None:
+    body = {"model": "tiny", "messages": [ask("?", "a.mp4")], "max_tokens": 4, **change}
+    assert client.post("/chat/completions", body=body, cast_to=object)
+
+
+def test_bodies_together_are_bounded(tmp_path: Path) -> None:
+    from .serving_cases import LIMITS, replace
+
+    with (
+        running(tmp_path, limits=replace(LIMITS, held_bytes=50_000)) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client,
+    ):
+        long: list[Any] = [{"role": "user", "content": "Hello", "name": "n" * 60_000}]
+        with pytest.raises(openai.InternalServerError, match="holds too many") as caught:
+            client.chat.completions.create(model="tiny", messages=long)
+        assert caught.value.response.headers["retry-after"]
+        for stream in (False, True):
+            answer = client.chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": "Hi"}], max_tokens=2,
+                stream=stream,
+            )  # fmt: skip
+            if stream:
+                assert list(answer)
+        assert server.server.bodies.taken == 0
 
 
 def test_a_request_that_is_too_large_or_no_json(served: Running) -> None:

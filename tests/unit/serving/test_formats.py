@@ -14,6 +14,7 @@ from longvila.inference.serving.errors import RequestError
 from longvila.inference.serving.formats import check_video, open_picture, video_format
 from longvila.inference.serving.settings import Limits
 from longvila.media import synthetic
+from longvila.media.video import open_video
 
 LIMITS = Limits(pixels=100 * 100, duration_s=5.0)
 
@@ -33,6 +34,8 @@ def test_containers_are_known_by_their_signature(
     source = path.read_bytes() if as_bytes else path
     assert video_format(path.read_bytes()[:1024]) == name
     check_video(source, "film", LIMITS)
+    with open_video(source) as reader:
+        assert reader.metadata.width == 64
 
 
 @pytest.mark.parametrize(

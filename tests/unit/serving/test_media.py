@@ -67,6 +67,22 @@ def test_frames_are_counted_before_any_is_decoded(
         load.load(Wanted("video", "a.mp4"), frames_left=2)
 
 
+@pytest.mark.parametrize("short", ["repeat", "all"])
+@pytest.mark.parametrize(
+    ("num_frames", "fps"), [(3, None), (64, None), (None, 0.1), (None, 7.3), (20, 7.3), (2, 7.3)]
+)
+def test_frames_are_estimated_as_they_are_sampled(
+    tmp_path: Path, short: str, num_frames: int | None, fps: float | None
+) -> None:
+    clip(tmp_path / "a.mp4")
+    load = loader(tmp_path)
+    part = load.processor.video_processor
+    part.short = short
+    video = part.sample(str(tmp_path / "a.mp4"), num_frames=num_frames, fps=fps)
+    count = media_module._most_frames(video.metadata, num_frames, fps, short)
+    assert 0 <= count - len(video.frames) <= 1
+
+
 def test_a_kept_video_is_counted_too(tmp_path: Path) -> None:
     clip(tmp_path / "a.mp4")
     load = loader(tmp_path)

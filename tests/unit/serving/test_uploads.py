@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from longvila.inference.serving.errors import RequestError
-from longvila.inference.serving.uploads import Uploads
+from longvila.inference.serving.uploads import Budget, Uploads
 
 
 @pytest.fixture
@@ -50,3 +50,13 @@ def test_the_oldest_go_but_not_what_is_being_read(uploads: Uploads) -> None:
 def test_ids_are_no_paths(uploads: Uploads, key: str) -> None:
     with pytest.raises(RequestError), uploads.hold(key):
         pass
+
+
+def test_a_budget_is_shared() -> None:
+    budget = Budget(10, "too much")
+    budget.take(6)
+    with pytest.raises(RequestError, match="too much; come back later") as caught:
+        budget.take(5)
+    assert caught.value.status == 503 and budget.taken == 6
+    budget.give(6)
+    budget.take(10)

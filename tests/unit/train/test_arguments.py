@@ -35,11 +35,14 @@ def test_what_is_said_reaches_the_plan(tmp_path: Path) -> None:
         tmp_path, bf16=True, recompute_layers=False, offload_gib=0.5, head_chunks=2,
         loss_tile_rows=64, sharding="replicated", lora_enable=True, lora_targets=["q_proj"],
         lora_also_tune=["norms"], mm_projector_lr=1e-3, tune_vision_tower=False,
+        plain_layers=1, offload_keep_last=3, mlp_tile_rows=32, compile_modules=True,
     )  # fmt: skip
     plan = args.parallel_plan()
     assert (plan.head_chunks, plan.loss_tile_rows) == (2, 64)
+    assert (plan.plain_layers, plan.mlp_tile_rows, plan.compile_modules) == (1, 32, True)
     assert not plan.activation_checkpointing and plan.compute_dtype is torch.bfloat16
     assert plan.offload is not None and plan.offload.budget_bytes == 2**29
+    assert plan.offload.keep_last == 3
     assert args.adapter() == Adapter(targets=("q_proj",), also_tune=("norms",))
     rates = {"vision_tower": None, "projector": 1e-3, "language_model": None}
     assert args.part_rates() == rates
@@ -70,7 +73,9 @@ def test_settings_of_accelerate_are_kept(tmp_path: Path) -> None:
         ({"fsdp": True}, "fsdp is given, but parameters are not sharded"),
         ({"fp16": True}, "use bf16"),
         ({"label_smoothing_factor": 0.1}, "needs whole logits"),
-        ({"torch_compile": True}, "torch_compile is not supported"),
+        ({"torch_compile": True}, "compile_modules compiles"),
+        ({"offload_optimizer": True, "optim": "adafactor"}, "holds AdamW's moments"),
+        ({"parallelism_config": object()}, "seq_parallel_size makes the mesh here"),
         ({"accelerator_config": {"dispatch_batches": True}}, "cut a batch between ranks"),
         ({"train_sampling_strategy": "batch_rebalance"}, "deals batches to single ranks"),
         ({"deepspeed": {"zero_optimization": {}}}, "leave it out"),

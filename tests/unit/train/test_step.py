@@ -216,6 +216,13 @@ def test_counts() -> None:
         "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]),
     }
     assert count_batch(padded) == Counts(2, 6, 13, 0, 3, 1)
+    # Of other families: steps of grids, sizes of images; pixels may be another rank's.
+    grids = {"video_grid_thw": torch.tensor([[3, 2, 2], [2, 4, 2]]), "image_grid_thw": [[1, 2, 2]]}
+    pixels = {"pixel_values": torch.zeros(4, 5), "pixel_values_videos": torch.zeros(28, 5)}
+    assert count_batch(padded | grids | pixels).frames == count_batch(padded | grids).frames == 6
+    sizes = {"image_sizes": torch.tensor([[4, 5]]), "video_num_frames": torch.tensor([3])}
+    tiles = {"pixel_values": torch.zeros(7, 3, 2, 2)}
+    assert count_batch(padded | sizes | tiles).frames == count_batch(padded | sizes).frames == 4
 
 
 def test_a_step_without_targets_changes_nothing() -> None:

@@ -57,7 +57,7 @@ def both(rank: Rank | None, folder: str, **options: Any) -> None:
 def each_way(rank: Rank | None, folder: str) -> None:
     sp = {} if rank is None else {"seq_parallel_size": 2}
     both(rank, f"{folder}/samples", loader=False, **sp)
-    both(rank, f"{folder}/loader", loader=True)
+    both(rank, f"{folder}/loader", loader=True, offload_optimizer=True)
     # Dropout draws from the generators that are saved.
     both(rank, f"{folder}/lora", loader=False, lora_enable=True, lora_r=2, lora_dropout=0.5, **sp)
 

@@ -27,6 +27,7 @@ import hmac
 import io
 import json
 import logging
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from importlib import resources
 from pathlib import Path
@@ -46,10 +47,16 @@ from longvila.inference.serving.guards import Guards, read_body
 from longvila.inference.serving.jobs import Done, Event, Failed, Job, Piece, Stage
 from longvila.inference.serving.media import MediaLoader, Wanted
 from longvila.inference.serving.metrics import Metrics
-from longvila.inference.serving.protocol import Answer, ChatRequest, parse_request, to_question
+from longvila.inference.serving.protocol import (
+    MOST_FPS,
+    Answer,
+    ChatRequest,
+    parse_request,
+    to_question,
+)
 from longvila.inference.serving.scheduler import Scheduler
 from longvila.inference.serving.settings import Settings
-from longvila.inference.serving.uploads import Uploads
+from longvila.inference.serving.uploads import Budget, Uploads
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +97,7 @@ class Server:
             frames=settings.frames, cache_bytes=settings.media_cache_bytes,
         )  # fmt: skip
         self.scheduler = Scheduler(engine, processor, self.loader, settings, self.metrics)
+        self.bodies = Budget(settings.limits.held_bytes, "the server holds too many requests")
         self.metrics.counter("http_responses_total", "Answers by route and status.")
         self.metrics.gauge(
             "upload_bytes", "Bytes of uploaded files.", lambda: {(): self.uploads.num_bytes}
@@ -174,7 +182,7 @@ class Server:
             return key
         return f"{request.client.host if request.client else ''} {key}"
 
-    async def _body(self, request: Request) -> bytes:
+    async def _body(self, request: Request, hold: Hold) -> bytes:
         # A page elsewhere can send other types without asking; this one needs permission.
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -182,13 +190,27 @@ class Server:
                 "send JSON, with Content-Type: application/json", status=415, code="not_json"
             )
         limits = self.settings.limits
-        parts = [p async for p in read_body(request, limits.body_bytes, limits.body_s)]
+        parts = []
+        async for piece in read_body(request, limits.body_bytes, limits.body_s):
+            hold.take(len(piece))
+            parts.append(piece)
         return b"".join(parts)
 
     # ---- chat
 
     async def _chat(self, request: Request) -> Response:
-        body = await self._body(request)
+        hold = Hold(self.bodies)
+        try:
+            response = await self._answer(request, hold)
+        except BaseException:
+            hold.release()
+            raise
+        if not isinstance(response, EventStream):
+            hold.release()
+        return response
+
+    async def _answer(self, request: Request, hold: Hold) -> Response:
+        body = await self._body(request, hold)
         chat = await run_in_threadpool(parse_request, body)
         question = await run_in_threadpool(to_question, chat, self.settings)
         for wanted in question.media:
@@ -212,7 +234,12 @@ class Server:
             self.scheduler.cancel(job)
             raise
         pieces = self._stream(events, answer, chat, held)
-        return EventStream(pieces, functools.partial(self.scheduler.cancel, job))
+
+        def finish() -> None:
+            self.scheduler.cancel(job)
+            hold.release()
+
+        return EventStream(pieces, finish)
 
     async def _until_text(self, request: Request, events: asyncio.Queue[Event]) -> Event | None:
         """Wait a moment for the first text or failure; None if it takes longer."""
@@ -300,31 +327,38 @@ class Server:
 
     async def _upload(self, request: Request) -> Response:
         limits = self.settings.limits
-        path = self.uploads.new_path()
+        path, hold = self.uploads.new_path(), Hold(self.uploads.incoming)
         try:
             with path.open("wb") as out:
                 async for piece in read_body(request, limits.upload_bytes, limits.media_s):
+                    hold.take(len(piece))
                     await run_in_threadpool(out.write, piece)
             if path.stat().st_size == 0:
                 raise RequestError("the upload is empty", code="invalid_media")
             key = await run_in_threadpool(self.uploads.add, path)
         finally:
             path.unlink(missing_ok=True)
+            hold.release()
         return JSONResponse({"url": f"upload:{key}"})
 
     async def _frames(self, request: Request) -> Response:
-        fields = _frames_fields(await self._body(request))
-        stop = asyncio.Event()
+        hold, left = Hold(self.bodies), threading.Event()
 
         def progress(stage: str, done: int, total: int) -> None:
-            if stop.is_set():
+            if left.is_set():
                 raise Cancelled
 
-        try:
+        async def draw(wanted: Wanted) -> dict[str, Any]:
             async with self._drawing:
-                found = await run_in_threadpool(self._draw, fields, progress)
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(None, self._draw, wanted, progress)
+
+        try:
+            wanted = _frames_fields(await self._body(request, hold))
+            found = await unless_left(draw(wanted), request.receive)
         finally:
-            stop.set()
+            left.set()
+            hold.release()
         return JSONResponse(found)
 
     def _draw(self, wanted: Wanted, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
@@ -358,13 +392,34 @@ def _frames_fields(body: bytes) -> Wanted:
         right = (
             isinstance(url, str)
             and (num_frames is None or (type(num_frames) is int and num_frames >= 1))
-            and (fps is None or (type(fps) in (int, float) and 0 < fps < float("inf")))
+            and (fps is None or (type(fps) in (int, float) and 0 < fps <= MOST_FPS))
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         right = False
     if not right:
         raise RequestError('send {"url": ..., "num_frames": at least 1, "fps": above 0}')
     return Wanted("video", url, num_frames, None if fps is None else float(fps))
+
+
+class Hold:
+    """What one request has taken of a budget.
+
+    Args:
+        budget: The budget.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget, self.count = budget, 0
+
+    def take(self, count: int) -> None:
+        """Take more; see `Budget.take`."""
+        self.budget.take(count)
+        self.count += count
+
+    def release(self) -> None:
+        """Give everything back; harmless when repeated."""
+        count, self.count = self.count, 0
+        self.budget.give(count)
 
 
 async def unless_left(work: Coroutine[Any, Any, Result], receive: Receive) -> Result:

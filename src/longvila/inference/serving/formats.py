@@ -77,7 +77,8 @@ def check_video(source: Path | bytes, name: str, limits: Limits) -> None:
 
     file: Any = io.BytesIO(source) if isinstance(source, bytes) else str(source)
     try:
-        with av.open(file, options={"protocol_whitelist": "file"}) as container:
+        # As container_options: PyAV 15 crashes when options meet streams that show up late.
+        with av.open(file, container_options={"protocol_whitelist": "file"}) as container:
             sizes = [(s.width, s.height) for s in container.streams.video]
             seconds = (container.duration or 0) / av.time_base
     except (av.FFmpegError, OSError) as fault:

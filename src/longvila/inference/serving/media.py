@@ -15,6 +15,7 @@ and what was asked for. Cost of a repeated file: a look at its status; of repeat
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -37,8 +38,9 @@ from longvila.inference.serving.formats import (
 )
 from longvila.inference.serving.lru import WeightedLRU
 from longvila.inference.serving.settings import Limits
+from longvila.media.reader import VideoMetadata
 from longvila.media.sources import Limits as SourceLimits
-from longvila.media.video import SampledVideo, choose_indices, open_video
+from longvila.media.video import SampledVideo, open_video
 
 #: Called with (stage, done, total); raises to stop.
 Progress = Callable[[str, int, int], None]
@@ -221,8 +223,10 @@ class MediaLoader:
                 metadata = reader.metadata
             check_pixels(metadata.width, metadata.height, opened.name, self.limits)
             check_duration(metadata.duration_s, opened.name, self.limits)
-            count = len(choose_indices(metadata, num_frames=num_frames, fps=fps, short=part.short))
-            self._check_frames(count, left, metadata.duration_s)
+            # Estimated first: a list of what was asked for may itself be too large.
+            self._check_frames(
+                _most_frames(metadata, num_frames, fps, part.short), left, metadata.duration_s
+            )
             video: SampledVideo = part.sample(
                 opened.source, num_frames=num_frames, fps=fps, progress=report, limits=local
             )
@@ -253,3 +257,14 @@ class MediaLoader:
         part = replace(medium.video, frames=medium.video.frames[start:stop])
         pixels: Tensor = self.processor.video_processor.frame_pixels(part)
         return pixels
+
+
+def _most_frames(
+    metadata: VideoMetadata, num_frames: int | None, fps: float | None, short: str
+) -> int:
+    """Count the frames that sampling gives, at most one more."""
+    if fps is not None:
+        count = math.ceil(metadata.duration_s * fps) or 1
+        return count if num_frames is None else min(count, num_frames)
+    assert num_frames is not None
+    return num_frames if short == "repeat" else min(num_frames, metadata.num_frames)

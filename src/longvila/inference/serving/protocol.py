@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from longvila.inference.serving.access import shorten
 from longvila.inference.serving.errors import RequestError
 from longvila.inference.serving.jobs import Done, Question, question_of
 from longvila.inference.serving.media import Wanted
@@ -57,6 +58,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+#: Beyond any video's own rate; keeps products with durations finite.
+MOST_FPS = 1000.0
+_LONGEST_STOP = 256
+#: Below it, logits divided by it overflow, and the likeliest token is what is meant.
+_LEAST_TEMPERATURE = 1e-3
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=False)
 
@@ -79,7 +87,7 @@ class _ImageAddress(_Address):
 
 class _VideoAddress(_Address):
     num_frames: Annotated[int, Field(ge=1)] | None = None
-    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    fps: Annotated[float, Field(gt=0, le=MOST_FPS)] | None = None
 
 
 def _as_address(value: Any) -> Any:
@@ -133,8 +141,10 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _not_empty(texts: tuple[str, ...]) -> tuple[str, ...]:
-    if not all(texts):
-        raise ValueError("a stop sequence must not be empty")
+    if not all(0 < len(text) <= _LONGEST_STOP for text in texts):
+        raise ValueError(
+            f"a stop sequence must not be empty nor longer than {_LONGEST_STOP} characters"
+        )
     return texts
 
 
@@ -163,7 +173,7 @@ class ChatRequest(_Strict):
         AfterValidator(_not_empty),
     ] = ()
     num_frames: Annotated[int, Field(ge=1)] | None = None
-    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    fps: Annotated[float, Field(gt=0, le=MOST_FPS)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -194,6 +204,7 @@ def parse_request(body: bytes) -> ChatRequest:
     except ValidationError as fault:
         first = fault.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"] if part not in ("text", "parts"))
+        where = shorten(where)
         what = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             what = "there is no such field here; leave it out"
@@ -217,7 +228,7 @@ def to_question(request: ChatRequest, settings: Settings) -> Question:
     """
     if request.model != settings.name:
         raise RequestError(
-            f"there is no model {request.model!r}; this server has {settings.name!r}",
+            f"there is no model {shorten(request.model)!r}; this server has {settings.name!r}",
             status=404, code="model_not_found", param="model",
         )  # fmt: skip
     limits = settings.limits
@@ -231,6 +242,14 @@ def to_question(request: ChatRequest, settings: Settings) -> Question:
         raise RequestError(
             "the last message must not be the assistant's; end with a question", param="messages"
         )
+    length = sum(_text_length(message) for message in request.messages)
+    if length > limits.text_chars:
+        raise RequestError(
+            f"{length} characters of text, at most {limits.text_chars} are taken; shorten the "
+            "conversation",
+            code="context_length_exceeded",
+            param="messages",
+        )
     media: list[Wanted] = []
     messages = [_message(message, request, media) for message in request.messages]
     if len(media) > limits.media_items:
@@ -241,6 +260,12 @@ def to_question(request: ChatRequest, settings: Settings) -> Question:
     temperature = settings.temperature if request.temperature is None else request.temperature
     sampling = Sampling(most, temperature, request.top_p, request.top_k, request.seed, request.stop)
     return question_of(messages, media, sampling)
+
+
+def _text_length(message: _Message) -> int:
+    if isinstance(message.content, str):
+        return len(message.content)
+    return sum(len(part.text) for part in message.content if isinstance(part, _Text))
 
 
 def _message(message: _Message, request: ChatRequest, media: list[Wanted]) -> dict[str, Any]:

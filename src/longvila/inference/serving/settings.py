@@ -15,6 +15,8 @@ class Limits:
 
     Attributes:
         body_bytes: Of a request's body, base64 media counted in.
+        held_bytes: Of all bodies that have come or are coming, until they are answered.
+        text_chars: Characters of all text of a conversation.
         upload_bytes: Of one uploaded file.
         stored_bytes: Of all uploaded files together; the oldest go first.
         media_items: Images and videos of one conversation.
@@ -24,8 +26,8 @@ class Limits:
         pixels: Of one picture or frame before it is resized.
         prompt_tokens: Of a prompt; None for what the model's context holds.
         new_tokens: Of an answer.
-        active: Requests that hold a key-value cache at once.
-        preparing: Requests whose media are decoded at once.
+        active: Requests that hold a key-value cache at once; one client's are half of them at most.
+        preparing: Requests whose media are decoded at once; likewise.
         waiting: Requests that have not begun to be read.
         per_client: Requests of one client, waiting or not.
         wait_s: Most seconds before the model begins with a request.
@@ -35,6 +37,8 @@ class Limits:
     """
 
     body_bytes: int = 256 << 20
+    held_bytes: int = 2 << 30
+    text_chars: int = 8 << 20
     upload_bytes: int = 4 << 30
     stored_bytes: int = 16 << 30
     media_items: int = 16
@@ -44,8 +48,8 @@ class Limits:
     pixels: int = 8192 * 4320
     prompt_tokens: int | None = None
     new_tokens: int = 4096
-    active: int = 8
-    preparing: int = 2
+    active: int = 16
+    preparing: int = 4
     waiting: int = 64
     per_client: int = 16
     wait_s: float = 900.0

@@ -1,8 +1,8 @@
 """Files that clients send ahead of their questions.
 
 A file is written under a random name that only its sender learns. When all files together exceed
-their bound, those go that were used longest ago and are not being read. The folder goes with the
-server.
+their bound, those go that were used longest ago and are not being read. What is still coming has a
+bound of the same size. The folder goes with the server.
 """
 
 from __future__ import annotations
@@ -19,6 +19,37 @@ from pathlib import Path
 from longvila.inference.serving.errors import RequestError
 
 
+class Budget:
+    """Bytes that many requests share.
+
+    Args:
+        limit: Most bytes.
+        why: What a client is told when there are no more.
+    """
+
+    def __init__(self, limit: int, why: str) -> None:
+        self.limit, self.why, self.taken = limit, why, 0
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> None:
+        """Take some; `give` them back.
+
+        Raises:
+            RequestError: If there are not so many.
+        """
+        with self._lock:
+            if self.taken + count > self.limit:
+                raise RequestError(
+                    f"{self.why}; come back later", status=503, code="busy", retry_after_s=10
+                )
+            self.taken += count
+
+    def give(self, count: int) -> None:
+        """Give some back."""
+        with self._lock:
+            self.taken -= count
+
+
 class Uploads:
     """Uploaded files under a bound.
 
@@ -32,6 +63,7 @@ class Uploads:
         self._lock = threading.Lock()
         self._files: OrderedDict[str, int] = OrderedDict()
         self._held: dict[str, int] = {}
+        self.incoming = Budget(budget, "the server cannot take more uploads at once")
 
     @property
     def num_bytes(self) -> int:

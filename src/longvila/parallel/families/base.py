@@ -117,6 +117,8 @@ class Family:
             keywords of the text model; gets the local tokens ``(n,)`` that the rows replace and
             the local embeddings ``(L, M)``.
         extra_parameters: Parameters that serve media only and are in none of ``vision_modules``.
+        projector: What of ``vision_modules`` makes rows of the encoder's features: what is trained
+            as the projector.
     """
 
     name: str
@@ -134,10 +136,20 @@ class Family:
     row_multiple: Callable[[Any], int] = lambda config: 1
     text_inputs: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Any]]] = _rows_only
     extra_parameters: Callable[[PreTrainedModel], list[nn.Parameter]] = lambda model: []
+    projector: Callable[[PreTrainedModel], list[nn.Module]] | None = None
 
     def media_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
         """Every parameter that serves media only."""
         modules = self.vision_modules(model)
+        inside = [parameter for module in modules for parameter in module.parameters()]
+        return [*inside, *self.extra_parameters(model)]
+
+    def projector_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        """Every parameter that is trained as the projector's."""
+        if self.projector is None:
+            modules = self.vision_modules(model)[1:]
+        else:
+            modules = self.projector(model)
         inside = [parameter for module in modules for parameter in module.parameters()]
         return [*inside, *self.extra_parameters(model)]
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from longvila.parallel.families.base import (
@@ -155,6 +155,11 @@ def _kind(name: str, pixels: str) -> MediaKind:
 _MEDIA = (_kind("image", "pixel_values"), _kind("video", "pixel_values_videos"))
 
 
+def _mergers(model: PreTrainedModel) -> list[nn.Module]:
+    visual: Any = model.model.visual
+    return [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
+
+
 def _text_model(model: PreTrainedModel) -> PreTrainedModel:
     text: PreTrainedModel = model.model.language_model
     return text
@@ -169,6 +174,7 @@ QWEN2_5_VL = Family(
     media=_MEDIA,
     inputs=("mm_token_type_ids", "second_per_grid_ts"),
     position_ids=_position_ids,
+    projector=_mergers,
 )
 
 QWEN3_VL = Family(
@@ -180,6 +186,7 @@ QWEN3_VL = Family(
     media=_MEDIA,
     inputs=("mm_token_type_ids",),
     position_ids=_position_ids,
+    projector=_mergers,
     row_multiple=lambda config: 1 + len(config.vision_config.deepstack_visual_indexes),
     text_inputs=_deepstack_inputs,
 )
