@@ -112,15 +112,19 @@ def store(
         return function(*args, **kwargs)
     region = offload.region()
 
-    def put(tensor: Tensor) -> Stored | Tensor:
+    def put(tensor: Tensor) -> tuple[Stored | Tensor, torch.Size]:
         address = tensor.untyped_storage().data_ptr()
         own = (p for p in parameters() if type(p) in (Tensor, torch.nn.Parameter))
         if any(p.untyped_storage().data_ptr() == address for p in own):
-            return tensor
-        return region.put(tensor)
+            return tensor, tensor.shape
+        # Flat, so that a tensor and a reshaped view of it are known as one.
+        flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor
+        return region.put(flat), tensor.shape
 
-    def fetch(stored: Stored | Tensor) -> Tensor:
-        return stored.fetch() if isinstance(stored, Stored) else stored
+    def fetch(saved: tuple[Stored | Tensor, torch.Size]) -> Tensor:
+        stored, shape = saved
+        tensor = stored.fetch() if isinstance(stored, Stored) else stored
+        return tensor if tensor.shape == shape else tensor.view(shape)
 
     with torch.autograd.graph.saved_tensors_hooks(put, fetch):
         return function(*args, **kwargs)

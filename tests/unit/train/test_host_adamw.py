@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from train_cases import fresh_model, put_on_mesh, row, whole
 
 from longvila.testing import Rank, ranks
+from longvila.train import checkpoint
 from longvila.train.host_adamw import HostAdamW
 from longvila.train.stages import Optimizer, Rates
 from longvila.train.step import build_optimizer, train_step
@@ -107,3 +109,26 @@ def test_over_shards_it_is_the_same_step(rank: Rank) -> None:
         results.append(whole(model))
     for name, value in results[0].items():
         assert (results[1][name] == value).all(), name
+
+
+@ranks(2)
+def test_a_save_is_adamws_whichever_wrote_it(rank: Rank, tmp_path: Path) -> None:
+    """A run may put its moments on the host, or take them back, when it goes on."""
+    rates = Rates(vision_tower=1e-3, projector=1e-3, language_model=1e-3)
+
+    def begin(offload: bool) -> tuple[Any, Any, torch.optim.Optimizer]:
+        model, mesh = put_on_mesh(fresh_model(), sp=2)
+        return model, mesh, build_optimizer(model, rates, Optimizer(max_steps=2, offload=offload))
+
+    model, mesh, optimizer = begin(True)
+    train_step(model, [row(1)], optimizer, mesh)
+    checkpoint.save(tmp_path, 1, model, optimizer, run={}, data={}, keep=1)
+    train_step(model, [row(2)], optimizer, mesh)
+    expected = whole(model)
+    (save,) = checkpoint.find_saves(tmp_path)
+    for offload in (False, True):
+        model, mesh, optimizer = begin(offload)
+        checkpoint.load(save, model, optimizer, seed=0)
+        train_step(model, [row(2)], optimizer, mesh)
+        for name, value in whole(model).items():
+            assert (expected[name] == value).all(), (offload, name)
