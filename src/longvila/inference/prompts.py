@@ -14,6 +14,7 @@ Letters: S tokens, F frames.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -117,14 +118,16 @@ class Rendered:
         spans: dict[str, list[tuple[int, int]]] = {}
         for kind in family.media:
             items = self.items.get(kind.name, ())
-            places = (ids == kind.token_id(config)).nonzero().flatten().tolist()
+            places = (ids == kind.token_id(config)).nonzero().flatten()
             edges = [0, *accumulate(item.rows for item in items)]
             if edges[-1] != len(places):
                 raise ValueError(
                     f"the prompt has {len(places)} {kind.name} placeholders but the media give "
                     f"{edges[-1]} rows"
                 )
-            spans[kind.name] = [(places[a], places[b - 1] + 1) for a, b in pairwise(edges)]
+            spans[kind.name] = [
+                (int(places[a]), int(places[b - 1]) + 1) for a, b in pairwise(edges)
+            ]
         for start, end in sorted(span for each in spans.values() for span in each):
             if start < kept < end:
                 kept = start
@@ -407,7 +410,35 @@ class LongVILAPrompts:
         return Rendered(self._tokenise(expanded), items)
 
     def _tokenise(self, text: str) -> list[int]:
-        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """Tokenise, runs of placeholders as one: an hour of video has a million of them.
+
+        Placeholders are special tokens, so the text between them is tokenised apart, and nothing
+        is between those of a run.
+        """
+        processor, tokenizer = self.processor, self.processor.tokenizer
+        marks = (processor.image_token, processor.video_token)
+        lengths: list[int] = []
+
+        def shorten(run: re.Match[str]) -> str:
+            mark = next(mark for mark in marks if run.group().startswith(mark))
+            lengths.append(len(run.group()) // len(mark))
+            return mark
+
+        runs = "|".join(f"(?:{re.escape(mark)})+" for mark in marks)
+        short = tokenizer(re.sub(runs, shorten, text), add_special_tokens=False)["input_ids"]
+        if not lengths:
+            return list(short)
+        ids = torch.tensor(short)
+        marked = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(list(marks))))
+        if int(marked.sum()) != len(lengths):
+            raise ValueError(
+                f"the tokenizer does not keep {marks} whole: {int(marked.sum())} tokens of "
+                f"{len(lengths)} runs"
+            )
+        repeats = torch.ones_like(ids)
+        repeats[marked] = torch.tensor(lengths)
+        whole: list[int] = ids.repeat_interleave(repeats).tolist()
+        return whole
 
 
 # ---- other families --------------------------------------------------------------------------

@@ -46,6 +46,20 @@ def test_what_is_left_behind_a_prefix(film: Path) -> None:
                 assert batch["video_num_frames"].tolist() == [3]
 
 
+def test_runs_of_placeholders_are_tokenised_as_if_written_out() -> None:
+    model = tiny_model()
+    processor = tiny_processor(model.config)
+    with Engine(model) as engine:
+        prompts = LongVILAPrompts(model, processor, engine.family)
+    video, image = processor.video_token, processor.image_token
+    for text in (
+        "no media.\n\n", video * 9 + "\n" + video * 9 + "\n", f"a{video}{image * 3}{video * 2} the",
+        f"{image}\n\n{image}", f"00:01 {video * 5}00:02 {video * 5}.\n", image * 4,
+    ):  # fmt: skip
+        expected = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert prompts._tokenise(text) == expected
+
+
 def test_the_common_prefix_of_long_lists() -> None:
     long = list(range(1000))
     for cut in (0, 1, 7, 500, 999):
