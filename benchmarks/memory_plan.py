@@ -5,7 +5,8 @@ random-weight models with the layers of Qwen2-7B and the tower of SigLIP-so400m,
 that a case takes seconds. Each case runs twice; the second step is measured, by phase: up to the
 loss, backward, optimiser. The allocator's own count is read at the seams without waiting for the
 device. Beside it stands what `longvila.memory.estimate` says of the same model (read from the model
-by `longvila.parallel.sizes`), row and settings, and the error in percent.
+by `longvila.parallel.sizes`), row and settings, and the error in percent; on a device whose rates
+are known, the planned time of the step too.
 
 The rows ``rate/...`` are sustained rates of this machine, which ``longvila plan --rates FILE``
 reads: matrix products as wide as the model's, copies within the device, and to and from pinned
@@ -24,7 +25,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -224,12 +225,15 @@ def phase_of(moment: str) -> str:
     return "optimizer" if moment == "optimizer" else "backward"
 
 
-def measure(case: Case, options: argparse.Namespace, cluster: Cluster) -> Row:
-    """Run one case; return planned and measured peaks."""
+def measure(
+    case: Case, options: argparse.Namespace, cluster: Cluster, gpu: Any | None = None
+) -> Row:
+    """Run one case; return planned and measured peaks, and times where rates are known."""
     from longvila.memory.estimate import training_peak
     from longvila.memory.offload import Offload
     from longvila.memory.operations import Load, Tuned
     from longvila.memory.settings import Ranks, Settings
+    from longvila.memory.timing import training_time
     from longvila.parallel.apply import ParallelPlan, parallelize
     from longvila.parallel.sizes import size_of
     from longvila.sp.mesh import build_mesh
@@ -292,6 +296,10 @@ def measure(case: Case, options: argparse.Namespace, cluster: Cluster) -> Row:
         "error_percent": 100 * (peak.bytes / highest - 1),
         "step_s": step_s,
     }
+    if gpu is not None:
+        time_of = training_time(size, load, gpu=gpu, ranks=ranks, settings=settings, tuned=tuned)
+        metrics["planned_s"] = time_of.seconds
+        metrics["time_error_percent"] = 100 * (time_of.seconds / step_s - 1)
     for phase in PHASES:
         metrics[f"{phase}_peak_gib"] = measured[phase] / GIB
         metrics[f"{phase}_planned_gib"] = predicted[phase] / GIB
@@ -390,6 +398,19 @@ def measure_rates(options: argparse.Namespace, cluster: Cluster) -> list[Row]:
     return found
 
 
+def known_rates(rows: list[Row], cluster: Cluster) -> Any | None:
+    """The table's rates of this device with those just measured laid over them, None without."""
+    from longvila.memory.rates import GPUS, find_gpu, with_rows
+
+    if not cluster.is_cuda:
+        return None
+    name = torch.cuda.get_device_name(cluster.device)
+    if not any(key in name.lower() for key in GPUS):
+        return None
+    gpu = find_gpu(name)
+    return with_rows(gpu, [asdict(row) for row in rows], "this run") if rows else gpu
+
+
 # ---- run ---------------------------------------------------------------------------------------
 
 
@@ -399,13 +420,14 @@ def run(options: argparse.Namespace, cluster: Cluster) -> Report:
         report.rows += measure_rates(options, cluster)
         for row in report.rows:
             cluster.say(f"  {row.method:40s} {row.metrics}")
+    gpu = known_rates(report.rows, cluster)
     cases = CASES if cluster.is_cuda else TINY
     wanted = [case for case in cases if not options.only or options.only in case.name]
     for case in wanted:
         if options.shrink > 1:
             case = replace(case, tokens=case.tokens // options.shrink)
         try:
-            row = measure(case, options, cluster)
+            row = measure(case, options, cluster, gpu)
         except torch.OutOfMemoryError as fault:
             report.not_measured.append({"method": f"step/{case.name}", "why": str(fault)[:200]})
             cluster.say(f"  {case.name}: out of memory")

@@ -37,6 +37,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "total_tflops_per_gpu": ("total TFLOP/s", "{:.0f}"),
     "total_ms": ("ms", "{:.1f}"),
     "step_s": ("step s", "{:.3f}"),
+    "first_step_s": ("first step s", "{:.3f}"),
     "tokens_per_s_per_gpu": ("tokens/s/GPU", "{:.0f}"),
     "mfu_percent": ("MFU %", "{:.1f}"),
     "percent_of_ideal": ("% of best kernel", "{:.1f}"),
@@ -312,6 +313,54 @@ def ask(result: dict[str, Any]) -> list[str]:
     return table(header, cells)
 
 
+def train_step(result: dict[str, Any]) -> list[str]:
+    """Full fine-tuning steps: one table a length, then our parts, ratios and checks."""
+    names = ["step_s", "tokens_per_s_per_gpu", "mfu_percent", "peak_gib", "first_step_s"]
+    lines: list[str] = []
+    for tokens in sorted({row["tokens"] for row in result["rows"]}):
+        rows = [row for row in result["rows"] if row["tokens"] == tokens]
+        rows.sort(key=lambda row: row["metrics"].get("step_s", float("inf")))
+        cells = []
+        for row in rows:
+            if row["metrics"]:
+                figures = [_figure(row, name) for name in names]
+            else:
+                figures = [row["about"]["failed"], *[""] * (len(names) - 1)]
+            cells.append([_method(row), *figures, str(len(row["samples"]))])
+        header = ["method", *(_heading(name) for name in names), "steps"]
+        lines += [f"**{tokens_name(tokens)} tokens**", "", *table(header, cells), ""]
+    ours = [row for row in result["rows"] if "embed_s" in row["metrics"]]
+    parts = ["embed", "text_forward", "loss_forward", "backward", "norm_clip", "update"]
+    if ours:
+        header = ["part of our step, s", *(part.replace("_", " ") for part in parts)]
+        cells = [
+            [tokens_name(row["tokens"]), *(f"{row['metrics'][f'{part}_s']:.3f}" for part in parts)]
+            for row in ours
+        ]
+        lines += [*table(header, cells), ""]
+    if comparisons := result.get("notes", {}).get("comparisons"):
+        header = ["tokens", "against", "compared by", "speed-up"]
+        cells = [
+            [tokens_name(c["tokens"]), f"`{c['peer']}`", f"{c.get('steps', 'median')} steps",
+             f"{c['speedup']:.3f}"]
+            for c in comparisons
+        ]  # fmt: skip
+        lines += [*table(header, cells), ""]
+    for name in ("samples", "left_out", "cut_off"):
+        if name in result.get("notes", {}):
+            lines += [result["notes"][name], ""]
+    checked = [r for r in result["rows"] if "check_loss_error" in r["metrics"]]
+    if checked:
+        loss = max(r["metrics"]["check_loss_error"] for r in checked)
+        norm = max(r["metrics"]["check_gradient_norm_error"] for r in checked)
+        length = tokens_name(checked[0]["shape"]["check_tokens"])
+        lines.append(
+            f"All methods against one GPU at {length} tokens, relative, at most: loss {loss:.1e}, "
+            f"gradient norm {norm:.1e}."
+        )
+    return lines
+
+
 TIERS = {
     "a": "seen in training",
     "b": "unseen drawing of a trained name",
@@ -346,6 +395,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "attention": attention,
     "mmsp_step": step,
     "trace": trace,
+    "train_step": train_step,
     "vision_balance": vision,
 }
 #: Tables drawn from another benchmark's file: its name and conditions, and what draws it.

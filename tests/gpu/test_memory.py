@@ -24,6 +24,8 @@ from longvila.train.host_adamw import HostAdamW
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    # torch says once a process that its check, which these tests turn on, is a prototype.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),
 ]
 
 

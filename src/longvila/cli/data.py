@@ -181,11 +181,7 @@ def _inspect(argv: list[str]) -> int:
         }
     encoder = None
     if options.model is not None:
-        from longvila.data.encode import Encoder
-        from longvila.model.processing_longvila import LongVILAProcessor
-
-        processor = LongVILAProcessor.from_pretrained(options.model)
-        encoder = Encoder(processor, options.max_tokens, num_frames=options.frames)
+        encoder = _encoder(options)
     found = {name: survey(each, options.samples, encoder) for name, each in datasets.items()}
     if options.json:
         print(json.dumps(found))
@@ -200,6 +196,26 @@ def _inspect(argv: list[str]) -> int:
         for reason in facts["reasons"]:
             print(f"  left out: {reason}")
     return 0
+
+
+def _encoder(options: Inspect) -> Any:
+    """What makes documents for a checkpoint of any known family."""
+    from transformers import AutoConfig, AutoProcessor
+
+    from longvila.data.families import coders
+    from longvila.model.processing_longvila import LongVILAProcessor
+
+    assert options.model is not None
+    try:
+        config = AutoConfig.from_pretrained(options.model)
+    except (OSError, ValueError):
+        config = None  # a processor alone, or the original's layout
+    if config is None or config.model_type == "longvila":
+        processor: Any = LongVILAProcessor.from_pretrained(options.model)
+    else:
+        processor = AutoProcessor.from_pretrained(options.model)
+    settings = {"max_tokens": options.max_tokens, "num_frames": options.frames}
+    return coders(processor, config, encoder=settings, collator={})[0]
 
 
 def survey(dataset: Any, samples: int, encoder: Any = None) -> dict[str, Any]:

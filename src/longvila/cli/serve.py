@@ -60,10 +60,10 @@ class Bounds:
     """Tokens of a prompt; what the context holds if absent."""
     new_tokens: int = 4096
     """Tokens of an answer."""
-    active: int = 8
-    """Requests that the model works on at once."""
-    preparing: int = 2
-    """Requests whose media are decoded at once."""
+    active: int = 16
+    """Requests that the model works on at once; a client has half of the places at most."""
+    preparing: int = 4
+    """Requests whose media are decoded at once; likewise."""
     waiting: int = 64
     """Requests in the queue."""
     per_client: int = 16

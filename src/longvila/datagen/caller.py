@@ -259,10 +259,11 @@ def _seconds(text: str | None) -> float | None:
 
 
 class LocalCaller:
-    """Asks a model of this process: LongVILA with or without pictures, a language model without.
+    """Asks a model of this process: of a known family with pictures, a language model without.
 
     Args:
-        model: A LongVILA model, or a causal language model; in evaluation mode.
+        model: LongVILA or a model of another known family, or a causal language model; in
+            evaluation mode.
         processor: Its processor, or the tokenizer with a chat template.
         name: What settings and reports call it.
     """
@@ -295,6 +296,7 @@ class LocalCaller:
             AutoProcessor,
             AutoTokenizer,
         )
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -303,7 +305,8 @@ class LocalCaller:
         loader: Any = AutoModelForCausalLM
         reader: Any = AutoTokenizer
         try:
-            if AutoConfig.from_pretrained(folder).model_type == "longvila":
+            config = AutoConfig.from_pretrained(folder)
+            if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
                 loader, reader = AutoModelForImageTextToText, AutoProcessor
             model = loader.from_pretrained(folder, dtype=getattr(torch, dtype))
             processor = reader.from_pretrained(folder)

@@ -343,16 +343,17 @@ def table(summaries: Mapping[str, Summary]) -> str:
 # ---- the page
 
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:64rem;padding:0 1rem;
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:78rem;padding:0 1rem;
 color:#1b1f24;background:#fff}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #d0d7de}
 table{border-collapse:collapse;margin:.8rem 0}th,td{padding:.25rem .8rem;text-align:right;
 border-bottom:1px solid #e3e7eb}th:first-child,td:first-child{text-align:left}
-td.part{padding-left:1.6rem}.bar{display:inline-block;height:.55rem;background:#4c8bf5;
-margin-right:.5rem;vertical-align:middle}.note{color:#59636e;font-size:.9rem}
+td{white-space:nowrap}
+.track{display:inline-block;width:120px;margin-right:.5rem;text-align:left;background:#e3e7eb}
+.track,.bar{height:.55rem;vertical-align:middle}.bar{display:block;background:#4c8bf5}.note{color:#59636e;font-size:.9rem}
 .bad{color:#b3261e}pre{white-space:pre-wrap;background:#f3f5f7;padding:.5rem .7rem;margin:.3rem 0}
 @media(prefers-color-scheme:dark){body{color:#e6edf3;background:#0d1117}h2,th,td{border-color:#30363d}
-.note{color:#9198a1}.bad{color:#ff8a80}pre{background:#161b22}}
+.note{color:#9198a1}.bad{color:#ff8a80}pre,.track{background:#161b22}}
 """
 
 
@@ -397,7 +398,8 @@ def _bar(part: Score | None) -> str:
     if part is None:
         return "not judged"
     width = round(120 * part.accuracy)
-    return f"<span class='bar' style='width:{width}px'></span>{percent(part)}"
+    bar = f"<span class='bar' style='width:{width}px'></span>"
+    return f"<span class='track'>{bar}</span>{percent(part)}"
 
 
 def _overview(runs: Sequence[Run], benchmarks: Sequence[str]) -> str:

@@ -48,6 +48,11 @@ from longvila.memory.operations import Load, Tuned
 from longvila.memory.settings import STATE_BYTES, Ranks, Settings
 from longvila.memory.sizes import ModelSize
 
+#: What stays allocated on a GPU between steps beside parameters and states: workspaces of cuBLAS
+#: and the like. Source: between_steps_gib of every case in
+#: benchmarks/results/2026-11-22_memory_plan_1xh200.json, minus 12 bytes a parameter.
+LIBRARY_BYTES = 0.132 * 2**30
+
 #: Rows of the head's gradient that are added at a time (`longvila.memory.cross_entropy`).
 _GRADIENT_ROWS = 16384
 #: Both moments of the pieces under way while they are on the host (`longvila.train.host_adamw`).
@@ -175,10 +180,22 @@ class _Step:
             return float(self.c * self.frames * tower.patches * tower.width)
         return 0.0
 
+    def rows_in_place(self) -> float:
+        """Received rows, which putting them among the embeddings keeps for its backward."""
+        tower = self.size.tower
+        if tower is None or not (self.tuned.tower or self.tuned.projector):
+            return 0.0
+        return float(self.c * self.frames * tower.rows * self.text.width)
+
     # ---- checkpoints
 
-    def checkpoints(self, layers: int) -> tuple[float, float]:
-        """Bytes on the device and on the host of the first so many layers, waiting for backward."""
+    def checkpoints(self, layers: int, *, running: bool) -> tuple[float, float]:
+        """Bytes on the device and on the host of the first so many layers.
+
+        Args:
+            layers: How many are left.
+            running: Whether the last of them is in its backward pass; else all wait for it.
+        """
         settings, text = self.settings, self.text
         if not self.tuned.through_text:
             return 0.0, 0.0
@@ -193,13 +210,22 @@ class _Step:
         )
         first_plain = text.layers - settings.plain_layers if settings.checkpointing else 0
         per = [small if layer < first_plain else full for layer in range(layers)]
-        total = sum(per)
-        movable = sum(per[: max(layers - settings.keep_last, 0)])
-        host = min(float(settings.offload_bytes), movable)
-        if host == 0:
-            return total, 0.0
-        in_flight = min(host, _LAYERS_IN_FLIGHT * max(per))
-        return total - host + in_flight, host
+        moved, host = self._moved(small, full, first_plain)
+        # Coming back in time: the layer that runs backward, and the one before it.
+        back = range(layers - 2, layers) if running else range(moved - _LAYERS_IN_FLIGHT, moved)
+        device = sum(size for layer, size in enumerate(per) if layer >= moved or layer in back)
+        return device, host
+
+    def _moved(self, small: float, full: float, first_plain: int) -> tuple[int, float]:
+        """How many layers go to the host, from the first on, and their bytes."""
+        settings, host = self.settings, 0.0
+        for layer in range(self.text.layers - settings.keep_last):
+            size = small if layer < first_plain else full
+            if host + size > settings.offload_bytes:
+                # Single tensors of this layer may still fit.
+                return layer, host
+            host += size
+        return max(self.text.layers - settings.keep_last, 0), host
 
     def plain(self, layer: int) -> bool:
         """Whether a layer keeps what its backward needs."""
@@ -328,12 +354,20 @@ class _Step:
 
     def moments(self) -> dict[str, dict[str, float]]:
         """All moments, with their parts."""
+        found = self._moments()
+        if self.settings.backend != "cpu":
+            for parts in found.values():
+                parts["workspaces of libraries"] = LIBRARY_BYTES
+        return found
+
+    def _moments(self) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = {}
         text = self.text
         base = self.steady(gradient_layers=0, root_gradients=False)
         always = {
             "gathered outside the layers": self.root(),
             "pixels or features": self.media(),
+            "media rows in place": self.rows_in_place(),
             # rotary tables of the step, ids, labels and indices
             "positions and ids": self.local * (2.0 * self.c * text.head_dim + 40),
         }
@@ -369,7 +403,7 @@ class _Step:
         ends = {0, 1, layers - 1, plain if self.settings.checkpointing else 0}
         for processed in sorted(each for each in ends if each < layers):
             where = f"{name}, layer {layers - processed} of {layers}"
-            device, _ = self.checkpoints(layers - processed)
+            device, _ = self.checkpoints(layers - processed, running=True)
             found[where] = {
                 **self.steady(gradient_layers=processed, root_gradients=False),
                 **always,
@@ -388,7 +422,7 @@ class _Step:
 
     def _waiting(self) -> dict[str, float]:
         """What all layers left for backward."""
-        device, _ = self.checkpoints(self.text.layers)
+        device, _ = self.checkpoints(self.text.layers, running=False)
         return {self._waiting_name: device}
 
     def _loss(self) -> dict[str, float]:
@@ -398,10 +432,13 @@ class _Step:
         weight = 4.0 * text.embedding_parameters if self.tuned.text else 0.0
         part = 4.0 * text.width * min(_GRADIENT_ROWS, text.vocabulary) if tiles > 1 else 0.0
         logits = rows * text.vocabulary
-        # Logits twice while the logarithm of their sum is taken; then beside them their gradient
-        # in the type of the products (which the CPU casts back for each of them).
+        # Logits twice while the logarithm of their sum is taken, with the gradient of the tile
+        # before them still there; then beside them their gradient in the type of the products
+        # (which the CPU casts back for each of them).
         products = 4 + c + (4 if self.settings.backend == "cpu" and c < 4 else 0)
-        taken = 8.0 * logits + (weight if tiles > 1 else 0.0)
+        taken = 8.0 * logits
+        if tiles > 1:
+            taken += (c if c < 4 else 0.0) * logits + weight
         multiplied = float(products * logits) + weight + (part if self.tuned.text else 0.0)
         parts = {
             **self._waiting(),
@@ -462,7 +499,7 @@ class _Step:
         frames = self._tower_call() if self.settings.checkpointing else self.frames
         parameters = tuned.tower * tower.parameters + tuned.projector * tower.projector_parameters
         parts = {
-            "media rows": float(2 * c * self.frames * tower.rows * self.text.width),
+            "media rows": float(c * self.frames * tower.rows * self.text.width),
             "gradient of the head": self.head_gradient(),
             "gradient of hidden states": float(c * self.text.width * self.local),
         }
@@ -472,7 +509,8 @@ class _Step:
             width = 2 * tower.joined_width + 4 * self.text.width
             parts["tower"] = float(c * self._tower_call() * tower.rows * width)
         if self.settings.checkpointing and frames < self.frames:
-            parts["sums of the tower's gradients"] = 4.0 * parameters
+            # with those of the micro-batch before, which go only when the next ones come
+            parts["sums of the tower's gradients"] = (4.0 + c) * parameters
         if self.settings.fsdp:
             parts["gathered layers"] = self.settings.reduce_bytes * self.layer_tuned
         return parts
@@ -525,7 +563,7 @@ def training_peak(
     Memory: See the module's text; ``(4 + 4 + 8) N / R`` for parameters, gradients and states.
     """
     step = _Step(size, load, ranks or Ranks(), settings or Settings(), tuned or Tuned())
-    _, host = step.checkpoints(size.text.layers)
+    _, host = step.checkpoints(size.text.layers, running=False)
     if step.settings.optimizer == "adamw-host":
         host += STATE_BYTES["adamw"] * step.tuned.parameters(size) / step.shards
     return Peak(moments=step.moments(), host_bytes=host)

@@ -155,23 +155,12 @@ def prompt_time(
     number = compute_bytes * text.head_dim * 2 * (text.heads + kv) * local * (u - 1) / u
     across = u > ranks.per_node
     parts = {
-        "tower and projector": (
-            counts["tower"] / gpu.tower_attention[0] + counts["projector"] / gpu.matrices[0]
-        )
-        / sp,
+        "tower and projector": (counts["tower"] + counts["projector"]) / gpu.tower / sp,
         "text matrices": counts["text_matrices"] / gpu.matrices[0] / sp,
         "attention": counts["attention"] / kernel[0] / sp * head_imbalance(text.heads, u),
         "elementwise": forward * local * text.layers / gpu.memory_rate,
         "heads exchanged": text.layers * number / (links.rate if across else gpu.all_to_all),
     }
-    tower = size.tower
-    if tower is not None and load.frames:
-        linear = 2.0 * tower.matrices
-        share = linear / (linear + 4.0 * tower.layers * tower.width * tower.patches)
-        parts["tower and projector"] = (
-            counts["tower"] * (share / gpu.matrices[0] + (1 - share) / gpu.tower_attention[0])
-            + counts["projector"] / gpu.matrices[0]
-        ) / sp
     read = float(compute_bytes * size.text.parameters)
     read += cache_bytes(size, local, compute_bytes=compute_bytes)
     return PromptTime(

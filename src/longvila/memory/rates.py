@@ -12,9 +12,10 @@ kernel and says so.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from longvila.memory.sizes import PlanError
 
@@ -32,7 +33,7 @@ class Gpu:
         matrices: Operations a second of wide bfloat16 products, forward and backward.
         attention: Operations a second of causal attention at long lengths, head dim 128, forward
             and backward, by back end.
-        tower_attention: The same for a tower's frames (729 patches, head dim 72).
+        tower: Operations a second of a vision tower and its projector, all in all.
         memory_rate: Bytes a second of device memory.
         all_to_all: Bytes a second that a GPU sends in an all-to-all inside a node.
         gather: The same in an all-gather or a reduce-scatter.
@@ -45,7 +46,7 @@ class Gpu:
     memory_bytes: float
     matrices: tuple[float, float]
     attention: Mapping[str, tuple[float, float]]
-    tower_attention: tuple[float, float]
+    tower: float
     memory_rate: float
     all_to_all: float
     gather: float
@@ -69,6 +70,7 @@ class Gpu:
 
 
 _KERNELS = "benchmarks/results/2026-11-22_attention_2xh200.json, ideal_* rows at 131072 tokens"
+_OWN = "benchmarks/results/2026-11-22_memory_plan_1xh200.json"
 _LINKS = "the same file, links at 256 MiB"
 _MAMF = (
     "largest matrix product rate of stas00/ml-engineering, compute/accelerator/README.md "
@@ -80,32 +82,32 @@ _MAGI = (
 )
 _SHEET = "data sheet"
 _TOWER = (
-    "one H200, torch 2.11: 128 frames of 729 patches, 16 heads x 72, cuDNN 290/223 TFLOP/s; other "
-    "devices scaled by their matrix rate"
+    "benchmarks/results/2026-11-22_vision_balance_2xh200.json, tower/longvila_exchange: operations "
+    "of 512 frames a GPU, forward, again and backward, over 3.8864 s"
 )
 
 H200 = Gpu(
     name="H200",
     memory_bytes=139.8 * GIB,
-    matrices=(794.5e12, 794.5e12),
+    matrices=(671.5e12, 677.06e12),
     attention={
         "fa4": (694.51e12, 607.77e12),
         "cudnn": (583.77e12, 531.58e12),
         "flash": (337.31e12, 323.2e12),
     },
-    tower_attention=(290e12, 223e12),
-    memory_rate=4.8e12,
+    tower=344.27e12,
+    memory_rate=4.234e12,
     all_to_all=284.87e9,
     gather=256.49e9,
     ring=302.77e9,
-    host_rate=50e9,
+    host_rate=55.287e9,
     sources={
-        "matrices": _MAMF,
+        "matrices": f"{_OWN}, rate/matrices (sustained; best shapes reach 794.5 for a moment)",
         "attention": _KERNELS,
-        "tower_attention": _TOWER,
-        "memory_rate": _SHEET,
+        "tower": _TOWER,
+        "memory_rate": f"{_OWN}, rate/device_memory",
         "links": _LINKS,
-        "host_rate": "PCIe 5 x16, about 80 % of 64 GB/s",
+        "host_rate": f"{_OWN}, rate/host",
     },
 )
 
@@ -115,6 +117,7 @@ GPUS: dict[str, Gpu] = {
         H200,
         name="H100",
         memory_bytes=79.1 * GIB,
+        matrices=(794.5e12, 794.5e12),
         attention={
             "flash": (366e12, 330e12),
             "cudnn": (607e12, 517e12),
@@ -123,7 +126,10 @@ GPUS: dict[str, Gpu] = {
         memory_rate=3.35e12,
         sources={
             **H200.sources,
+            "matrices": _MAMF,
             "attention": _MAGI,
+            "memory_rate": _SHEET,
+            "host_rate": f"that of the H200, on the same PCIe 5 x16: {_OWN}",
             "links": f"those of the H200, which has the same NVLink: {_LINKS}",
         },
     ),
@@ -133,7 +139,7 @@ GPUS: dict[str, Gpu] = {
         memory_bytes=79.1 * GIB,
         matrices=(271.2e12, 271.2e12),
         attention={"flash": (230e12, 196e12)},
-        tower_attention=(290e12 * 271.2 / 794.5, 223e12 * 271.2 / 794.5),
+        tower=344.27e12 * 271.2 / 794.5,
         memory_rate=2.04e12,
         all_to_all=284.87e9 * 600 / 900,
         gather=256.49e9 * 600 / 900,
@@ -141,6 +147,9 @@ GPUS: dict[str, Gpu] = {
         host_rate=25e9,
         sources={
             **H200.sources,
+            "matrices": _MAMF,
+            "tower": f"scaled by the ratio of matrix rates, 271.2 / 794.5: {_TOWER}",
+            "memory_rate": _SHEET,
             "attention": "arXiv 2307.08691, section 4.1: at most 73 % of 312 TFLOP/s forward, 63 % "
             "backward",
             "links": "those of the H200 by the data sheets' ratio of NVLink rates, 600 / 900",
@@ -188,7 +197,7 @@ def with_results(gpu: Gpu, files: Iterable[str | Path]) -> Gpu:
         if kind == "attention":
             gpu = _with_attention(gpu, content, str(file))
         elif kind == "memory_plan":
-            gpu = _with_rates(gpu, content, str(file))
+            gpu = with_rows(gpu, content["rows"], str(file))
         else:
             raise PlanError(
                 f"{file} is a result of {kind!r}; rates are in those of attention and memory_plan"
@@ -196,10 +205,8 @@ def with_results(gpu: Gpu, files: Iterable[str | Path]) -> Gpu:
     return gpu
 
 
-def _with_attention(gpu: Gpu, content: Mapping[str, object], file: str) -> Gpu:
-    rows = content["rows"]
-    assert isinstance(rows, list)
-    kernels = [row for row in rows if str(row["method"]).startswith("ideal_")]
+def _with_attention(gpu: Gpu, content: Mapping[str, Any], file: str) -> Gpu:
+    kernels = [row for row in content["rows"] if str(row["method"]).startswith("ideal_")]
     if not kernels:
         raise PlanError(f"{file} has no rows ideal_*: run it with the bare kernels")
     attention = dict(gpu.attention)
@@ -212,7 +219,6 @@ def _with_attention(gpu: Gpu, content: Mapping[str, object], file: str) -> Gpu:
         )
     gpu = replace(gpu, attention=attention, sources={**gpu.sources, "attention": file})
     links = content.get("links") or []
-    assert isinstance(links, list)
     if not links:
         return gpu
     largest = max(links, key=lambda each: float(each["message_mib"]))
@@ -225,9 +231,17 @@ def _with_attention(gpu: Gpu, content: Mapping[str, object], file: str) -> Gpu:
     )
 
 
-def _with_rates(gpu: Gpu, content: Mapping[str, object], file: str) -> Gpu:
-    rows = content["rows"]
-    assert isinstance(rows, list)
+def with_rows(gpu: Gpu, rows: Sequence[Mapping[str, Any]], file: str) -> Gpu:
+    """Replace rates by the ``rate/...`` rows of ``benchmarks.memory_plan``.
+
+    Args:
+        gpu: Rates to begin from.
+        rows: Rows of a result.
+        file: Where they come from.
+
+    Raises:
+        PlanError: If there is no such row.
+    """
     found = {row["method"]: row["metrics"] for row in rows if row["method"].startswith("rate/")}
     if not found:
         raise PlanError(f"{file} has no rows rate/*: run it without --no-rates")

@@ -1,6 +1,8 @@
 """How long a training step, or reading a prompt, takes on a rank, by part.
 
-    tower, text matrices, head   operations of the busiest rank / rate of wide products
+    tower and projector          operations of the busiest rank / rate of a whole tower
+    text matrices, head          operations of the busiest rank / rate of wide products; the head
+                                 also 50 bytes a logit
     attention                    operations / the kernel's own rate, times what uneven heads cost
     elementwise                  bytes that norms, rotations, activations and residuals move / rate
                                  of device memory
@@ -8,6 +10,7 @@
                                  head chunks
     ring                         a block: what a transfer takes longer than the block it hides
                                  behind (two transfers in backward: k, v and dk, dv)
+    parameters copied            copies out of gathers and into reductions / rate of device memory
     parameters                   gathers and reductions of a layer, what exceeds its computation;
                                  the group outside the layers, in full
     offload                      copies of a layer's checkpoint, what exceeds its computation
@@ -39,6 +42,10 @@ from longvila.memory.operations import Load, Operations, Tuned, training_operati
 from longvila.memory.rates import Gpu
 from longvila.memory.settings import Ranks, Settings
 from longvila.memory.sizes import ModelSize, TextSize
+
+#: Bytes that the cross-entropy moves a logit: the product's result, the logarithm of sums, softmax
+#: in place, the gradient's cast (`longvila.memory.cross_entropy`).
+_LOGIT_BYTES = 50.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +140,6 @@ class _Clock:
         uneven = head_imbalance(self.text.heads, self.ranks.ulysses)
         counts = self.operations
         times: tuple[dict[str, float], dict[str, float]] = ({}, {})
-        matrices_of_tower = self._tower_matrices()
         for way, (found, passes) in enumerate(
             zip(times, ((counts.forward,), (counts.backward, counts.recompute)), strict=True)
         ):
@@ -143,13 +149,8 @@ class _Clock:
                     # What runs again runs at the forward's rate.
                     again = counts.recompute[part] if way else 0.0
                     found[part] = uneven / sp * ((total - again) / kernel[way] + again / kernel[0])
-                elif part == "tower":
-                    square = 1 - matrices_of_tower
-                    found["tower"] = found.get("tower", 0.0) + total / sp * (
-                        matrices_of_tower / gpu.matrices[way] + square / gpu.tower_attention[way]
-                    )
-                elif part == "projector":
-                    found["tower"] = found.get("tower", 0.0) + total / sp / gpu.matrices[way]
+                elif part in ("tower", "projector"):
+                    found["tower"] = found.get("tower", 0.0) + total / sp / gpu.tower
                 else:
                     found[part] = total / sp / gpu.matrices[way]
         forward, backward = elementwise_bytes(self.text, self.c, compiled=self.settings.compiled)
@@ -161,13 +162,22 @@ class _Clock:
         )
         return times[0], times[1], () if note is None else (note,)
 
-    def _tower_matrices(self) -> float:
-        """Share of the tower's operations that are products with weights."""
-        tower = self.size.tower
-        if tower is None:
-            return 1.0
-        linear = 2.0 * tower.matrices
-        return linear / (linear + 4.0 * tower.layers * tower.width * tower.patches)
+    def loss(self) -> float:
+        """Seconds of the passes over logits, and over the head's gradient, of all micro-batches."""
+        targets, text = -(-self.load.targets // self.ranks.sp), self.text
+        number = _LOGIT_BYTES * targets * text.vocabulary
+        tiles = -(-targets // self.settings.loss_tile_rows)
+        if self.tuned.text and tiles > 1:
+            number += 16.0 * tiles * text.embedding_parameters
+        return self.load.micro_batches * number / self.gpu.memory_rate
+
+    def copies(self) -> float:
+        """Seconds of copies out of gathers and into reductions, of all micro-batches."""
+        if not self.settings.fsdp:
+            return 0.0
+        gathered = 4.0 * self.c * self.size.parameters
+        reduced = (self.c + self.settings.reduce_bytes) * self.tuned.parameters(self.size)
+        return self.load.micro_batches * (gathered + reduced) / self.gpu.memory_rate
 
     # ---- communication
 
@@ -342,9 +352,10 @@ def training_time(
         "text matrices": forward["text_matrices"] + backward["text_matrices"],
         "attention": forward["attention"] + backward["attention"],
         "elementwise": forward["elementwise"] + backward["elementwise"],
-        "head and loss": forward["head"] + backward["head"],
+        "head and loss": forward["head"] + backward["head"] + clock.loss(),
         "heads exchanged": rows * clock.exchange(),
         "ring, not hidden": rows * clock.ring(attention[0], attention[1]),
+        "parameters copied": clock.copies(),
         "parameters, not hidden": rows * clock.parameters(per_layer[0], per_layer[1]),
         "media rows exchanged": rows * clock.media(),
         "offload, not hidden": rows * clock.offload(per_layer[0], per_layer[1]),

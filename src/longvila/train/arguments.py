@@ -74,6 +74,8 @@ class MeshArguments:
         offload_optimizer: Whether AdamW's moments wait on the host.
         mlp_tile_rows: Tokens whose MLP is computed at once; None for all.
         compile_modules: Whether norms and MLPs of the language model are compiled.
+        check_memory: Whether a run on GPUs is refused, with advice, when its first step is planned
+            not to fit.
         head_chunks: Parts in which attention exchanges heads.
         loss_tile_rows: Rows of head and loss computed at once.
         remove_unused_columns: Whether columns that no argument of the model is called are dropped
@@ -107,6 +109,7 @@ class MeshArguments:
     offload_optimizer: bool = False
     mlp_tile_rows: int | None = None
     compile_modules: bool = False
+    check_memory: bool = True
     head_chunks: int = 1
     loss_tile_rows: int = 4096
     remove_unused_columns: bool = False
@@ -148,6 +151,11 @@ class MeshArguments:
             )
         if own.deepspeed:
             raise ValueError("deepspeed shards and counts in its own way; leave it out")
+        if own.parallelism_config is not None:
+            raise ValueError(
+                "parallelism_config lets accelerate deal tokens, and its hooks stay on the "
+                "model's attention; seq_parallel_size makes the mesh here"
+            )
         if own.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor {own.label_smoothing_factor} needs whole logits, which no "

@@ -1,6 +1,6 @@
 """The plain loop: steps until a stage is done, saved and resumed, on any mesh.
 
-    refuse a stage whose longest row would not fit
+    refuse what would not fit
     resume from the newest whole save, if there is one
     until progress is 1
         draw micro-batches until the step has its samples (or rows)
@@ -35,8 +35,7 @@ from torch import nn
 from longvila.errors import CheckpointError, LongVILAError
 from longvila.log import get_logger
 from longvila.sp.mesh import SPMesh
-from longvila.train import checkpoint
-from longvila.train.budget import check, load_of_stage
+from longvila.train import budget, checkpoint
 from longvila.train.metrics import Clock, Metrics, Operations
 from longvila.train.schedule import rate_at
 from longvila.train.settings import from_plain, to_plain
@@ -183,8 +182,11 @@ def run_stage(
     """
     device = next(model.parameters()).device
     optimizer = build_optimizer(model, stage.rates, stage.optimizer, fused=fused)
-    longest = load_of_stage(stage, model, mesh)
-    check(model, mesh, stage.parallel, longest, device, optimizer=optimizer)
+    # Better refused now, with advice, than out of memory in the first long row.
+    budget.check(
+        model, mesh, stage.parallel, budget.load_of_stage(stage, model, mesh), device,
+        optimizer=optimizer,
+    )  # fmt: skip
     folder = output / "saves"
     checkpoint.clean(folder)
     checkpoint.seed_everything(stage.seed, mesh.rank)

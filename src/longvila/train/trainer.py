@@ -24,7 +24,8 @@ Callbacks, trackers, schedules, saving and resuming stay the Trainer's. What cha
    rank decodes), any other collator that gives a model's inputs, or a loader with a state
    (`longvila.data.loader.PackedLoader`), which is saved and resumed to the row.
 
-A step without any target changes nothing. What is not supported is refused when the trainer is
+On GPUs the first step is planned before it runs, and a run that would not fit is refused. A step
+without any target changes nothing. What is not supported is refused when the trainer is
 made: model_init, compute_metrics, compute_loss_func, and what `MeshArguments` names.
 """
 
@@ -46,11 +47,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from longvila.data.collate import Collator
 from longvila.errors import CheckpointError
 from longvila.log import get_logger
+from longvila.memory.operations import Load
 from longvila.parallel.apply import parallelize, reduce_gradients
 from longvila.parallel.families import find_family
 from longvila.parallel.mmsp import plan_media
@@ -119,6 +122,13 @@ class MeshTrainer(_Base):
                 raise ValueError(f"{name} is not supported: {why}")
         arguments: Any = args
         super().__init__(model=model, args=arguments, data_collator=data_collator, **kwargs)
+        theirs = self.accelerator.parallelism_config
+        if theirs is not None and theirs.non_data_parallel_size > 1:
+            raise ValueError(
+                f"accelerate was launched with a parallelism config of its own ({theirs}); leave "
+                "it out of `accelerate config` and give seq_parallel_size"
+            )
+        self._memory_checked = self.args.device.type != "cuda" or not args.check_memory
         self._put_on_mesh(args)
         # The loss is divided by the targets of the whole step, whatever the model's class says.
         self.model_accepts_loss_kwargs = True
@@ -148,8 +158,7 @@ class MeshTrainer(_Base):
                 "one process a GPU (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES"
             )
         _agree_on_weights(model, self.mesh, self.args.device)
-        plan = self._plan = args.parallel_plan()
-        self._planned = False
+        self._plan = plan = args.parallel_plan()
         parallelize(model, self.mesh, plan)
         if not plan.fsdp:
             # accelerate's own mark for a model that is ready: nothing wraps it.
@@ -204,9 +213,10 @@ class MeshTrainer(_Base):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return this group's batches of an evaluation."""
-        named = isinstance(eval_dataset, str)
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not named and _is_loader(dataset):
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]  # type: ignore[index,call-overload]
+        if _is_loader(dataset):
             return dataset
         return super().get_eval_dataloader(eval_dataset)
 
@@ -230,6 +240,14 @@ class MeshTrainer(_Base):
         loader.device = None
         return loader
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler: Any = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            # The global generator moves differently on ranks that hold different tokens.
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler.generator = torch.Generator().manual_seed(seed)
+        return sampler
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         family = find_family(base_model(self.model))
         pixels = {f"{local}{kind.pixels}" for kind in family.media for local in ("", "local_")}
@@ -247,9 +265,27 @@ class MeshTrainer(_Base):
         Comm: One all-reduce of a few numbers over data parallelism.
         """
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        if batches and not self._memory_checked:
+            self._memory_checked = True
+            self._check_memory(batches)
         counts = sum((_count(batch) for batch in batches), Counts())
         targets = over_data_parallel(counts, self.mesh).targets
         return batches, torch.tensor(targets, device=device)
+
+    def _check_memory(self, batches: list[Any]) -> None:
+        """Refuse a step that is planned not to fit, for the longest row of any group.
+
+        Comm: An all-reduce of a few numbers.
+        """
+        loads = [load_of_batch(_ordinary(batch)) for batch in batches]
+        longest = [max(getattr(load, n) for load in loads) for n in ("tokens", "frames", "targets")]
+        values = torch.tensor(longest, device=self.args.device)
+        if self.mesh.dp_size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.mesh.dp_group)
+        tokens, frames, targets = values.tolist()
+        load = Load(tokens=tokens, frames=frames, targets=targets, micro_batches=len(batches))
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        check(self.model, self.mesh, self._plan, load, self.args.device, optimizer=optimizer)
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Return the samples of a step: a group of ranks is one device."""
@@ -266,12 +302,6 @@ class MeshTrainer(_Base):
         self.state.num_input_tokens_seen = before + seen // self.mesh.sp_size
 
     # ---- the step
-
-    def _prepare_context_parallel_inputs(
-        self, model: nn.Module, inputs: dict[str, Any]
-    ) -> tuple[Callable[..., Any], dict[str, Any]]:
-        # The two-stage forward deals tokens itself, after the embeddings.
-        return contextlib.nullcontext, inputs
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Compute in the type that the arguments ask for; FSDP does so itself."""
@@ -303,17 +333,8 @@ class MeshTrainer(_Base):
     ) -> Tensor:
         """Run a micro-batch forward and backward; after the last of a step, combine gradients.
 
-        Raises:
-            OverBudget: Before the first one, if a step of such rows would not fit the device.
-
         Comm: That of the passes; without FSDP, the gradients once a step.
         """
-        if not self._planned:
-            self._planned = True
-            accumulated = self.args.gradient_accumulation_steps
-            load = load_of_batch(inputs, micro_batches=accumulated)
-            plan, device = self._plan, self.args.device
-            check(self.model, self.mesh, plan, load, device, optimizer=self.optimizer)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             if self._is_sharded():
@@ -415,6 +436,11 @@ class MeshTrainer(_Base):
         if hasattr(self.model, "peft_config"):
             lora.load_in_full(self.model, Path(resume_from_checkpoint))
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if hasattr(self.model, "peft_config"):
+            lora.load_in_full(self.model, Path(str(self.state.best_model_checkpoint)))
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if _is_loader(self.train_dataset):
@@ -494,13 +520,18 @@ class _Endless:
 
 
 def _count(batch: Mapping[str, Any]) -> Counts:
-    """Count a batch; positions over time, height and width do not tell documents apart."""
+    """Count a batch."""
     if batch.get("labels") is None and batch.get("shift_labels") is None:
         raise ValueError(f"a batch has no labels, only {sorted(batch)}; nothing can be learnt")
+    return count_batch(_ordinary(batch))
+
+
+def _ordinary(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A batch with one position a token, or none; further ones are for the rotary embedding."""
     positions = batch.get("position_ids")
-    if positions is not None and positions.dim() == 3:
-        batch = {**batch, "position_ids": positions[0] if positions.shape[0] == 4 else None}
-    return count_batch(batch)
+    if positions is None or positions.dim() < 3:
+        return batch
+    return {**batch, "position_ids": positions[0] if positions.shape[0] == 4 else None}
 
 
 def _tune(model: Any, args: MeshArguments) -> nn.Module:

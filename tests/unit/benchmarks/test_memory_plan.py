@@ -29,7 +29,7 @@ def options(more: str = "") -> argparse.Namespace:
 
 
 def row_of(case: Case, more: str = "") -> Row:
-    return measure(case, options(more), _cluster.start())
+    return measure(case, options(more), _cluster.start(), GPUS["h200"])
 
 
 @ranks(1)
@@ -52,6 +52,7 @@ def test_one_rank(_: Rank) -> None:
     for case, more in cases:
         row = row_of(case, more)
         assert abs(row.metrics["error_percent"]) < CLOSE, (case, more, row.metrics, row.about)
+        assert row.metrics["planned_s"] > 0
         moments.add(str(row.about["moment"]).partition(",")[0])
     assert moments >= {"MLP backward", "norm backward", "loss", "tower backward"}, moments
 

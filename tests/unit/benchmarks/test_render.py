@@ -31,11 +31,11 @@ def root(tmp_path: Path) -> Path:
     results.mkdir()
     (tmp_path / "docs").mkdir()
     for file, content in {
-        "2026-01-02_train_step_2xgpu.json": result("train_step", "2026-01-02", 1.25),
-        "2026-01-01_train_step_2xgpu_z.json": result("train_step", "2026-01-01", 9.0, "sockets"),
+        "2026-01-02_prefill_2xgpu.json": result("prefill", "2026-01-02", 1.25),
+        "2026-01-01_prefill_2xgpu_z.json": result("prefill", "2026-01-01", 9.0, "sockets"),
     }.items():
         (results / file).write_text(json.dumps(content))
-    text = "before\n<!-- bench:train_step -->\nold\n<!-- /bench -->\nafter\n"
+    text = "before\n<!-- bench:prefill -->\nold\n<!-- /bench -->\nafter\n"
     (tmp_path / "README.md").write_text(text)
     (tmp_path / "docs" / "plain.md").write_text("no table\n")
     return tmp_path
@@ -59,17 +59,17 @@ def test_check_fails_until_rendered(root: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_new_result_makes_it_stale(root: Path) -> None:
     assert run(root) == 0
-    newer = result("train_step", "2026-02-01", 1.125)
-    (root / "results" / "2026-02-01_train_step_2xgpu.json").write_text(json.dumps(newer))
+    newer = result("prefill", "2026-02-01", 1.125)
+    (root / "results" / "2026-02-01_prefill_2xgpu.json").write_text(json.dumps(newer))
     assert run(root, "--check") == 1
 
 
 def test_conditions_pick_a_result(root: Path) -> None:
     folder = root / "results"
-    assert "9.000" in render.render_block("train_step link=sockets", folder)
-    assert "9.000" in render.render_block("train_step suffix=z", folder)
+    assert "9.000" in render.render_block("prefill link=sockets", folder)
+    assert "9.000" in render.render_block("prefill suffix=z", folder)
     with pytest.raises(ValueError, match="a result's hardware has"):
-        render.render_block("train_step colour=red", folder)
+        render.render_block("prefill colour=red", folder)
 
 
 def test_a_marker_without_result_says_so_and_a_wrong_name_is_an_error(root: Path) -> None:
@@ -125,6 +125,29 @@ def test_step_and_vision_tables(root: Path) -> None:
     drawn = "\n".join(render.vision(content))
     assert "included** (frames 8)" in drawn and "| **`longvila_exchange`** | 99 |" in drawn
     assert "balance %" in drawn and "The movement of the rows alone" not in drawn
+
+
+def test_full_step_tables() -> None:
+    content = result("train_step", "2026-03-01", 1.0)
+    row = content["rows"][0]
+    parts = ("embed", "text_forward", "loss_forward", "backward", "norm_clip", "update")
+    figures = {"step_s": 2.0, "tokens_per_s_per_gpu": 512.4, "check_loss_error": 1e-6}
+    figures |= {"check_gradient_norm_error": 2e-5, **{f"{part}_s": 0.25 for part in parts}}
+    shape = {"check_tokens": 1024}
+    ours = {**row, "kind": "ours", "method": "a", "tokens": 2048, "shape": shape,
+            "metrics": figures, "samples": [2.5, 2.0]}  # fmt: skip
+    lost = {**ours, "kind": "peer", "method": "b", "metrics": {}, "samples": [],
+            "about": {"failed": "out of memory"}}  # fmt: skip
+    content["rows"] = [lost, ours]
+    content["notes"] = {
+        "samples": "Two of each.",
+        "comparisons": [{"tokens": 2048, "ours": "a", "peer": "c", "speedup": 1.25}],
+    }
+    drawn = "\n".join(render.train_step(content))
+    assert "| **`a`** | 2.000 | 512 |  |  |  | 2 |\n| `b` | out of memory |" in drawn
+    assert "| 2K | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 |" in drawn
+    assert "| 2K | `c` | median steps | 1.250 |" in drawn and "Two of each." in drawn
+    assert drawn.endswith("at 1K tokens, relative, at most: loss 1.0e-06, gradient norm 2.0e-05.")
 
 
 def test_attention_tables(root: Path) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "integration"))
+from family_files import save_family
 
 from longvila.cli.main import main, verbs
 from longvila.media.synthetic import clip
@@ -58,6 +62,19 @@ def test_clips_are_counted_in_tokens_and_broken_ones_named(
     listed.write_text("datasets: {mine: {adapter: video-chatgpt, path: rows.json}}")
     assert main(["data", "inspect", str(listed), "--samples", "1"]) == 0
     assert "mine: 2 records, 1 looked at" in capsys.readouterr().out
+
+
+def test_tokens_of_other_models_are_counted(tmp_path: Path, capsys: Any) -> None:
+    save_family("qwen3", tmp_path / "qwen3")
+    rows = [
+        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    command = ["data", "inspect", str(tmp_path / "rows.json"), "--adapter", "llava", "--json"]
+    assert main([*command, "--model", str(tmp_path / "qwen3")]) == 0
+    facts = json.loads(capsys.readouterr().out)["llava"]
+    # Three letters or signs and the token that ends the turn.
+    assert facts["targets"] == 4 and facts["tokens"] > 20
 
 
 def test_adapters_are_listed_with_what_was_checked(capsys: Any) -> None:

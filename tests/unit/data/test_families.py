@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "integration"))
 from family_cases import CASES
 from family_files import PROCESSORS, needs_torchvision, tokenizer
 
+from longvila.data.codecs import CODECS
 from longvila.data.collate import Collator
 from longvila.data.encode import Document, Encoder, Rejected
-from longvila.data.families import CODECS, FamilyCollator, FamilyEncoder, UnknownFamily, coders
+from longvila.data.families import FamilyCollator, FamilyEncoder, UnknownFamily, coders
 from longvila.data.sample import Media, Sample, Turn
 from longvila.media.synthetic import clip
 from longvila.media.video import read_frames
@@ -145,7 +146,7 @@ def test_ranks_decode_their_own_units_and_nothing_else(
         decoded[-1] += len(options["indices"])
         return read(source, **options)
 
-    monkeypatch.setattr("longvila.data.families.read_frames", counting)
+    monkeypatch.setattr("longvila.data.codecs.read_frames", counting)
     parts = []
     for rank in range(3):
         decoded.append(0)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from endpoint import Endpoint, Says, numbers_of, text_of
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "integration"))
+from family_files import needs_torchvision, save_family
 
 from longvila.datagen.caller import (
     CallError,
@@ -132,6 +137,15 @@ def test_a_local_model_sees_pictures() -> None:
     assert ask.used["calls"] == 4 and ask.used["new_tokens"] >= 4
     with pytest.raises(CallError, match="tiny: the prompt has"):
         ask(Prompt("What?", max_new_tokens=5000))
+
+
+@pytest.mark.parametrize("name", ["internvl", "qwen3_vl"])
+def test_local_models_of_other_families_see_pictures(name: str, tmp_path: Any) -> None:
+    needs_torchvision()
+    ask = LocalCaller.load(str(save_family(name, tmp_path / name)))
+    dark, light = (np.full((48, 64, 3), level, np.uint8) for level in (10, 240))
+    one, other = (ask(Prompt("What?", (x,) * 3, max_new_tokens=6)) for x in (dark, light))
+    assert one.text and other.text and one != other
 
 
 def test_a_local_language_model_answers(tmp_path: Any) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longvila.datagen.segment import SegmentOptions, arrange, cut_video, scene_cuts
@@ -14,6 +14,7 @@ from longvila.errors import VideoError
 from longvila.media.synthetic import clip
 
 
+@settings(deadline=None)
 @given(
     st.floats(0.5, 500),
     st.lists(st.floats(0.01, 499), max_size=30),

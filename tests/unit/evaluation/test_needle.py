@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from longvila.evaluation.measure import measure
 from longvila.evaluation.metrics import wilson_interval
-from longvila.evaluation.needle import Plan, about, make_parts, settings_of
+from longvila.evaluation.needle import Plan, about, make_parts, run_needle, settings_of
 from longvila.evaluation.needle_frames import FrameRows
 from longvila.evaluation.needle_plan import Words
 from longvila.evaluation.runner import Records, RecordsError
 from longvila.evaluation.summary import Group
 from longvila.inference.engine import Engine
 from longvila.parallel.families.longvila import LONGVILA
-from longvila.testing.tiny import tiny_processor
+from longvila.sp.mesh import build_mesh
+from longvila.testing.ranks import Rank, ranks
+from longvila.testing.tiny import tiny_model, tiny_processor
 
 from .cases import ScriptedEngine, film, guessing, knowing, needles
 from .seer import LETTERS, colour_family, seer
@@ -169,3 +172,25 @@ def test_results_have_intervals_chance_and_every_length(tmp_path: Path) -> None:
         assert len(records.rows) == sum(
             row["shape"]["n"] for row in result["rows"] if row["shape"]["frames"] is None
         )
+
+
+@pytest.mark.parametrize("sp", [1, 2])
+@ranks(2)
+def test_ranks_give_the_answers_of_one_process(rank: Rank, sp: int, tmp_path: Path) -> None:
+    """Two ranks that share every sequence, and two that share the scenes."""
+    plan = Plan(max_frames=16, interval=16, depth_interval=1.0, control=False, per_film=3)
+    model, processor = tiny_model(1, dtype=torch.float64), tiny_processor(timestamps=True)
+    mesh = build_mesh(sp, num_heads=4, num_kv_heads=2)
+    assert (mesh.dp_size, mesh.sp_size) == (2 // sp, sp)
+    found = []
+    for out, used in ((tmp_path / f"one{rank.rank}", None), (tmp_path / "many", mesh)):
+        haystack = film(processor, plan.max_frames)
+        groups = run_needle(
+            model, processor, plan, haystack, needles(5), out=out, name="", mesh=used
+        )
+        with Records(out, json.loads((tmp_path / "one0" / "result.json").read_text())["settings"],
+                     writes=False) as records:  # fmt: skip
+            found.append((groups, {k: (r["said"], r["read"]) for k, r in records.rows.items()}))
+    assert found[0][1] == found[1][1] and found[0][0] == found[1][0]
+    files = sorted(path.name for path in (tmp_path / "many").glob("records*"))
+    assert files == (["records.jsonl"] if sp == 2 else ["records-1.jsonl", "records.jsonl"])

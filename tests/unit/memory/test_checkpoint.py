@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longvila.keep import keep
-from longvila.memory.checkpoint import KeptResults, checkpoint
+from longvila.memory.checkpoint import KeptResults, checkpoint, store
 from longvila.memory.offload import Offload
 from longvila.ops.attention import attention
 from longvila.ops.backends.cpu import CpuBackend
@@ -274,3 +274,27 @@ def test_inside_the_decoder_layers_of_a_transformers_model(calls: Counter[str]) 
         results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}))
     assert_same(results[0], results[1])
     assert_same(results[0], results[2])
+
+
+def test_store_moves_what_is_saved_and_no_parameter() -> None:
+    """The same bits as the plain layer; nothing runs twice."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16, bias=False)).double()
+    x = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
+    offload = Offload(budget_bytes=1 << 20, keep_last=0, min_bytes=0)
+    calls = Counter[str]()
+    layer[1].register_forward_hook(lambda *_: calls.update(["tanh"]))
+    inputs = (x, *layer.parameters())
+    expected = torch.autograd.grad(layer(x).sin().sum(), inputs)
+    calls.clear()
+    y = store(layer, x, offload=offload, parameters=layer.parameters)
+    # The input and tanh's result, which two operations save; neither weights nor their transposes.
+    assert offload.moved_bytes == x.nbytes + 2 * 5 * 32 * 8
+    actual = torch.autograd.grad(y.sin().sum(), inputs)
+    assert calls["tanh"] == 1
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        moved = offload.moved_bytes
+        store(layer, x, offload=offload, parameters=layer.parameters)
+        assert offload.moved_bytes == moved, "nothing is saved, so nothing moves"

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from longvila.memory.estimate import Peak, training_peak
+from longvila.memory.estimate import LIBRARY_BYTES, Peak, training_peak
 from longvila.memory.operations import Load, Tuned
 from longvila.memory.rates import GIB, GPUS
 from longvila.memory.settings import Ranks, Settings
-from longvila.memory.sizes import ModelSize, preset
+from longvila.memory.sizes import ModelSize, TextSize, TowerSize, preset
 
 SEVEN = preset("7B")
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
@@ -38,12 +38,15 @@ def test_what_is_there_between_steps() -> None:
     """Sixteen bytes a parameter, over all ranks."""
     for ranks in (Ranks(), Ranks(ulysses=4), Ranks(dp=2, ring=2, ulysses=4)):
         steady = planned(STEP, ranks).moments["optimizer"]
-        assert sum(steady.values()) == pytest.approx(16 * SEVEN.parameters / ranks.world)
+        expected = 16 * SEVEN.parameters / ranks.world + LIBRARY_BYTES
+        assert sum(steady.values()) == pytest.approx(expected)
     replicated = Ranks(dp=2, ulysses=4, replicate=True)
     steady = planned(STEP, replicated).moments["optimizer"]
-    assert sum(steady.values()) == pytest.approx(16 * SEVEN.parameters / 4)
+    assert sum(steady.values()) == pytest.approx(16 * SEVEN.parameters / 4 + LIBRARY_BYTES)
     whole = planned(STEP, Ranks(ulysses=4), fsdp=False)
-    assert sum(whole.moments["optimizer"].values()) == pytest.approx(16 * SEVEN.parameters)
+    assert sum(whole.moments["optimizer"].values()) == pytest.approx(
+        16 * SEVEN.parameters + LIBRARY_BYTES
+    )
 
 
 def test_a_step_without_media_leaves_the_tower_alone() -> None:
@@ -94,14 +97,17 @@ def test_each_switch_takes_what_it_is_for() -> None:
     budget = 32 * GIB
     moved = planned(load, ranks, mlp_tile_rows=8192, offload_bytes=budget)
     before, after = tiled.moments[last]["checkpoints"], moved.moments[last]["checkpoints"]
-    # two layers' worth are on their way
-    assert before - after == pytest.approx(budget - 2 * before / 28)
-    assert moved.host_bytes == budget
+    # whole layers, from the first on; the last ones, which run first, are not among them
+    assert before - after == pytest.approx(moved.host_bytes)
+    assert budget - before / 28 < moved.host_bytes <= budget
+    # of all that waits on the host, the layer that runs and the one before it are back
+    first = planned(load, ranks, offload_bytes=1024 * GIB).moments["MLP backward, layer 27 of 28"]
+    assert first["checkpoints"] == pytest.approx(2 / 28 * before)
     all_of_it = planned(load, ranks, offload_bytes=1024 * GIB)
     assert all_of_it.host_bytes == pytest.approx(27 / 28 * before)
     tiles = [planned(load, ranks, loss_tile_rows=n).moments["loss"] for n in (1024, 4096)]
     assert sum(tiles[1].values()) - sum(tiles[0].values()) == pytest.approx(
-        3072 * SEVEN.text.vocabulary * 8
+        3072 * SEVEN.text.vocabulary * 10
     )
 
 
@@ -121,7 +127,7 @@ def test_compiled_norms_and_mlps_keep_less() -> None:
     eager, compiled = (planned(load, ranks, compiled=each) for each in (False, True))
     last = "MLP backward, layer 28 of 28"
     before, after = eager.moments[last], compiled.moments[last]
-    assert after["MLP of one layer"] == pytest.approx(5 / 6 * before["MLP of one layer"])
+    assert after["MLP of one layer"] == before["MLP of one layer"]
     # two norms of 4 M in float32, normalised and scaled, against two results and one input
     width = SEVEN.text.width * 2**17
     assert before["recomputed layer"] - after["recomputed layer"] == (2 * 8 - 6) * width
@@ -171,6 +177,35 @@ def test_uneven_and_few_kv_heads_are_exchanged_once_a_rank() -> None:
     two, eight = (planned(load, Ranks(ulysses=u)).moments[name] for u in (2, 8))
     per_token = [each["heads exchanged"] / (2**16 / u) for each, u in ((two, 2), (eight, 8))]
     assert per_token[1] > per_token[0]  # 4 kv heads go to 8 ranks
+
+
+def test_peaks_on_a_gpu_are_within_one_percent() -> None:
+    """Twelve shapes of real steps on an H200; the longest is 160K tokens on one GPU."""
+    content = json.loads((RESULTS / "2026-11-22_memory_plan_1xh200.json").read_text())
+    steps = [row for row in content["rows"] if row["method"].startswith("step/")]
+    assert len(steps) == 12
+    for row in steps:
+        shape = row["shape"]
+        text = TextSize.gated(
+            layers=shape["layers"], width=3584, mlp_width=18944, heads=28, kv_heads=4,
+            vocabulary=152064, qkv_bias=True,
+        )  # fmt: skip
+        tower = TowerSize.siglip(text_width=3584, frames_per_call=shape["frames_per_call"])
+        peak = training_peak(
+            ModelSize(name="shape", text=text, tower=tower),
+            Load(
+                tokens=row["tokens"], frames=shape["frames"], targets=shape["targets"],
+                micro_batches=shape["micro_batches"],
+            ),
+            settings=Settings(
+                checkpointing=shape["checkpointing"], plain_layers=shape["plain_layers"],
+                mlp_tile_rows=shape["mlp_tile_rows"], compiled=shape["compiled"],
+                offload_bytes=int(shape["offload_gib"] * GIB), backend=shape["backend"],
+            ),
+            tuned=Tuned(tower="t" in shape["tuned"]),
+        )  # fmt: skip
+        measured = row["metrics"]["peak_gib"]
+        assert peak.bytes / GIB == pytest.approx(measured, rel=0.01), row["method"]
 
 
 # ---- the original paper's lengths ----------------------------------------------------------------

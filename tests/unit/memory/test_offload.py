@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longvila.memory.offload import Offload
+from longvila.memory.offload import Offload, host_memory
 
 
 def big(seed: int = 0, rows: int = 8) -> torch.Tensor:
@@ -128,3 +128,30 @@ def test_keeping_none_moves_at_once() -> None:
 def test_a_budget_below_zero() -> None:
     with pytest.raises(ValueError, match="must not be negative, got -1, 1, 0"):
         Offload(budget_bytes=-1, min_bytes=0)
+
+
+def test_a_tensor_handed_in_twice_moves_once_and_stays_until_both_have_it() -> None:
+    offload = Offload(budget_bytes=10_000, keep_last=1, min_bytes=0)
+    region, tensor = offload.region(), big()
+    first, second = region.put(tensor), region.put(tensor)
+    assert first is second
+    part = region.put(tensor[:4])
+    assert part is not first, "a part of it is another tensor"
+    other = region.put(tensor.add_(1))
+    assert other is not first, "it was written to in between"
+    offload.region()
+    assert offload.moved_bytes == 128 + 64 + 128
+    one = first.fetch()
+    assert first.tensor is one and offload.returned_bytes == 128 + 64 + 128
+    assert torch.equal(one, second.fetch()) and first.tensor is None
+    assert torch.equal(first.fetch(), one), "once more, from the host"
+
+
+def test_host_memory_has_the_size_it_was_asked_for() -> None:
+    memory = host_memory(1001, pinned=False)
+    assert memory.shape == (1001,) and memory.dtype == torch.uint8
+    assert memory.data_ptr() % 4096 == 0
+    view = memory[:1000].view(torch.float32)
+    del memory
+    view.fill_(3.0)
+    assert view.sum() == 750

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from longvila.memory.rates import GPUS, find_gpu, with_results
-from longvila.memory.sizes import PlanError
+from longvila.memory.operations import Load, training_operations
+from longvila.memory.rates import GPUS, find_gpu, with_results, with_rows
+from longvila.memory.sizes import PlanError, preset
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
@@ -23,7 +24,7 @@ def test_names() -> None:
 def test_every_number_has_a_source(name: str) -> None:
     gpu = GPUS[name]
     assert set(gpu.sources) == {
-        "matrices", "attention", "tower_attention", "memory_rate", "links", "host_rate"
+        "matrices", "attention", "tower", "memory_rate", "links", "host_rate"
     }  # fmt: skip
     assert all(gpu.sources.values())
     assert gpu.attention_rates("flash")[1] is None
@@ -42,6 +43,26 @@ def test_the_table_is_what_the_result_file_says() -> None:
     assert GPUS["h200"].all_to_all == pytest.approx(1e9 * links["all_to_all_gb_per_s"])
     assert GPUS["h200"].gather == pytest.approx(1e9 * links["all_gather_gb_per_s"])
     assert GPUS["h200"].ring == pytest.approx(1e9 * links["ring_gb_per_s"])
+
+
+def test_rates_of_the_memory_benchmark_are_in_the_table() -> None:
+    content = json.loads((RESULTS / "2026-11-22_memory_plan_1xh200.json").read_text())
+    gpu = GPUS["h200"]
+    measured = with_rows(gpu, content["rows"], "file")
+    assert measured.matrices == pytest.approx(gpu.matrices)
+    assert measured.memory_rate == pytest.approx(gpu.memory_rate)
+    assert measured.host_rate == pytest.approx(gpu.host_rate)
+    balance = json.loads((RESULTS / "2026-11-22_vision_balance_2xh200.json").read_text())
+    (ours,) = (r for r in balance["rows"] if r["method"] == "tower/longvila_exchange")
+    load = Load(tokens=1024 * 197, frames=1024)
+    counts = training_operations(preset("7B"), load, checkpointing=True, keep_attention=True)
+    operations = sum(
+        each[part]
+        for each in (counts.forward, counts.backward, counts.recompute)
+        for part in ("tower", "projector")
+    )
+    rate = operations / 2 / (ours["metrics"]["total_ms"] / 1e3)
+    assert gpu.tower == pytest.approx(rate, rel=1e-3)
 
 
 def test_a_stand_in_is_named() -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from longvila.memory.checkpoint import checkpoint
 from longvila.memory.tiled import tiled_apply
 from longvila.testing.asserts import assert_close
 
@@ -127,3 +128,20 @@ def test_errors() -> None:
         tiled_apply(lambda t: t, x, tile_rows=4)
     with pytest.raises(ValueError, match="a token-wise one keeps 4 along dim -2"):
         tiled_apply(lambda t: t.sum(-2), x, tile_rows=4, parameters=())
+
+
+def test_under_a_checkpoint_tiles_run_once_forward_and_once_backward() -> None:
+    """The second pass over the layer ends before the tiles: only their input is wanted there."""
+    mlp, norm = Mlp(), nn.LayerNorm(6, dtype=torch.float64)
+
+    def layer(x: Tensor) -> Tensor:
+        return x + tiled_apply(mlp, norm(x), tile_rows=4)
+
+    x = torch.randn(1, 10, 6, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *norm.parameters(), *mlp.parameters())
+    expected = gradients(x + mlp(norm(x)), *inputs)
+    mlp.calls.clear()
+    actual = gradients(checkpoint(layer, x), *inputs)
+    assert mlp.calls == 2 * [(1, 4, 6), (1, 4, 6), (1, 2, 6)]
+    for a, b in zip(actual, expected, strict=True):
+        assert_close(a, b)

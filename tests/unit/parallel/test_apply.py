@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from longvila.parallel.apply import (
 )
 from longvila.parallel.hf_attention import NAME
 from longvila.sp.mesh import SPMesh, plan_mesh
+from longvila.testing.asserts import assert_close
 from longvila.testing.tiny import TINY_VIDEO_ID, tiny_model
 
 PLAN = ParallelPlan(fsdp=False, two_stage=True)
@@ -154,3 +158,67 @@ def test_adapters_around_a_model_stay_outside() -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     with model.disable_adapter():
         assert not torch.allclose(model(input_ids=ids, labels=ids).loss, expected)
+
+
+BATCH = {
+    "input_ids": torch.cat([torch.full((18,), TINY_VIDEO_ID), torch.arange(9)])[None],
+    "labels": torch.cat([torch.full((18,), -100), torch.arange(9)])[None],
+    "pixel_values_videos": torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(0)),
+}
+
+
+def _gradients(**options: Any) -> list[torch.Tensor]:
+    model = parallelize(tiny_model().train(), SPMesh(), replace(PLAN, **options))
+    loss = model(**BATCH).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def test_memory_settings_change_no_bit() -> None:
+    """Layers that keep what they save, here or on the host; an MLP in a single tile."""
+    expected = _gradients()
+    for options in (
+        {"plain_layers": 1},
+        {"plain_layers": 1, "offload": Offload(budget_bytes=1 << 20, min_bytes=0)},
+        {"activation_checkpointing": False, "offload": Offload(budget_bytes=1 << 20, keep_last=0)},
+        {"mlp_tile_rows": 27},
+    ):
+        actual = _gradients(**options)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True)), options
+
+
+# The compiler itself looks at .grad of what it traces.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_tiles_and_the_compiler_change_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The graphs are cut as on a GPU, and run by torch itself instead of generated code.
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    expected = _gradients()
+    for options in (
+        {"mlp_tile_rows": 10},
+        {"compile_modules": True},
+        {"compile_modules": True, "mlp_tile_rows": 10, "plain_layers": 1},
+    ):
+        # Together: the gradient of a key's bias is zero but for rounding.
+        actual = _gradients(**options)
+        assert_close(actual[0], expected[0])
+        assert_close(*(torch.cat([g.flatten() for g in each]) for each in (actual, expected)))
+
+
+def test_undoing_memory_settings_leaves_no_trace() -> None:
+    model = tiny_model()
+    before = [dict(vars(module)) for module in model.modules()]
+    plan = replace(PLAN, compile_modules=True, mlp_tile_rows=4, plain_layers=1)
+    parallelize(model, SPMesh(), plan)
+    assert "forward" in vars(model.model.language_model.layers[0].mlp)
+    unparallelize(model)
+    assert [vars(module) for module in model.modules()] == before
+
+
+def test_errors_of_memory_settings() -> None:
+    for options, message in (
+        ({"plain_layers": 9}, "plain_layers must be 0 to 2, got 9"),
+        ({"mlp_tile_rows": 0}, "mlp_tile_rows must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parallelize(tiny_model(), SPMesh(), replace(PLAN, **options))

@@ -179,6 +179,41 @@ def test_an_idle_client_does_not_save_time_up(make: Make, monkeypatch: pytest.Mo
     bench.scheduler.cancel(busy.job)
 
 
+def test_long_answers_of_one_client_keep_nobody_out(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make(limits=replace(LIMITS, active=2))
+    slow_down(bench, monkeypatch, read=0.0, write=0.01)
+    crowd = [bench.ask("crowd", f"request {n}", new=200) for n in range(4)]
+    crowd[0].until(Piece)
+    assert bench.ask("one", "a single request", new=3).wait()[1].new_tokens == 3
+    assert [asked.job.state for asked in crowd] == ["active", "ready", "ready", "ready"]
+    for asked in crowd:
+        bench.scheduler.cancel(asked.job)
+
+
+def test_slow_downloads_of_one_client_keep_nobody_out(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make(limits=replace(LIMITS, preparing=2))
+    stuck, load = threading.Event(), bench.loader.load
+
+    def slow_load(wanted: Wanted, **options: Any) -> Any:
+        if wanted.url == "slow":
+            assert stuck.wait(20)
+            raise RequestError("slow")
+        return load(wanted, **options)
+
+    monkeypatch.setattr(bench.loader, "load", slow_load)
+    crowd = [bench.ask("crowd", f"request {n}", video="slow") for n in range(6)]
+    assert bench.ask("one", "with a film", video="a.mp4").wait(10)[1].new_tokens == 4
+    assert bench.ask("crowd", "only text").wait(10)[1].new_tokens == 4
+    stuck.set()
+    for asked in crowd:
+        with pytest.raises(RequestError, match="slow"):
+            asked.wait()
+
+
 def test_media_are_prepared_for_clients_in_turn(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,8 +228,8 @@ def test_media_are_prepared_for_clients_in_turn(
 
     monkeypatch.setattr(bench.scheduler, "_load", noted)
     slow_down(bench, monkeypatch, read=0.02, write=0.01)
-    crowd = [bench.ask("crowd", f"request {n}") for n in range(6)]
-    one = bench.ask("one", "a single request")
+    crowd = [bench.ask("crowd", f"request {n}", video="a.mp4") for n in range(6)]
+    one = bench.ask("one", "a single request", video="b.mp4")
     one.wait()
     assert begun.index("one") <= 3, begun
     for asked in crowd:

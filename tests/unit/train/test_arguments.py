@@ -75,6 +75,7 @@ def test_settings_of_accelerate_are_kept(tmp_path: Path) -> None:
         ({"label_smoothing_factor": 0.1}, "needs whole logits"),
         ({"torch_compile": True}, "compile_modules compiles"),
         ({"offload_optimizer": True, "optim": "adafactor"}, "holds AdamW's moments"),
+        ({"parallelism_config": object()}, "seq_parallel_size makes the mesh here"),
         ({"accelerator_config": {"dispatch_batches": True}}, "cut a batch between ranks"),
         ({"train_sampling_strategy": "batch_rebalance"}, "deals batches to single ranks"),
         ({"deepspeed": {"zero_optimization": {}}}, "leave it out"),

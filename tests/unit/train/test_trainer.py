@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 from train_cases import assert_same, fresh_model, put_on_mesh, row, whole
 from trainer_cases import ROWS, losses, make, trained
 from transformers import TrainingArguments
@@ -17,8 +20,9 @@ from longvila.data.sample import Media, Sample, Turn
 from longvila.media.synthetic import clip
 from longvila.testing import Rank
 from longvila.testing.ranks import run_ranks
-from longvila.testing.tiny import tiny_processor
+from longvila.testing.tiny import tiny_processor, tiny_tokenizer
 from longvila.train.arguments import LongVILATrainingArguments
+from longvila.train.budget import OverBudget
 from longvila.train.parts import named_parts
 from longvila.train.stages import Optimizer, Rates, StageError
 from longvila.train.step import build_optimizer, train_step
@@ -78,6 +82,54 @@ def test_any_mesh_equals_the_plain_loop(ranks: int, plain: dict[str, Any], tmp_p
     for results in run_ranks(each_layout, ranks, str(tmp_path)):
         for result in results.values():
             assert_equal_runs(result, plain)
+
+
+# ---- datasets --------------------------------------------------------------------------------
+
+
+class Stream(IterableDataset[dict[str, Any]]):
+    """Rows that come one after the other."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (row(seed) for seed in range(ROWS * 2))
+
+
+def streamed(rank: Rank, folder: str) -> list[dict[str, Any]]:
+    layouts: list[dict[str, Any]] = [{}, {"seq_parallel_size": 2}]
+    return [trained(rank, folder, rows=Stream(), steps=2, **layout) for layout in layouts]
+
+
+def grouped(rank: Rank, folder: str) -> list[int]:
+    """Tokens of the rows of two epochs that a rank draws, ordered by length and by chance."""
+    trainer = make(
+        rank, folder, seq_parallel_size=2, train_sampling_strategy="group_by_length",
+        rows=[{name: row(seed)[name][0] for name in ("input_ids", "labels")} for seed in (0, 3, 6)],
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    torch.manual_seed(rank.rank)  # as if dropout had drawn from the generators
+    return [b["input_ids"].numel() for _ in range(2) for b in trainer.get_train_dataloader()]
+
+
+def test_other_datasets_and_orders(tmp_path: Path) -> None:
+    one = trained(None, str(tmp_path), steps=2)
+    for results in run_ranks(streamed, 2, str(tmp_path)):
+        for result in results:
+            assert_equal_runs(result, one)
+    first, second = run_ranks(grouped, 2, str(tmp_path))
+    assert first == second and len(first) == 6
+
+
+def test_a_run_that_cannot_fit_is_refused(tmp_path: Path) -> None:
+    trainer = make(None, tmp_path, steps=1)
+    assert trainer._memory_checked  # there is no GPU
+    trainer._memory_checked = False
+    little = mock.patch("longvila.train.budget.host_bytes", lambda: 1000.0)
+    with little, pytest.raises(OverBudget, match="GiB"):
+        trainer.train()
+    again = make(None, tmp_path, steps=1)
+    again._memory_checked = False
+    again.train()
+    assert again._memory_checked and len(losses(again)) == 1
 
 
 # ---- rates, collators, refusals --------------------------------------------------------------

@@ -2,10 +2,11 @@
 
     waiting  --pool: fetch, decode, tokenise-->  ready  --memory is free-->  active  -->  done
 
-1. A request waits in its client's own line. Media are prepared by a small pool of threads, next the
-   client that has the fewest requests under way.
-2. What is prepared becomes active, in order, once its keys and values fit beside what is active;
-   kept caches make room.
+1. A request waits in its client's own line. Media are prepared by a small pool of threads, of which
+   a client occupies half at most; next is the client that has the fewest requests under way. Text
+   has a thread of its own.
+2. What is prepared becomes active once its keys and values fit beside what is active; kept caches
+   make room. A client has half of the places at most.
 3. One thread runs the model, a unit at a time: a slice of a prompt, or one token of an answer. The
    next unit goes to the client that has had the least time of the model so far, measured, not
    counted: a slice is a hundred tokens' work, and turns would let one long film slow every other
@@ -27,6 +28,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -94,6 +96,7 @@ class Scheduler:
         self._poked = self._closing = False
         self._kv = (0, 0)
         self._pool = ThreadPoolExecutor(self.limits.preparing, thread_name_prefix="longvila-media")
+        self._texts = ThreadPoolExecutor(1, thread_name_prefix="longvila-text")
         self._thread = threading.Thread(target=self._run, name="longvila-model", daemon=True)
         self._thread.start()
 
@@ -146,7 +149,8 @@ class Scheduler:
                 job.cancelled.set()
             self._poke()
         self._thread.join()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._pool, self._texts):
+            pool.shutdown(wait=True, cancel_futures=True)
         error = _unavailable("the server is going down")
         with self._changed:
             for job in list(self._jobs.values()):
@@ -207,27 +211,32 @@ class Scheduler:
         for job in late:
             self._fail(job, self._busy(f"waited longer than {self.limits.wait_s:.0f} s", 503))
         with self._changed:
-            # What is decoded ahead is held in memory: no more than is soon needed.
-            ahead = sum(job.state in ("preparing", "ready") for job in self._jobs.values())
-            while ahead < 2 * self.limits.preparing:
-                under_way: dict[str, int] = {}
-                waiting = []
-                for job in self._jobs.values():
-                    if job.state == "waiting":
-                        waiting.append(job)
-                    else:
-                        under_way[job.client] = under_way.get(job.client, 0) + 1
-                if not waiting:
-                    return
-                job = min(
-                    waiting,
-                    key=lambda job: (
-                        under_way.get(job.client, 0), self._spent[job.client], job.number,
-                    ),
-                )  # fmt: skip
-                job.state = "preparing"
-                ahead += 1
-                self._pool.submit(self._prepare, job)
+            self._deal_out([job for job in self._jobs.values() if job.state == "waiting"])
+
+    def _deal_out(self, waiting: list[Job]) -> None:
+        """Give requests to the threads that prepare them, the least served clients' first."""
+        for job in [job for job in waiting if not job.question.media]:
+            job.state = "preparing"
+            self._texts.submit(self._prepare, job)
+        waiting = [job for job in waiting if job.question.media]
+        others = [job for job in self._jobs.values() if job.state in ("preparing", "ready")]
+        # What is decoded ahead is held in memory: no more than is soon needed.
+        ahead = sum(bool(job.question.media) for job in others)
+        under_way = Counter(job.client for job in self._jobs.values() if job.state != "waiting")
+        begun = Counter(job.client for job in others if job.question.media)
+        while ahead < 2 * self.limits.preparing:
+            # One client's slow downloads must not hold up everybody's.
+            most = max(1, self.limits.preparing // 2)
+            free = [job for job in waiting if begun[job.client] < most]
+            if not free:
+                return
+            job = min(free, key=lambda j: (under_way[j.client], self._spent[j.client], j.number))
+            waiting.remove(job)
+            job.state = "preparing"
+            ahead += 1
+            under_way[job.client] += 1
+            begun[job.client] += 1
+            self._pool.submit(self._prepare, job)
 
     def _prepare(self, job: Job) -> None:
         """Load the media of a request and write its prompt; runs in the pool."""
@@ -332,10 +341,16 @@ class Scheduler:
                 self._make_room(0)
 
     def _admit(self) -> None:
-        active = self._in("active")
-        for job in sorted(self._in("ready"), key=lambda job: job.number):
-            if len(active) >= self.limits.active:
+        active, ready = self._in("active"), self._in("ready")
+        own = Counter(job.client for job in active)
+        # Half of the places are for others, so that long answers of one client keep nobody out.
+        most = max(1, self.limits.active // 2)
+        while len(active) < self.limits.active:
+            free = [job for job in ready if own[job.client] < most]
+            if not free:
                 break
+            job = min(free, key=lambda job: (own[job.client], job.number))
+            ready.remove(job)
             assert job.prompt is not None
             keys, shared = job.prompt.keys, 0
             if found := self.prefix.best(keys):
@@ -356,6 +371,7 @@ class Scheduler:
                 job.state = "active"
                 self._spent[job.client] = max(self._spent[job.client], self._clock)
             active.append(job)
+            own[job.client] += 1
 
     def _make_room(self, need: int) -> bool:
         """Drop kept caches until so many bytes more fit; say whether they do."""

@@ -26,8 +26,8 @@ class Limits:
         pixels: Of one picture or frame before it is resized.
         prompt_tokens: Of a prompt; None for what the model's context holds.
         new_tokens: Of an answer.
-        active: Requests that hold a key-value cache at once.
-        preparing: Requests whose media are decoded at once.
+        active: Requests that hold a key-value cache at once; one client's are half of them at most.
+        preparing: Requests whose media are decoded at once; likewise.
         waiting: Requests that have not begun to be read.
         per_client: Requests of one client, waiting or not.
         wait_s: Most seconds before the model begins with a request.
@@ -48,8 +48,8 @@ class Limits:
     pixels: int = 8192 * 4320
     prompt_tokens: int | None = None
     new_tokens: int = 4096
-    active: int = 8
-    preparing: int = 2
+    active: int = 16
+    preparing: int = 4
     waiting: int = 64
     per_client: int = 16
     wait_s: float = 900.0
