@@ -31,10 +31,10 @@ from transformers import GenerationConfig, TextStreamer
 from longvila.errors import ContextLengthError
 from longvila.inference.cache import ShardedCache
 from longvila.inference.engine import Engine
+from longvila.inference.family_prompts import FamilyPrompts
 from longvila.inference.frames import MissingFrames, VideoFrames
 from longvila.inference.prefill import ReadTimes
 from longvila.inference.prompts import (
-    FamilyPrompts,
     LongVILAPrompts,
     Medium,
     Message,

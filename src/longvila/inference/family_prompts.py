@@ -1,0 +1,165 @@
+"""Conversations with models whose processor is transformers' own.
+
+Such a processor says what a medium becomes in the prompt, and wants its pictures to say so. So
+frames are decoded when a video is loaded and stay in memory, as uint8, and every turn hands all of
+them to the processor; what the cache holds already is not encoded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from longvila.inference.frames import MissingFrames, TensorFrames
+from longvila.inference.prompts import Item, Medium, Message, Progress, Rendered, describe, said
+from longvila.media.video import read_frames
+from longvila.parallel.families import Family
+
+
+class FamilyPrompts:
+    """Prompts of another family's processor, which needs the decoded pictures.
+
+    Frames are decoded when a video is loaded and stay in memory as uint8; the processor turns all
+    of a conversation's media into pixels in every turn.
+
+    Args:
+        model: The model.
+        processor: What AutoProcessor gives for it.
+        family: Its family.
+        progress: Called with ``"decode"``, frames done and to do.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, family: Family, *, progress: Progress | None = None
+    ) -> None:
+        self.model, self.processor, self.family = model, processor, family
+        self.progress = progress
+
+    def load_video(
+        self,
+        source: Any,
+        *,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        **options: Any,
+    ) -> Medium:
+        """Sample and decode a video.
+
+        Args:
+            source: Whatever `longvila.media.video.open_video` takes.
+            num_frames: Frames to sample; with ``fps``, at most so many; None as the processor says.
+            fps: Frames per second to sample.
+            **options: Of `longvila.media.video.read_frames`.
+
+        Returns:
+            The medium.
+
+        Raises:
+            VideoError: If the video gives no frame.
+        """
+        part = self.processor.video_processor
+        if num_frames is None and fps is None:
+            num_frames, fps = getattr(part, "num_frames", None), getattr(part, "fps", None)
+            if num_frames is None and fps is None:
+                num_frames = 32
+        video = read_frames(
+            source, num_frames=num_frames, fps=fps, short="all",
+            progress=None if self.progress is None else self._decoded, **options,
+        )  # fmt: skip
+        medium = Medium(
+            "video", video.metadata.name, "", len(video.frames), 0, video.timestamps_s.tolist(),
+            video.missing, pixels=video,
+        )  # fmt: skip
+        medium.sampling = {"num_frames": num_frames, "fps": fps}
+        self._count(medium)
+        return medium
+
+    def _decoded(self, done: int, total: int) -> None:
+        assert self.progress is not None
+        self.progress("decode", done, total)
+
+    def load_image(self, source: Any, *, tiled: bool = True) -> Medium:
+        """Load an image; the processor decides about tiles.
+
+        Args:
+            source: Whatever `longvila.media.image.load_image` takes.
+            tiled: Not used.
+
+        Returns:
+            The medium.
+        """
+        from longvila.media.image import load_image
+
+        name = str(source) if isinstance(source, str) else f"<{type(source).__name__}>"
+        medium = Medium("image", name, "", 1, 0, pixels=load_image(source))
+        self._count(medium)
+        return medium
+
+    def leave_out(self, medium: Medium, missing: Sequence[int]) -> None:
+        """Refuse: what cannot be decoded was left out when the video was loaded."""
+        raise MissingFrames(medium.name, missing)
+
+    def _count(self, medium: Medium) -> None:
+        rendered = self.render([said("user", "", [medium])], [medium])
+        medium.tokens = sum(item.rows for items in rendered.items.values() for item in items)
+
+    def describe(self, medium: Medium) -> dict[str, Any]:
+        """Return a medium as plain data."""
+        return describe(medium)
+
+    def recall(self, described: dict[str, Any]) -> Medium:
+        """Decode a medium of a stored prompt again: the processor says what it becomes."""
+        if described["kind"] == "image":
+            return self.load_image(described["name"])
+        return self.load_video(described["name"], **described["sampling"])
+
+    def render(self, messages: list[Message], media: Sequence[Medium]) -> Rendered:
+        """Write a conversation with its media; see `LongVILAPrompts.render`."""
+        text = self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        images = [medium.pixels for medium in media if medium.kind == "image"]
+        videos = [medium.pixels for medium in media if medium.kind == "video"]
+        given: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
+        if images:
+            given["images"] = images
+        if videos:
+            given["videos"] = [list(video.frames) for video in videos]
+            given["do_sample_frames"] = False
+            given["video_metadata"] = [_metadata(video) for video in videos]
+        out = dict(self.processor(**given))
+        out.pop("attention_mask", None)
+        config = self.model.config
+        batch = self.family.prepare(config, out)
+        positions = self.family.position_ids(self.model, batch)
+        items: dict[str, list[Item]] = {}
+        for kind in self.family.media:
+            pixels = batch.get(kind.pixels)
+            if pixels is None:
+                continue
+            shapes = batch.get(kind.counts)
+            listed = kind.default_counts(pixels.shape[0]) if shapes is None else shapes.tolist()
+            listed = [tuple(shape) if isinstance(shape, list) else shape for shape in listed]
+            start = 0
+            for shape in listed:
+                units = kind.units(config, [shape])
+                stop = start + sum(units.frames)
+                source = TensorFrames(pixels[start:stop].to(self.model.dtype))
+                items.setdefault(kind.name, []).append(Item(shape, units.slots.numel(), source))
+                start = stop
+        ids = batch["input_ids"][0].tolist()
+        return Rendered(ids, items, None if positions is None else positions[-3:, 0])
+
+
+def _metadata(video: Any) -> dict[str, Any]:
+    """What transformers' processors want to know of frames that were sampled before."""
+    found = video.metadata
+    return {
+        "total_num_frames": found.num_frames,
+        "fps": found.fps,
+        "frames_indices": video.indices.tolist(),
+        "duration": found.duration_s,
+        "height": found.height,
+        "width": found.width,
+        "video_backend": found.backend,
+    }
