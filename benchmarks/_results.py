@@ -98,6 +98,8 @@ def hardware(cluster: Cluster, *, emulate_hosts: bool = False) -> dict[str, Any]
         return {"gpu": "cpu", "count": cluster.world_size, "link": "gloo"}
     name = torch.cuda.get_device_name(cluster.device)
     link = "sockets (every rank posing as its own host)" if emulate_hosts else _topology()
+    if cluster.world_size == 1:
+        link = ""  # one GPU is linked to nothing; the row of the topology goes on with CPUs
     return {"gpu": name, "count": cluster.world_size, "link": link}
 
 

@@ -48,6 +48,9 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "peak_gib": ("peak GiB", "{:.2f}"),
     "ttft_s": ("first token s", "{:.3f}"),
     "floor_s": ("floor s", "{:.3f}"),
+    "ttft_over_floor": ("times the floor", "{:.2f}"),
+    "question_percent_of_first": ("further question, % of first", "{:.1f}"),
+    "cache_gib": ("cache GiB", "{:.1f}"),
     "decode_tokens_per_s": ("decode tokens/s", "{:.1f}"),
     "accuracy": ("accuracy", "{:.3f}"),
     "frames_per_s": ("frames/s", "{:.0f}"),
@@ -60,6 +63,7 @@ BENCHMARKS = {
     "attention",
     "decode",
     "memory_ceiling",
+    "memory_plan",
     "mmsp_step",
     "needle",
     "prefill",
@@ -361,6 +365,37 @@ def train_step(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def prefill(result: dict[str, Any]) -> list[str]:
+    """First token and decoding against their floors, length by length."""
+    names = ["ttft_s", "floor_s", "ttft_over_floor", "decode_step_ms", "decode_floor_ms",
+             "question_percent_of_first", "cache_gib", "peak_gib"]  # fmt: skip
+    header = ["method", "tokens", "frames", *map(_heading, names)]
+    cells, sampled = [], False
+    for row in sorted(result["rows"], key=lambda r: (r["tokens"], KIND_ORDER[r["kind"]])):
+        name = _method(row)
+        if row["metrics"].get("sampled"):
+            name, sampled = f"{name}\\*", True
+        figures = [_figure(row, each) for each in names]
+        if row["metrics"].get("out_of_memory"):
+            figures[0] = "out of memory"
+        cells.append([name, f"{row['tokens']:,}", str(row["shape"]["frames"]), *figures])
+    lines = table(header, cells)
+    if sampled:
+        lines += ["", "\\* added up from a sample of the prompt's chunks, not read whole."]
+    return lines
+
+
+def memory_plan(result: dict[str, Any]) -> list[str]:
+    """Planned against measured peaks, case by case."""
+    rows = [row for row in result["rows"] if row["method"].startswith("step/")]
+    names = ["peak_gib", "planned_gib", "error_percent"]
+    cells = [
+        [row["method"].partition("/")[2], *(f"{row['metrics'][name]:.1f}" for name in names)]
+        for row in rows
+    ]
+    return table(["step", "measured peak GiB", "planned GiB", "error %"], cells)
+
+
 TIERS = {
     "a": "seen in training",
     "b": "unseen drawing of a trained name",
@@ -393,7 +428,9 @@ def demo_model(result: dict[str, Any]) -> list[str]:
 RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "ask": ask,
     "attention": attention,
+    "memory_plan": memory_plan,
     "mmsp_step": step,
+    "prefill": prefill,
     "trace": trace,
     "train_step": train_step,
     "vision_balance": vision,
