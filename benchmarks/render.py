@@ -304,6 +304,23 @@ def step(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def train_step_summary(result: dict[str, Any]) -> list[str]:
+    """One line a length and method: rate, MFU, and what the file says of how they compare."""
+    names = ["step_s", "tokens_per_s_per_gpu", "mfu_percent", "peak_gib"]
+    compared = {
+        (each["tokens"], each["peer"]): each["speedup"]
+        for each in result.get("notes", {}).get("comparisons", [])
+    }
+    ordered = sorted(result["rows"], key=lambda r: (r["tokens"], r["metrics"]["step_s"]))
+    cells = []
+    for row in ordered:
+        speedup = compared.get((row["tokens"], row["method"]))
+        figures = [_figure(row, name) for name in names]
+        name = tokens_name(row["tokens"])
+        cells.append([_method(row), name, *figures, f"{speedup:.2f}" if speedup else ""])
+    return table(["method", "tokens", *map(_heading, names), "ours is faster by"], cells)
+
+
 def ask(result: dict[str, Any]) -> list[str]:
     """Where the time of one question goes, run by run."""
     names = ("decode_s", "vision_s", "prefill_s", "generate_s", "tokens_per_s", "wall_s")
@@ -444,6 +461,7 @@ VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] 
         lambda result, folder: demo_model(result),
     ),
     "attention_summary": (["attention"], lambda result, folder: attention_summary(result)),
+    "train_step_summary": (["train_step"], lambda result, folder: train_step_summary(result)),
     "attention_hosts": (["attention", "link=sockets"], hosts),
 }
 
