@@ -11,9 +11,10 @@
 3. **eval-sft, eval-extend, eval-longest** run ``longvila needle`` for the tiers a, b and c.
 4. **ablations** go the same way at half the steps: without stage 4, and stage 5 before stage 4.
 
-A part whose result is there is skipped, one that was interrupted goes on. On another machine,
-``--parts`` with the deltas in ``WORK/deltas`` goes on where they end. With two GPUs give ``--gpus
-2``: rows of the long stages are then shared (`stages/*.yaml` leave the choice to
+With ``--ahead`` another process draws all sets, in the order in which they are needed, while the
+GPU trains. A part whose result is there is skipped, one that was interrupted goes on. On another
+machine, ``--parts`` with the deltas in ``WORK/deltas`` goes on where they end. With two GPUs give
+``--gpus 2``: rows of the long stages are then shared (`stages/*.yaml` leave the choice to
 ``tokens_per_rank``, which ``--gpus`` divides).
 
 Not done here: fetching anything (``prepare.py``), shipping (``ship.py``).
@@ -30,6 +31,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,7 @@ class Runner:
         self.args, self.work = args, args.work
         self.data, self.deltas = self.work / "data", self.work / "deltas"
         self.training = {part.name: part for part in TRAINING}
+        self.ahead: subprocess.Popen[bytes] | None = None
 
     def run(self, name: str) -> None:
         """Run one part, unless its result is there."""
@@ -197,6 +200,9 @@ class Runner:
             "--output", str(out), *launch, *(x for s in settings for x in ("--set", s)),
         )  # fmt: skip
         self.write_delta(out, delta)
+        results = self.work / "results"
+        results.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(out / "metrics.jsonl", results / f"{part.name}.metrics.jsonl")
         # Optimizer states are large, and whoever goes on starts from the delta.
         shutil.rmtree(out / "saves", ignore_errors=True)
 
@@ -253,8 +259,27 @@ class Runner:
 
     # ---- data
 
+    def draw_ahead(self) -> None:
+        """Begin to draw all sets in another process."""
+        sets = ("images", "short", "needles", "text", "long", "longest")
+        command = [sys.executable, str(HERE / "run.py"), *sys.argv[1:]]
+        command.remove("--ahead")
+        # The last one of an option counts.
+        self.ahead = subprocess.Popen([*command, "--parts", *(f"draw-{name}" for name in sets)])
+
+    def is_drawn(self, name: str) -> bool:
+        """Return whether a set is there, whole."""
+        if name == "text" and self.args.pages and not (self.data / "rows").exists():
+            return False
+        last = {"images": "align.jsonl", "needles": "haystack.mp4"}.get(name, f"{name}.jsonl")
+        return (self.data / last).exists()
+
     def draw(self, name: str) -> None:
-        """Draw a set; text is packed into rows, too."""
+        """Draw a set, or wait for who draws it; text is packed into rows, too."""
+        while self.ahead is not None and self.ahead.poll() is None and not self.is_drawn(name):
+            time.sleep(0.5)
+        if self.is_drawn(name):
+            return
         from draw import draw
 
         draw(
@@ -287,14 +312,27 @@ class Runner:
                 "--lengths", *map(str, self.args.lengths), "--protocol", "strict",
                 "--depth-interval", str(self.args.depth_interval if tier == "a" else 0.5),
                 "--tasks", *self.args.tasks, "--trials", str(self.args.trials),
-                "--beyond-context",
+                "--ways", str(min(20, self.args.needles)), "--beyond-context",
             ]  # fmt: skip
             self.longvila(*command)
             self.keep(out / "result.json", name, tier)
 
     def keep(self, path: Path, name: str, tier: str) -> None:
         """Copy a result to where results of all parts stand, under its part's name."""
+        import torch
+        import transformers
+
         result: dict[str, Any] = json.loads(path.read_text())
+        on_gpu = torch.cuda.is_available()
+        result["date"] = date.today().isoformat()
+        result["commit"] = self.args.commit
+        result["hardware"] = {
+            "gpu": torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores",
+            "count": 1, "link": None,
+        }  # fmt: skip
+        result["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+        for row in result["rows"]:
+            row["method"] = f"smol-stages {name}"
         folder = self.work / "results"
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"{result['date']}_needle_smol_{name}_{tier}.json"
@@ -323,6 +361,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=1)
     parser.add_argument("--needles", type=int, default=40, help="pictures of each tier")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ahead", action="store_true", help="draw in another process meanwhile")
+    parser.add_argument("--commit", default="", help="what results say they were made with")
     parser.add_argument("--set", action="append", default=[], help="a setting of all stages")
     return parser.parse_args(argv)
 
@@ -330,6 +370,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     runner = Runner(args)
+    if args.ahead:
+        # Rows of text need the base's tokenizer.
+        runner.run("base")
+        runner.draw_ahead()
     for name in args.parts:
         for each in ABLATIONS if name == "ablations" else (name,):
             runner.run(each)

@@ -62,6 +62,8 @@ class Options:
     """The same for the stricter test."""
     tasks: tuple[str, ...] = ()
     """Tasks of the stricter test that are asked (retrieval, grounding, ...); all if absent."""
+    ways: int = 4
+    """Names that the stricter test offers where one is shown."""
     trials: int = 1
     """Films in each cell of the stricter test."""
     per_film: int = 4

@@ -35,6 +35,7 @@ from longvila.evaluation.measure import (
 )
 from longvila.evaluation.needle_frames import FrameRows
 from longvila.evaluation.needle_plan import (
+    WAYS,
     Grid,
     Stage,
     Words,
@@ -77,6 +78,7 @@ class Plan:
         words: How questions are put.
         lengths: Lengths instead of evenly spaced ones.
         tasks: Tasks of the stricter protocol that are asked; none for all.
+        ways: Names that the stricter protocol offers where one is shown.
     """
 
     max_frames: int = 6000
@@ -96,6 +98,7 @@ class Plan:
     words: Words = field(default_factory=Words)
     lengths: tuple[int, ...] = ()
     tasks: tuple[str, ...] = ()
+    ways: int = WAYS
 
     @property
     def grid(self) -> Grid:
@@ -138,7 +141,7 @@ def make_parts(
         return Stage(
             haystack, needles, processor.video_processor.square, insert=insert,
             times=layout == "model" and processor.timestamps, seed=plan.seed, words=plan.words,
-            step_s=plan.step_s,
+            step_s=plan.step_s, ways=plan.ways,
         )  # fmt: skip
 
     if plan.protocol in ("paper", "both"):
