@@ -44,7 +44,7 @@ INIT = {
     "vision_feature_layer": -3,
 }
 #: Rank of the shipped update of each matrix of the language model and of the tower.
-RANKS = {"model.language_model.": 48, "model.vision_tower.": 16}
+RANKS = {"model.language_model.": 44, "model.vision_tower.": 16}
 LENGTHS = (32, 256, 1024, 2048, 6000)
 
 
