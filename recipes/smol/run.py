@@ -14,8 +14,7 @@
 With ``--ahead`` another process draws all sets, in the order in which they are needed, while the
 GPU trains. A part whose result is there is skipped, one that was interrupted goes on. On another
 machine, ``--parts`` with the deltas in ``WORK/deltas`` goes on where they end. With two GPUs give
-``--gpus 2``: rows of the long stages are then shared (`stages/*.yaml` leave the choice to
-``tokens_per_rank``, which ``--gpus`` divides).
+``--gpus 2``: a step is one row, which both share.
 
 Not done here: fetching anything (``prepare.py``), shipping (``ship.py``).
 """
@@ -191,7 +190,8 @@ class Runner:
             config = yaml.safe_load((HERE / "stages" / f"{part.config}.yaml").read_text())
             settings.append(f"optimizer.max_steps={config['optimizer']['max_steps'] // 2}")
         if self.args.gpus:
-            settings.append(f"parallel.tokens_per_rank={147456 // self.args.gpus}")
+            share = 147456 // self.args.gpus
+            settings += ["parallel.seq_parallel_size=0", f"parallel.tokens_per_rank={share}"]
         settings += self.args.set
         launch = ["--gpus", str(self.args.gpus)] if self.args.gpus else []
         self.longvila(

@@ -22,7 +22,7 @@ from longvila.media.video import open_video, read_frames
 from longvila.ops.rope import theta_for_length
 from longvila.testing.tiny import tiny_processor
 from longvila.train.settings import overlay, override, read_yaml
-from longvila.train.stages import get_stage
+from longvila.train.stages import choose_seq_parallel_size, get_stage
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "smol"
 
@@ -189,6 +189,8 @@ def test_stages_are_those_of_longvila_train(recipe: Any) -> None:
         path = RECIPE / "stages" / f"{part.config}.yaml"
         stage = override(overlay(get_stage(part.stage), read_yaml(path)), part.options)
         assert stage.optimizer.max_steps and stage.saving.dtype == "float32"
+        shared = override(stage, ["seq_parallel_size=0", "parallel.tokens_per_rank=73728"])
+        assert choose_seq_parallel_size(shared, 2) == 2
         assert part.after == "base" or part.after in {each.name for each in module.TRAINING}
     extend = overlay(get_stage("extend-64k"), read_yaml(RECIPE / "stages" / "extend.yaml"))
     # 6,000 frames of 16 tokens, a newline and a time of up to seven tokens.
