@@ -31,39 +31,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from questions import (
+    AT,
+    COUNT,
+    IMAGE,
+    IN_THE_FILM,
+    NEVER,
+    NOTHING,
+    THERE,
+    WHEN,
+    WHICH,
+    clock,
+    with_article,
+)
 from torch import Tensor
 
 SIDE, FRAME = 160, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STEPS_S = (0.5, 1, 1, 2, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20)
-#: What the backgrounds show themselves; never asked about as absent.
-IN_THE_FILM = {
-    "rabbit", "bunny", "squirrel", "butterfly", "tree", "flower", "apple", "bird", "grass", "hole",
-    "rock", "chinchilla", "chipmunk", "man", "woman", "nut", "mouse", "rat", "cloud", "leaf",
-    "hand", "forest",
-}  # fmt: skip
-NOTHING, NEVER = "no picture", "never"
-AT = (
-    "What is shown at {t}?",
-    "Which picture appears at {t}?",
-    "What can be seen at {t}?",
-    "What picture is there at {t}?",
-)
-WHEN = ("When does the {name} appear?", "At what time is the {name} shown?")
-THERE = ("Is there {a_name}?", "Does {a_name} appear in the video?")
-WHICH = ("Which pictures appear in the video?", "List the pictures that appear.")
-COUNT = ("How many pictures appear in the video?",)
-IMAGE = ("What is this?", "What is shown in the picture?", "Name the thing in the picture.")
-
-
-def clock(time_s: float) -> str:
-    """Write a time as the prompts do, "mm:ss"."""
-    return f"{int(time_s) // 60:02d}:{int(time_s) % 60:02d}"
-
-
-def with_article(name: str) -> str:
-    """Put "a" or "an" before a name."""
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 class Index:

@@ -46,6 +46,8 @@ class Options:
     """Most frames of the film."""
     interval: int = 300
     """Step of the numbers of frames."""
+    lengths: tuple[int, ...] = ()
+    """Numbers of frames instead of evenly spaced ones."""
     depth_interval: float = 0.2
     """Step of depths."""
     protocol: Literal["paper", "strict", "both"] = "both"
@@ -58,6 +60,10 @@ class Options:
     """The paper's test: frames with nothing between them, or the model's own layout."""
     strict_layout: Literal["needle", "model"] = "model"
     """The same for the stricter test."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of the stricter test that are asked (retrieval, grounding, ...); all if absent."""
+    ways: int = 4
+    """Names that the stricter test offers where one is shown."""
     trials: int = 1
     """Films in each cell of the stricter test."""
     per_film: int = 4
@@ -111,7 +117,7 @@ def main(argv: list[str]) -> int:
     model, processor, mesh = load(source, options)
     haystack = open_haystack(
         options.haystack,
-        num_frames=plan.max_frames,
+        num_frames=plan.frames,
         fps=plan.fps,
         processor=processor.video_processor,
         repeat=options.repeat,

@@ -87,11 +87,12 @@ class PackedLoader:
 
     Args:
         mixture: The order.
-        encoder: Makes documents; its ``max_tokens`` is a row's budget.
+        encoder: Makes documents; its ``max_tokens`` is a row's budget, unless ``row_tokens`` is.
         collator: Makes batches of documents.
         agreement: Where this rank stands.
         window: Documents that wait to be packed; more pack tighter and are looked at further ahead.
         max_documents: Most documents of a row.
+        row_tokens: Most tokens of a row, at least those of a document; None for those.
         epochs: Epochs of an iteration; None never ends.
         prefetch: Rows built ahead.
         threads: Samples looked at at once.
@@ -109,6 +110,7 @@ class PackedLoader:
         agreement: Agreement | None = None,
         window: int = 64,
         max_documents: int | None = None,
+        row_tokens: int | None = None,
         epochs: int | None = None,
         prefetch: int = 2,
         threads: int = 2,
@@ -133,6 +135,11 @@ class PackedLoader:
         self.threads, self.attempts = threads, attempts
         self.report = Report(self._report_path(report))
         self._max_documents = max_documents
+        self.row_tokens = encoder.max_tokens if row_tokens is None else row_tokens
+        if self.row_tokens < encoder.max_tokens:
+            raise ValueError(
+                f"rows of {self.row_tokens} tokens do not hold documents of {encoder.max_tokens}"
+            )
         self._resume: dict[str, Any] = {"next_position": 0, "rows": 0, "waiting": []}
 
     def _report_path(self, path: str | Path | None) -> Path | None:
@@ -150,7 +157,7 @@ class PackedLoader:
         return {
             "version": _VERSION,
             "mixture": self.mixture.fingerprint,
-            "max_tokens": self.encoder.max_tokens,
+            "max_tokens": self.row_tokens,
             "window": self.window,
             **self._resume,
             "report": self.report.state_dict(),
@@ -197,7 +204,7 @@ class _Walk:
     def __init__(self, loader: PackedLoader) -> None:
         self.loader = loader
         self.agreement = loader.agreement
-        self.packer = Packer(loader.encoder.max_tokens, max_documents=loader._max_documents)
+        self.packer = Packer(loader.row_tokens, max_documents=loader._max_documents)
         resume = loader._resume
         self.packer.restore(resume["waiting"])
         self.next_position: int = resume["next_position"]
@@ -420,7 +427,7 @@ class _Walk:
             Its name, or None if none fits and the slot is empty now.
         """
         entry = row[slot]
-        room = self.loader.encoder.max_tokens - sum(e.length for e in row if e is not entry)
+        room = self.loader.row_tokens - sum(e.length for e in row if e is not entry)
         mixture = self.loader.mixture
         while entry.attempts < self.loader.attempts:
             place = mixture.substitute(entry.position, entry.attempts)

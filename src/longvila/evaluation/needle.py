@@ -19,7 +19,7 @@ the tower n * D times over.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from longvila.evaluation.measure import (
 )
 from longvila.evaluation.needle_frames import FrameRows
 from longvila.evaluation.needle_plan import (
+    WAYS,
     Grid,
     Stage,
     Words,
@@ -44,13 +45,15 @@ from longvila.evaluation.needle_plan import (
     strict_scenes,
 )
 from longvila.evaluation.needle_read import reading_order
-from longvila.evaluation.needle_sets import Haystack, Needle
+from longvila.evaluation.needle_sets import Haystack, Needle, NeedleError
 from longvila.evaluation.summary import Group
 from longvila.evaluation.task import Scene
 from longvila.inference.engine import Engine
 from longvila.parallel.families import find_family
 
 Protocol = Literal["paper", "strict", "both"]
+#: Tasks of the stricter protocol.
+TASKS = ("retrieval", "grounding", "presence", "ordering", "counting", "listing")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,9 @@ class Plan:
         step_s: Seconds between frames as prompts say; None as in the film.
         seed: Decides all that is random.
         words: How questions are put.
+        lengths: Lengths instead of evenly spaced ones.
+        tasks: Tasks of the stricter protocol that are asked; none for all.
+        ways: Names that the stricter protocol offers where one is shown.
     """
 
     max_frames: int = 6000
@@ -90,11 +96,22 @@ class Plan:
     step_s: float | None = None
     seed: int = 0
     words: Words = field(default_factory=Words)
+    lengths: tuple[int, ...] = ()
+    tasks: tuple[str, ...] = ()
+    ways: int = WAYS
 
     @property
     def grid(self) -> Grid:
         """Its lengths and depths."""
-        return make_grid(self.max_frames, self.interval, self.depth_interval)
+        if not self.lengths:
+            return make_grid(self.max_frames, self.interval, self.depth_interval)
+        grid = make_grid(self.frames, min(self.lengths), self.depth_interval)
+        return replace(grid, lengths=tuple(sorted(set(self.lengths))))
+
+    @property
+    def frames(self) -> int:
+        """The longest length."""
+        return max(self.lengths, default=self.max_frames)
 
 
 #: Settings by name: the paper's two figures.
@@ -124,7 +141,7 @@ def make_parts(
         return Stage(
             haystack, needles, processor.video_processor.square, insert=insert,
             times=layout == "model" and processor.timestamps, seed=plan.seed, words=plan.words,
-            step_s=plan.step_s,
+            step_s=plan.step_s, ways=plan.ways,
         )  # fmt: skip
 
     if plan.protocol in ("paper", "both"):
@@ -135,11 +152,26 @@ def make_parts(
             stage(plan.strict_layout, plan.strict_insert), plan.grid,
             trials=plan.trials, per_film=plan.per_film,
         )  # fmt: skip
+        films, controls = (_asking(found, plan.tasks) for found in (films, controls))
         scenes.setdefault(plan.strict_layout, []).extend(films)
         if plan.control:
             scenes[plan.strict_layout].extend(controls)
     total = haystack.book.num_frames
     return [Part(layout, reading_order(merged(found), total)) for layout, found in scenes.items()]
+
+
+def _asking(scenes: list[Scene], tasks: Sequence[str]) -> list[Scene]:
+    """Return scenes with the questions of some tasks, without those that have none."""
+    if not tasks:
+        return scenes
+    absent = set(tasks) - set(TASKS)
+    if absent:
+        raise NeedleError(f"there is no task {', '.join(sorted(absent))}; there are {TASKS}")
+    asked = [
+        replace(scene, questions=tuple(q for q in scene.questions if q.task in tasks))
+        for scene in scenes
+    ]
+    return [scene for scene in asked if scene.questions]
 
 
 def settings_of(

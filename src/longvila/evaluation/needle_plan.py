@@ -132,6 +132,7 @@ class Stage:
         words: How questions are put.
         step_s: Seconds that the prompt's times say lie between two frames; None as in the film.
         stride: Frames of the book from one frame of the film to the next.
+        ways: Names to choose from where one is shown.
 
     Raises:
         NeedleError: If ``insert`` is neither.
@@ -149,6 +150,7 @@ class Stage:
         words: Words | None = None,
         step_s: float | None = None,
         stride: int = 1,
+        ways: int = WAYS,
     ) -> None:
         if insert not in ("frame", "paste"):
             raise NeedleError(f"insert must be frame or paste, got {insert!r}")
@@ -157,7 +159,7 @@ class Stage:
         self.words = words or Words()
         self.step_s = haystack.step_s if step_s is None else step_s
         self.book: FrameBook = haystack.book
-        self.stride = stride
+        self.stride, self.ways = stride, ways
 
     def rng(self, *names: object) -> np.random.Generator:
         """Chance that depends on the seed and some names, and nothing else."""
@@ -282,9 +284,10 @@ def strict_scenes(
         if needle.answer not in known:
             known.append(needle.answer)
     for tier, found in names.items():
-        if len(found) < max(per_film + 1, WAYS) or per_film < 3:
+        wanted = max(per_film + 1, stage.ways)
+        if len(found) < wanted or per_film < 3:
             raise NeedleError(
-                f"{per_film} needles a film (at least 3) need {max(per_film + 1, WAYS)} different "
+                f"{per_film} needles a film (at least 3) need {wanted} different "
                 f"names, the set has {len(found)}" + (f" of tier {tier!r}" if tier else "")
             )
     if grid.lengths[0] < 4 * per_film:
@@ -362,7 +365,7 @@ def _questions(
     far = [name for name in names if name not in here]
     rng.shuffle(near)
     rng.shuffle(far)
-    options = [target.answer, *near, *far][:WAYS]
+    options = [target.answer, *near, *far][: stage.ways]
     rng.shuffle(options)
     choice, free = _both(
         scene, "retrieval", text, target.answer, options, "name", shape, names=tuple(names)

@@ -6,6 +6,11 @@ A delta is one safetensors file. A key that is a parameter's name replaces it (p
 model it was trained on (``init``: the arguments of ``longvila init``, as JSON) so that the base
 can be assembled again from its sources.
 
+A model that was trained in several stages, each with an adapter of its own, ends as plain weights.
+`difference` finds the delta between two such models: a sum of low-rank updates has low rank again,
+and what a smaller rank leaves over is told. ``context`` in the metadata is the rotary base and the
+context that the text model was given.
+
 Applying merges the updates into the weights in float32, after which nothing of PEFT is needed and
 nothing is slower. Not done: undoing a merge; several deltas at once (apply them in order).
 
@@ -15,6 +20,7 @@ Dimensions: r rank.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +71,51 @@ def collect_delta(model: nn.Module) -> dict[str, Tensor]:
     return out
 
 
+def difference(
+    base: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor],
+    *,
+    rank: int | Callable[[str], int | None],
+) -> tuple[dict[str, Tensor], float]:
+    """Find what turns one model's weights into another's.
+
+    Args:
+        base: Weights by name.
+        trained: Weights of the same model after training.
+        rank: Rank of the updates of matrices, or what gives it by name; None stores a matrix whole,
+            and so is one that is smaller than its update.
+
+    Returns:
+        A delta, and the largest share of a matrix's change (in Frobenius norm) that it leaves out.
+
+    Raises:
+        CheckpointError: If names or shapes differ, or nothing changed.
+    """
+    if set(base) != set(trained):
+        odd = sorted(set(base) ^ set(trained))
+        raise CheckpointError(f"the models have different weights: {', '.join(odd[:5])}")
+    out: dict[str, Tensor] = {}
+    left_out = 0.0
+    for name, before in base.items():
+        after = trained[name]
+        if before.shape != after.shape:
+            raise CheckpointError(f"{name} is {tuple(before.shape)} and {tuple(after.shape)}")
+        change = after.float() - before.float()
+        if not change.any():
+            continue
+        wanted = rank(name) if callable(rank) else rank
+        if change.ndim != 2 or wanted is None or wanted * sum(change.shape) >= change.numel():
+            out[name] = after.float()
+            continue
+        u, s, v = torch.linalg.svd(change, full_matrices=False)
+        out[name + _A] = s[:wanted, None].sqrt() * v[:wanted]
+        out[name + _B] = u[:, :wanted] * s[:wanted].sqrt()
+        left_out = max(left_out, float(s[wanted:].norm() / s.norm()))
+    if not out:
+        raise CheckpointError("the two models have the same weights; there is no delta")
+    return out, left_out
+
+
 def save_delta(
     delta: dict[str, Tensor], path: Path, *, init: dict[str, Any], dtype: torch.dtype, **notes: str
 ) -> None:
@@ -88,7 +139,7 @@ def read_delta_metadata(path: Path) -> dict[str, Any]:
         path: The file.
 
     Returns:
-        Its metadata, ``init`` decoded.
+        Its metadata, ``init`` and ``context`` decoded.
 
     Raises:
         CheckpointError: If the file is no delta.
@@ -98,9 +149,11 @@ def read_delta_metadata(path: Path) -> dict[str, Any]:
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is no {FORMAT} file (format {metadata.get('format')!r}); "
-            "recipes/smol/train.py writes them"
+            "recipes/smol/run.py writes them"
         )
-    metadata["init"] = json.loads(metadata["init"])
+    for key in ("init", "context"):
+        if key in metadata:
+            metadata[key] = json.loads(metadata[key])
     return metadata
 
 
@@ -143,4 +196,15 @@ def apply_delta(model: nn.Module, path: Path) -> dict[str, Any]:
                 )
             value = value.to(target.device)
             target.copy_(target.float() + value if key.endswith(_A) else value)
+    if "context" in metadata:
+        _set_context(model, metadata["context"])
     return metadata
+
+
+def _set_context(model: Any, context: Mapping[str, Any]) -> None:
+    """Give the text model a rotary base and a context; its angles are computed anew."""
+    config = model.config.get_text_config()
+    config.rope_parameters = {**config.rope_parameters, "rope_theta": context["rope_theta"]}
+    config.max_position_embeddings = context["max_position_embeddings"]
+    text = model.model.language_model
+    text.rotary_emb = type(text.rotary_emb)(config=config).to(text.embed_tokens.weight.device)

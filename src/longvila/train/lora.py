@@ -1,4 +1,4 @@
-"""Low-rank adapters in the language model, and what is really trained beside them.
+"""Low-rank adapters in the language model (and the tower), and what is trained beside them.
 
 LongLoRA's finding is that low-rank attention alone does not learn a longer context, but does so
 when embeddings and norms are trained as well. PEFT's usual ways leave room for mistakes there: a
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -73,6 +73,8 @@ def adapt(model: PreTrainedModel, adapter: Adapter) -> nn.Module:
             f"adapter.targets names {sorted(absent)}, which no linear layer of "
             f"{type(text).__name__} is called"
         )
+    if adapter.tower_targets:
+        linear |= _tower_layers(model, adapter.tower_targets)
     groups = {name: _group(model, text, name) for name in adapter.also_tune}
     outside = [p for p in model.parameters() if p.requires_grad]
     settings = LoraConfig(
@@ -92,6 +94,27 @@ def adapt(model: PreTrainedModel, adapter: Adapter) -> nn.Module:
     for name, group in groups.items():
         _LOG.info("tuned in full: %s, %d parameters", name, sum(p.numel() for p in group))
     return wrapped
+
+
+def _tower_layers(model: PreTrainedModel, targets: Sequence[str]) -> set[str]:
+    """Names of the linear layers of the vision tower that are called one of some names."""
+    family = find_family(model)
+    projector = {id(p) for p in family.projector_parameters(model)}
+    tower = {id(p) for p in family.media_parameters(model)} - projector
+    found = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and id(module.weight) in tower
+        and name.rsplit(".", 1)[-1] in targets
+    }
+    absent = set(targets) - {name.rsplit(".", 1)[-1] for name in found}
+    if absent:
+        raise StageError(
+            f"adapter.tower_targets names {sorted(absent)}, which no linear layer of the vision "
+            "tower is called"
+        )
+    return found
 
 
 def _group(model: PreTrainedModel, text: PreTrainedModel, name: str) -> list[nn.Parameter]:

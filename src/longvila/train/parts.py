@@ -6,8 +6,8 @@
 
 1. `tune` freezes what a stage gives no rate; a rate for a part that the model has not is said and
    left, as long as another part is tuned. With an adapter, only the adapter and the groups that
-   it names (embeddings, norms, head) are tuned in the language model; they are looked up in the
-   model, and a name that finds nothing is an error.
+   it names (embeddings, norms, head) are tuned in the language model, and in the tower too if it
+   has targets there; they are looked up in the model, and a name that finds nothing is an error.
 2. `merge_adapter` folds adapters into the weights they stand beside, on plain tensors, so that
    sharded training ends with an ordinary state dict: ``W + alpha / rank * B A``, in float32.
 3. `set_context` gives a language model its new rotary base and context.
@@ -90,7 +90,10 @@ def tune(model: PreTrainedModel, rates: Rates, adapter: Adapter | None = None) -
         _LOG.info("%s has no %s; the rest is tuned", type(model).__name__, " and no ".join(absent))
     for part, parameters in parts.items():
         rate = getattr(rates, part)
-        tuned = rate is not None and not (part == "language_model" and adapter is not None)
+        adapted = adapter is not None and (
+            part == "language_model" or (part == "vision_tower" and bool(adapter.tower_targets))
+        )
+        tuned = rate is not None and not adapted
         for _, parameter in parameters:
             parameter.requires_grad_(tuned)
     return model if adapter is None else adapt(model, adapter)

@@ -191,12 +191,12 @@ def _load_model(name: str) -> PreTrainedModel:
 
 def _check_context(model: PreTrainedModel, stage: Stage) -> None:
     limit = find_family(model).text_model(model).config.max_position_embeddings
-    if stage.data.max_tokens > limit:
+    if stage.data.sample_tokens > limit:
         hint = f" (the stage goes on from {stage.base})" if stage.base else ""
         raise ContextLengthError(
-            f"rows of {stage.name} have {stage.data.max_tokens} tokens, the model's context is "
+            f"rows of {stage.name} have {stage.data.sample_tokens} tokens, the model's context is "
             f"{limit}{hint}; extend it first (longvila train extend-...), or shorten rows: --set "
-            f"data.max_tokens={limit}"
+            f"data.max_tokens={limit} (data.max_sample_tokens={limit} where samples are short)"
         )
 
 
@@ -260,7 +260,7 @@ def build_loader(
         processor,
         model.config,
         encoder={
-            "max_tokens": data.max_tokens,
+            "max_tokens": data.sample_tokens,
             "style": data.style,
             "too_long": data.too_long,
             "num_frames": data.num_frames,
@@ -280,6 +280,7 @@ def build_loader(
         agreement=Agreement.from_mesh(mesh),
         window=data.window,
         max_documents=data.max_documents,
+        row_tokens=data.max_tokens,
         epochs=1,
         prefetch=data.prefetch,
         threads=data.threads,

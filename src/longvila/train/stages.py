@@ -79,6 +79,9 @@ class Rates:
 class Adapter:
     """Low-rank adapters in the language model, and what is trained in full beside them.
 
+    With ``tower_targets`` they stand in the vision tower as well, which then is not trained in
+    full: two low-rank parts make a model whose change fits a small file.
+
     Attributes:
         rank: Rank of the adapters.
         alpha: Their scale times their rank.
@@ -86,6 +89,8 @@ class Adapter:
         targets: Names of the linear layers of the language model that get one.
         also_tune: Groups of the language model that are trained in full: embeddings (and a head
             tied to them), norms, head.
+        tower_targets: Names of the linear layers of the vision tower that get one, if the tower
+            has a rate; none leaves the tower to be trained in full.
     """
 
     rank: int = 8
@@ -93,6 +98,7 @@ class Adapter:
     dropout: float = 0.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     also_tune: tuple[Literal["embeddings", "norms", "head"], ...] = ("embeddings", "norms")
+    tower_targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +124,8 @@ class Data:
         style: ``chat``, or ``plain`` for captions and documents without a template; a dataset that
             says its own goes first.
         max_tokens: Tokens of a packed row, and most of a sample.
+        max_sample_tokens: Most tokens of a sample where a row may be longer than the model's
+            context, as short samples do not see each other; null for those of a row.
         max_documents: Most samples of a row; null for as many as fit.
         too_long: What becomes of longer samples.
         num_frames: Frames of a video; null for the processor's.
@@ -134,6 +142,7 @@ class Data:
     mixture: str | None = None
     style: Literal["chat", "plain"] = "chat"
     max_tokens: int = 4096
+    max_sample_tokens: int | None = None
     max_documents: int | None = None
     too_long: TooLong = "truncate_frames"
     num_frames: int | None = 8
@@ -152,6 +161,16 @@ class Data:
                 "data: give either samples_per_step or rows_per_step, above zero (set the other "
                 f"to null); got {self.samples_per_step} and {self.rows_per_step}"
             )
+        if self.max_sample_tokens is not None and self.max_sample_tokens > self.max_tokens:
+            raise ValueError(
+                f"data: a sample of max_sample_tokens {self.max_sample_tokens} does not fit a row "
+                f"of max_tokens {self.max_tokens}"
+            )
+
+    @property
+    def sample_tokens(self) -> int:
+        """Most tokens of a sample."""
+        return self.max_tokens if self.max_sample_tokens is None else self.max_sample_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +313,10 @@ class Stage:
         if self.adapter is not None and self.rates.language_model is None:
             raise ValueError(
                 "the adapter lives in the language model, which rates.language_model freezes"
+            )
+        if self.adapter and self.adapter.tower_targets and self.rates.vision_tower is None:
+            raise ValueError(
+                "adapter.tower_targets tune the vision tower, which rates.vision_tower freezes"
             )
 
 

@@ -91,6 +91,16 @@ def test_an_iteration_that_is_left_goes_on_where_it_was_left(
     assert all(map(same, take(source, 4) + take(source, 5), whole))
 
 
+def test_rows_may_be_longer_than_documents(processor: Any, media_dir: Path) -> None:
+    wide = loader(processor, mixture(media_dir), row_tokens=3 * BUDGET, epochs=1)
+    lengths = [batch["document_lengths"] for batch in wide]
+    assert max(map(sum, lengths)) > BUDGET
+    assert all(sum(row) <= 3 * BUDGET and max(row) <= BUDGET for row in lengths)
+    assert wide.state_dict()["max_tokens"] == 3 * BUDGET
+    with pytest.raises(ValueError, match="do not hold documents"):
+        loader(processor, mixture(media_dir), row_tokens=BUDGET - 1)
+
+
 def test_states_of_other_runs_are_refused(processor: Any, media_dir: Path) -> None:
     state = loader(processor, mixture(media_dir)).state_dict()
     for other in (

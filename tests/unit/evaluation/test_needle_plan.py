@@ -158,3 +158,22 @@ def test_what_cannot_be_put_together_is_an_error() -> None:
         strict_scenes(_stage(count=4), make_grid(30, 30, 0.5), trials=1, per_film=4)
     with pytest.raises(ValueError, match="15 frames have no room for 4"):
         strict_scenes(_stage(), make_grid(30, 15, 0.5), trials=1, per_film=4)
+
+
+def test_lengths_tasks_and_ways_are_chosen() -> None:
+    processor = tiny_processor(timestamps=True)
+    options: dict[str, Any] = {"protocol": "strict", "depth_interval": 1.0}
+    plan = Plan(lengths=(60, 20), tasks=("retrieval", "grounding"), ways=6, **options)
+    assert plan.frames == 60 and plan.grid.lengths == (20, 60)
+    (part,) = make_parts(plan, film(processor, 60), needles(8), processor)
+    questions = [question for scene in part.scenes for question in scene.questions]
+    assert {q.task for q in questions} == {"retrieval", "grounding"}
+    assert {q.shape["frames"] for q in questions} == {20, 60}
+    chosen = [q for q in questions if q.task == "retrieval" and q.ask == "choice"]
+    assert chosen and all(len(set(q.options)) == 6 and q.chance == 1 / 6 for q in chosen)
+    with pytest.raises(ValueError, match="there is no task retreival"):
+        make_parts(Plan(lengths=(20,), tasks=("retreival",), **options), film(processor, 60),
+                   needles(8), processor)  # fmt: skip
+    with pytest.raises(ValueError, match="need 9 different names"):
+        make_parts(Plan(lengths=(20,), ways=9, **options), film(processor, 60), needles(8),
+                   processor)  # fmt: skip

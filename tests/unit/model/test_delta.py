@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from longvila.errors import CheckpointError
-from longvila.model.delta import apply_delta, collect_delta, read_delta_metadata, save_delta
+from longvila.model.delta import (
+    apply_delta,
+    collect_delta,
+    difference,
+    read_delta_metadata,
+    save_delta,
+)
 from longvila.testing.tiny import TINY_VIDEO_ID, tiny_model
 
 INIT = {"llm": "x", "projector": "mlp_downsample"}
@@ -87,3 +94,44 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="is no longvila-delta-1 file"):
         read_delta_metadata(tmp_path / "x.safetensors")
+
+
+def test_difference_of_two_models(tmp_path: Path) -> None:
+    base, trained = tiny_model(seed=0), tiny_model(seed=0)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if name.endswith("q_proj.weight") and "language_model" in name:
+                left = torch.randn(parameter.shape[0], 2) @ torch.randn(2, parameter.shape[1])
+                parameter += 0.1 * left
+            elif name.endswith("input_layernorm.weight") or "multi_modal_projector" in name:
+                parameter += 0.1
+    after = trained.state_dict()
+
+    def rank(name: str) -> int | None:
+        return None if "projector" in name else 3
+
+    delta, left_out = difference(before, after, rank=rank)
+    assert left_out < 1e-5
+    assert all(name.endswith((".lora_A", ".lora_B")) for name in delta if "q_proj" in name)
+    context = {"rope_theta": 5e6, "max_position_embeddings": 131072}
+    file = tmp_path / "delta.safetensors"
+    save_delta(delta, file, init={}, dtype=torch.float32, context=json.dumps(context))
+    angles = base.model.language_model.rotary_emb.inv_freq.clone()
+    apply_delta(base, file)
+    for name, value in base.state_dict().items():
+        torch.testing.assert_close(value, after[name], atol=1e-5, rtol=1e-5)
+    assert base.config.context_length == 131072
+    assert base.config.get_text_config().rope_parameters["rope_theta"] == 5e6
+    assert not torch.equal(base.model.language_model.rotary_emb.inv_freq, angles)
+    # A rank that is too small is told.
+    _, left_out = difference(before, after, rank=lambda name: None if "projector" in name else 1)
+    assert 0.05 < left_out < 1
+
+
+def test_difference_of_equal_or_other_models() -> None:
+    state = tiny_model(seed=0).state_dict()
+    with pytest.raises(CheckpointError, match="same weights"):
+        difference(state, state, rank=2)
+    with pytest.raises(CheckpointError, match="different weights"):
+        difference(state, {}, rank=2)

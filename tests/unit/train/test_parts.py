@@ -147,3 +147,24 @@ def test_a_new_context_reaches_config_and_rotary_embedding() -> None:
     text.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     with pytest.raises(StageError, match="rescaled by rope_type 'linear'"):
         set_context(model, Context(rope_theta=1e7, max_position_embeddings=2**20))
+
+
+def test_adapters_in_the_tower_are_merged_too() -> None:
+    rates = Rates(vision_tower=1e-3, projector=1e-3, language_model=1e-3)
+    adapter = Adapter(rank=2, alpha=4, also_tune=("norms",), tower_targets=("fc1", "q_proj"))
+    model, mesh = put_on_mesh(tune(fresh_model(), rates, adapter), fsdp=False)
+    tower = {name for name in tuned(model) if "vision_tower" in name}
+    assert tower and all(".lora_" in name for name in tower)
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tower} == {"fc1", "q_proj"}
+    train_step(model, [row(1)], build_optimizer(model, rates, Optimizer()), mesh)
+    merged = export_state(model, adapter, torch.float32)
+    plain = dict(fresh_model().named_parameters())
+    assert set(merged) == set(plain)
+    moved = {n for n in plain if "vision_tower" in n and not torch.equal(merged[n], plain[n])}
+    assert moved and all(n.endswith(("fc1.weight", "q_proj.weight")) for n in moved)
+
+
+def test_a_name_that_the_tower_has_not_is_an_error() -> None:
+    rates = Rates(vision_tower=1e-3, language_model=1e-3)
+    with pytest.raises(StageError, match="tower_targets names"):
+        tune(fresh_model(), rates, Adapter(tower_targets=("gate_proj",)))
