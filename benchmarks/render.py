@@ -395,7 +395,7 @@ def prefill(result: dict[str, Any]) -> list[str]:
         figures = [_figure(row, each) for each in names]
         if row["metrics"].get("out_of_memory"):
             figures[0] = "out of memory"
-        cells.append([name, f"{row['tokens']:,}", str(row["shape"]["frames"]), *figures])
+        cells.append([name, f"{row['tokens']:,}", str(row["shape"].get("frames", "")), *figures])
     lines = table(header, cells)
     if sampled:
         lines += ["", "\\* added up from a sample of the prompt's chunks, not read whole."]
