@@ -31,11 +31,11 @@ def root(tmp_path: Path) -> Path:
     results.mkdir()
     (tmp_path / "docs").mkdir()
     for file, content in {
-        "2026-01-02_prefill_2xgpu.json": result("prefill", "2026-01-02", 1.25),
-        "2026-01-01_prefill_2xgpu_z.json": result("prefill", "2026-01-01", 9.0, "sockets"),
+        "2026-01-02_decode_2xgpu.json": result("decode", "2026-01-02", 1.25),
+        "2026-01-01_decode_2xgpu_z.json": result("decode", "2026-01-01", 9.0, "sockets"),
     }.items():
         (results / file).write_text(json.dumps(content))
-    text = "before\n<!-- bench:prefill -->\nold\n<!-- /bench -->\nafter\n"
+    text = "before\n<!-- bench:decode -->\nold\n<!-- /bench -->\nafter\n"
     (tmp_path / "README.md").write_text(text)
     (tmp_path / "docs" / "plain.md").write_text("no table\n")
     return tmp_path
@@ -59,17 +59,17 @@ def test_check_fails_until_rendered(root: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_new_result_makes_it_stale(root: Path) -> None:
     assert run(root) == 0
-    newer = result("prefill", "2026-02-01", 1.125)
-    (root / "results" / "2026-02-01_prefill_2xgpu.json").write_text(json.dumps(newer))
+    newer = result("decode", "2026-02-01", 1.125)
+    (root / "results" / "2026-02-01_decode_2xgpu.json").write_text(json.dumps(newer))
     assert run(root, "--check") == 1
 
 
 def test_conditions_pick_a_result(root: Path) -> None:
     folder = root / "results"
-    assert "9.000" in render.render_block("prefill link=sockets", folder)
-    assert "9.000" in render.render_block("prefill suffix=z", folder)
+    assert "9.000" in render.render_block("decode link=sockets", folder)
+    assert "9.000" in render.render_block("decode suffix=z", folder)
     with pytest.raises(ValueError, match="a result's hardware has"):
-        render.render_block("prefill colour=red", folder)
+        render.render_block("decode colour=red", folder)
 
 
 def test_a_marker_without_result_says_so_and_a_wrong_name_is_an_error(root: Path) -> None:
