@@ -111,8 +111,14 @@ async function watch(chosen) {
     current.url = await upload(chosen);
     if (video === current) await showFrames();
   } catch (fault) {
-    if (video === current) say(statusLine, fault.message, true);
+    refused(current, fault);
   }
+}
+
+// What the server says of a file is not to be written over by what the player says of it.
+function refused(current, fault) {
+  current.refused = true;
+  if (video === current) say(statusLine, fault.message, true);
 }
 
 function sampling() {
@@ -127,6 +133,7 @@ function sampling() {
 async function showFrames() {
   const current = video;
   const wanted = sampling();
+  current.refused = false;
   sample.disabled = true;
   say(statusLine, "Sampling frames");
   try {
@@ -142,7 +149,7 @@ async function showFrames() {
     const shown = found.frames.length < found.num_frames ? `, ${found.frames.length} shown` : "";
     say(statusLine, `${found.num_frames} frames of ${clock(found.duration_s)}${shown}`);
   } catch (fault) {
-    if (video === current) say(statusLine, fault.message, true);
+    refused(current, fault);
   } finally {
     sample.disabled = false;
   }
@@ -172,7 +179,8 @@ player.ontimeupdate = () => {
   last?.classList.add("now");
 };
 player.onerror = () => {
-  if (player.src) say(statusLine, "This browser cannot play the video; it can still be asked about.");
+  if (player.src && !video?.refused)
+    say(statusLine, "This browser cannot play the video; it can still be asked about.");
 };
 
 // ---- the conversation
