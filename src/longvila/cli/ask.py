@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from longvila.errors import CheckpointError, LongVILAError
+from longvila.errors import LongVILAError
 from longvila.media.sources import IMAGE_SUFFIXES
 from longvila.packaged import default_model
 
@@ -214,35 +214,18 @@ def open_session(options: Any, ranks: Ranks, progress: Any) -> Session:
     Raises:
         CheckpointError: If there is no such checkpoint, or its processor needs what is missing.
     """
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging as transformers_logging
 
-    from longvila import LongVILAForConditionalGeneration, LongVILAProcessor
     from longvila.inference.engine import Engine
     from longvila.inference.session import Session
-    from longvila.model.vila.loading import is_vila
+    from longvila.model.opening import open_checkpoint
 
-    dtype = options.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
     if not sys.stderr.isatty() or not ranks.is_first:
         transformers_logging.disable_progress_bar()
     source = options.model or str(default_model())
-    model_class: Any = AutoModelForImageTextToText
-    processor_class: Any = AutoProcessor
-    if is_vila(source):  # The Auto classes would take its config.json for another model's.
-        model_class, processor_class = LongVILAForConditionalGeneration, LongVILAProcessor
-
-    def open_parts() -> tuple[Any, Any]:
-        try:
-            processor = processor_class.from_pretrained(source)
-            model = model_class.from_pretrained(source, dtype=getattr(torch, dtype))
-        except (OSError, ImportError) as fault:
-            raise CheckpointError(f"--model {source}: {fault}") from fault
-        return processor, model.to(ranks.device).eval()
-
-    processor, model = ranks.together(open_parts)
+    model, processor = ranks.together(
+        lambda: open_checkpoint(source, device=ranks.device, dtype=options.dtype, label="--model")
+    )
     mesh = ranks.mesh(model.config.get_text_config())
     offload = None if options.kv_offload is None else int(options.kv_offload * 2**30)
     return Session(Engine(model, mesh, kv_offload=offload), processor, progress=progress)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from longvila.errors import CheckpointError, LongVILAError
+from longvila.errors import LongVILAError
 from longvila.packaged import default_model
 
 if TYPE_CHECKING:
@@ -242,31 +242,19 @@ def load_model(options: Options) -> tuple[Any, Any]:
     Raises:
         CheckpointError: If there is no such checkpoint.
     """
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging as transformers_logging
 
-    from longvila import LongVILAForConditionalGeneration, LongVILAProcessor
-    from longvila.model.vila.loading import is_vila
+    from longvila.cli.ask import find_device
+    from longvila.model.opening import open_checkpoint
 
-    device, dtype = options.device, options.dtype
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    source = options.model or str(default_model())
-    model_class: Any = AutoModelForImageTextToText
-    processor_class: Any = AutoProcessor
-    if is_vila(source):  # The Auto classes would take its config.json for another model's.
-        model_class, processor_class = LongVILAForConditionalGeneration, LongVILAProcessor
-    try:
-        processor = processor_class.from_pretrained(source)
-        model = model_class.from_pretrained(source, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as fault:
-        raise CheckpointError(f"--model {source}: {fault}") from fault
-    return model.to(device).eval(), processor
+    return open_checkpoint(
+        options.model or str(default_model()),
+        device=find_device(options.device),
+        dtype=options.dtype,
+        label="--model",
+    )
 
 
 def to_settings(options: Options, kv: int, *, page: bool) -> Settings:

@@ -30,10 +30,8 @@ import torch.distributed as dist
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from longvila import LongVILAForConditionalGeneration, LongVILAProcessor, build_mesh
-from longvila.errors import CheckpointError
+from longvila import build_mesh
 from longvila.evaluation.answerer import Answerer
 from longvila.evaluation.answers import Answers
 from longvila.evaluation.asking import Asking, Place, Question
@@ -42,10 +40,10 @@ from longvila.evaluation.lmms_share import Ranks
 from longvila.evaluation.presets import Preset, find_preset, preset_of_task
 from longvila.inference.engine import Engine
 from longvila.log import get_logger, log_once
-from longvila.model.vila.loading import is_vila
+from longvila.model.opening import open_checkpoint
 
 _LOG = get_logger(__name__)
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES = ("bfloat16", "float16", "float32")
 #: Of a task's generation settings; the others mean nothing to this model.
 _GREEDY = ("max_new_tokens", "num_beams", "do_sample", "repetition_penalty")
 _SAMPLING = ("temperature", "top_p", "top_k")
@@ -274,24 +272,12 @@ def load_model(pretrained: str, device: torch.device, dtype: str) -> tuple[Any, 
         CheckpointError: If there is no such checkpoint.
         ValueError: If the precision has no such name.
     """
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if dtype not in _DTYPES:
+    if dtype not in ("auto", *_DTYPES):
         raise ValueError(f"dtype must be auto or one of {', '.join(_DTYPES)}, got {dtype}")
-    model_class: Any = AutoModelForImageTextToText
-    processor_class: Any = AutoProcessor
-    if is_vila(pretrained):
-        model_class, processor_class = LongVILAForConditionalGeneration, LongVILAProcessor
-    try:
-        processor = processor_class.from_pretrained(pretrained)
-        model: Any = model_class.from_pretrained(pretrained, dtype=_DTYPES[dtype])
-    except OSError as fault:
-        raise CheckpointError(f"pretrained={pretrained}: {fault}") from fault
+    model, processor = open_checkpoint(pretrained, device=device, dtype=dtype, label="pretrained")
     folder = Path(pretrained)
     name = str(folder.resolve()) if folder.exists() else pretrained
     commit = getattr(model.config, "_commit_hash", None)
-    model.eval()
-    model.to(device)
     return model, processor, f"{name}@{commit}" if commit else name
 
 

@@ -81,7 +81,9 @@ def _log_choice(name: str, spec: AttentionSpec, refusals: dict[str, str], forced
     text = f"attention back end {name} for {kind} {dtype} head dim {spec.head_dim}"
     text += " (asked for)" if forced else "".join(f"; {n}: {why}" for n, why in refusals.items())
     quadratic = name == "eager" and not forced
-    level = logging.WARNING if quadratic else logging.INFO
+    # On a CPU there is nothing to wonder about.
+    level = logging.DEBUG if spec.device_type == "cpu" else logging.INFO
+    level = logging.WARNING if quadratic else level
     log_once(__name__, level, text + ("; memory grows with Sq * Sk" if quadratic else ""))
 
 

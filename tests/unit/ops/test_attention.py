@@ -226,7 +226,7 @@ def test_strided_inputs_and_gradients() -> None:
 
 def test_the_choice_on_the_cpu_is_the_tiled_kernel(caplog: pytest.LogCaptureFixture) -> None:
     module._select.cache_clear()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         spec = AttentionSpec(dtype=torch.float32, head_dim=48, device_type="cpu", causal=True)
         assert select_backend(spec).name == "cpu"
         assert select_backend(spec).name == "cpu"
