@@ -466,6 +466,7 @@ VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] 
         lambda result, folder: demo_model(result),
     ),
     "smol_tiers": (["needle", "method=smol-stages"], lambda result, folder: smol.tiers(folder)),
+    "smol_summary": (["needle", "method=smol-stages"], lambda result, folder: smol.summary(folder)),
     "smol_shipped": (
         ["needle", "method=smol-stages shipped"],
         lambda result, folder: smol.tiers(folder, "shipped"),

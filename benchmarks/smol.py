@@ -177,6 +177,30 @@ def tiers(folder: Path, part: str | None = None) -> list[str]:
     return lines[:-1]
 
 
+def summary(folder: Path) -> list[str]:
+    """A line a tier and way of asking: the finished model in short."""
+    found = read(folder)
+    part = last_part(found)
+    lengths = sorted(
+        {row["shape"]["frames"] for (p, _), one in found.items() if p == part for row in one.rows}
+        - {None}
+    )
+    cells = []
+    for tier, what in TIERS.items():
+        for ask, name in (("free", "own words"), ("choice", "likeliest name")):
+            counts = found[part, tier].counts(("retrieval", ask)) if (part, tier) in found else {}
+            if counts:
+                total = _total(counts)
+                shown = [f"{100 * counts[n].share:.0f}" if n in counts else "" for n in lengths]
+                cells.append(
+                    [f"{what}; {name}", str(total.n), str(total), f"{100 * total.chance:.0f}",
+                     *shown]
+                )  # fmt: skip
+    header = ["pictures pasted into unseen film", "asked", "right % [95 %]", "a guess",
+              *(f"{_frames(n)} frames" for n in lengths)]  # fmt: skip
+    return _table(header, cells)
+
+
 def _length_costs(one: Measured, lengths: Sequence[int]) -> list[str]:
     """A sentence on what the longest film costs against the shortest."""
     way = {"a": ("retrieval", "free"), "b": ("retrieval", "choice")}.get(one.tier)

@@ -23,7 +23,7 @@ PAGE = "".join(
     f"<!-- bench:{name} -->\n<!-- /bench -->\n"
     for name in (
         "smol_losses", "smol_heat", "smol_lengths", "smol_tiers", "smol_ablations",
-        "smol_two_gpus", "smol_shipped",
+        "smol_two_gpus", "smol_shipped", "smol_summary",
     )
 )  # fmt: skip
 
@@ -129,6 +129,9 @@ def test_a_page_of_a_whole_run(root: Path, collect: Callable[..., Any]) -> None:
     assert "no result of half-long, half-extend" in text
     assert "| stage 3, short videos | 2 GPUs | 4 | 0.0e+00 | 2.5e-04 | 1.0e-03 |" in text
     assert "no result of `needle method=smol-stages shipped`" in text
+
+    summary = text.partition("<!-- bench:smol_summary -->")[2]
+    assert "| unseen pictures of trained names; likeliest name | 6 | 100 [61, 100] | 5 |" in summary
 
     drawn = sorted(path.name for path in (root / "docs" / "results" / "smol").iterdir())
     assert drawn == ["heat-longest-free.svg", "heat-sft-free.svg", "loss.svg"]
