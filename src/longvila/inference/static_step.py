@@ -151,11 +151,20 @@ class StaticStep:
         self.uses = 0
 
     def load(self, cache: ShardedCache) -> str | None:
-        """Write where a cache's segments are; return why that cannot be, or None.
+        """Make room for the new tokens, and write where a cache's segments are.
 
         Args:
-            cache: With room for the new tokens, if they are this rank's.
+            cache: What was read.
+
+        Returns:
+            Why that cannot be, or None.
         """
+        first = cache.shards[0]
+        if first.is_initialized and first.dtype != self.like.dtype:
+            return f"keys and values are {first.dtype}, the model is {self.like.dtype}"
+        if cache.next_owner == cache.rank:
+            for layer in cache.shards:
+                layer.make_room(self.like)
         own: list[list[Segment]] = []
         shared: list[list[Segment]] = []
         for layer in cache.shards:
@@ -326,17 +335,12 @@ class StaticSteps:
         rows, tokens = ids.shape
         if tokens > MAX_NEW_TOKENS or rows * tokens > _MOST_QUERIES:
             return None  # enough queries for kernels that cut queries
-        self._look_at_weights(cache)
         reason = self._refusal(cache, tokens)
         if reason is not None:
             level = logging.WARNING if self.device.type == "cuda" else logging.DEBUG
             log_once(__name__, level, f"decoding without a captured graph: {reason}")
             return None
         step = self._find((rows, tokens, keep, positions.dim() == 3))
-        owner = cache.next_owner
-        if owner == cache.rank:
-            for layer in cache.shards:
-                layer.make_room(step.like)
         reason = step.load(cache)
         if reason is not None:
             log_once(__name__, logging.WARNING, f"decoding without a captured graph: {reason}")
@@ -365,6 +369,7 @@ class StaticSteps:
             reason = decode_refusal(self.dtype, self.head_dim, self.device)
             if reason is not None:
                 return f"the split kernel {reason}"
+        self._look_at_weights(cache)
         return self._reason
 
     @property
@@ -378,7 +383,7 @@ class StaticSteps:
 
     def _look_at_weights(self, cache: ShardedCache) -> None:
         """Forget what was captured if parameters have moved; asked once for each cache."""
-        if self.mode == "off" or (self._last is not None and self._last() is cache):
+        if self._last is not None and self._last() is cache:
             return
         self._last = weakref.ref(cache)
         head = self.model.get_output_embeddings().weight
@@ -396,7 +401,8 @@ class StaticSteps:
     def _find(self, key: tuple[int, int, int, bool]) -> StaticStep:
         """The step of a shape, captured if it is worth it."""
         if key not in self._steps:
-            self._steps[key] = StaticStep(self, *key)
+            with torch.inference_mode(False):  # the buffers outlive the caller's mode
+                self._steps[key] = StaticStep(self, *key)
         step = self._steps[key]
         step.uses += 1
         if step.graph is None and step.uses >= _WORTH_CAPTURING and self._captures:
