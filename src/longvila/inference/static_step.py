@@ -28,6 +28,7 @@ Letters: B rows, T new tokens, V vocabulary, K kv heads, D head dim.
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from typing import Any, Literal
 
@@ -405,13 +406,27 @@ class StaticSteps:
                 self._steps[key] = StaticStep(self, *key)
         step = self._steps[key]
         step.uses += 1
-        if step.graph is None and step.uses >= _WORTH_CAPTURING and self._captures:
-            self._capture(step)
+        if step.graph is None and step.uses >= _WORTH_CAPTURING and self.mode == "auto":
+            reason = self._capture_refusal()
+            if reason is None:
+                self._capture(step)
+            else:
+                log_once(__name__, logging.WARNING, f"decoding steps are not captured: {reason}")
         return step
 
-    @property
-    def _captures(self) -> bool:
-        return self.mode == "auto" and not self.failed and len(self.captured) < _MOST_GRAPHS
+    def _capture_refusal(self) -> str | None:
+        """Why a step is launched each time although it could be captured; the same on all ranks."""
+        if self.failed:
+            return "one could not be"
+        if len(self.captured) >= _MOST_GRAPHS:
+            return f"there are {_MOST_GRAPHS} already"
+        names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+        expandable = any("expandable_segments:True" in os.environ.get(name, "") for name in names)
+        several = self.mesh is not None and self.mesh.sp_size > 1
+        if several and expandable and os.environ.get("NCCL_GRAPH_REGISTER") != "0":
+            # NCCL would register buffers of the graph whose mappings the allocator may change.
+            return "expandable_segments over ranks needs NCCL_GRAPH_REGISTER=0 in the environment"
+        return None
 
     def _capture(self, step: StaticStep) -> None:
         if self.pool is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -207,3 +208,29 @@ def test_windows_are_those_of_the_layers_that_have_them() -> None:
     assert steps._window is None
     steps.text.config.layer_types = ["full_attention", "sliding_attention"]
     assert steps._window == 7
+
+
+@pytest.mark.parametrize(
+    ("ranks", "environment", "captured"),
+    [
+        (1, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, True),
+        (2, {}, True),
+        (2, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, False),
+        (2, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "NCCL_GRAPH_REGISTER": "0"},
+         True),
+    ],
+)  # fmt: skip
+def test_graphs_over_ranks_and_expandable_segments(
+    ranks: int, environment: dict[str, str], captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "NCCL_GRAPH_REGISTER"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    model = language_model()
+    steps = StaticSteps(model, Engine(model).family, None, "auto")
+    steps.mesh = SimpleNamespace(sp_size=ranks)  # type: ignore[assignment]
+    reason = steps._capture_refusal()
+    assert reason is None if captured else "NCCL_GRAPH_REGISTER=0" in str(reason)
+    steps.failed = True
+    assert steps._capture_refusal() == "one could not be"
