@@ -255,7 +255,7 @@ def check(model: Any, bench: Bench, mesh: Any) -> float:
     ids = ids.to(cluster.device)
     new = 6
     want = model(input_ids=ids, logits_to_keep=new).logits[0].float()
-    with Engine(model, mesh, decode_graphs=mode_of(cluster)) as engine:
+    with Engine(model, mesh, decode_graphs=mode_of(options, cluster)) as engine:
         cache = engine.prefill({"input_ids": ids[:, :-new]})
         steps = range(ids.shape[1] - new, ids.shape[1])
         got = torch.cat([engine.decode(cache, ids[:, n : n + 1]) for n in steps]).float()
@@ -267,9 +267,9 @@ def check(model: Any, bench: Bench, mesh: Any) -> float:
     return error
 
 
-def mode_of(cluster: Cluster) -> Any:
+def mode_of(options: argparse.Namespace, cluster: Cluster) -> Any:
     """The mode that is measured as captured."""
-    return "auto" if cluster.is_cuda else "uncaptured"
+    return "auto" if cluster.is_cuda and options.captured else "uncaptured"
 
 
 def run_steps(
@@ -284,7 +284,9 @@ def run_steps(
         film = prefill.filled_cache(engine, options, lengths, cluster)
     rate = prefill.Ceilings(0.0, "", 0.0, 0.0, ceilings["copy_gb_per_s"])
     faster = max(ceilings["copy_gb_per_s"], ceilings["sum_gb_per_s"])
-    ways = {"captured": mode_of(cluster), "uncaptured": "uncaptured", "general": "off"}
+    ways = {"captured": mode_of(options, cluster), "uncaptured": "uncaptured", "general": "off"}
+    if not options.captured:
+        del ways["captured"]
     said: dict[tuple[str, int], Tensor] = {}
     for way, mode in ways.items():
         cluster.synchronize()
@@ -396,6 +398,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--kernels", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--steps", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--captured", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--calls", type=int, default=12)
     parser.add_argument("--new-tokens", type=int, default=17)
     parser.add_argument("--stop-after-s", type=float, default=130.0, help="begin nothing later")

@@ -180,6 +180,16 @@ def test_logits_are_those_of_one_forward(model: Any) -> None:
     assert relative_error(torch.stack(found), expected) < 3e-2
 
 
+def test_kernels_are_compiled_while_a_prompt_is_read(model: Any) -> None:
+    with Engine(model, chunk_tokens=1024) as engine:
+        assert engine.static._compiling is None
+        film = engine.prefill({"input_ids": ids(300)})
+        thread = engine.static._compiling
+        assert thread is not None
+        engine.decode(film, ids(1))
+        assert not thread.is_alive()
+
+
 def test_new_weights_are_seen(model: Any) -> None:
     with Engine(model, chunk_tokens=1024) as engine:
         film = engine.prefill({"input_ids": ids(300)})

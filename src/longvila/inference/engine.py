@@ -265,6 +265,7 @@ class Engine:
             cache = ShardedCache(layers, mesh=self.mesh, pager=self.pager)
             cache.text_runs = TextRuns() if self.places_in_3d else None
         self.check_context(cache.get_seq_length() + ids.shape[1])
+        self.static.compile_ahead()
         positions = self._positions(cache, batch)
         path = self._path(batch, onto)
         if path == "one pass":

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import weakref
 from typing import Any, Literal
 
@@ -289,6 +290,7 @@ class StaticSteps:
         self._weights: tuple[int, ...] = ()
         self._last: weakref.ref[ShardedCache] | None = None
         self._reason: str | None = None
+        self._compiling: threading.Thread | None = None
 
     @property
     def device(self) -> torch.device:
@@ -316,6 +318,31 @@ class StaticSteps:
         self._steps, self.failed, self.pool = {}, False, None
         self._weights, self._last, self._reason = (), None, None
 
+    def compile_ahead(self) -> None:
+        """Begin to compile the kernels of a step of one token, while a prompt is being read."""
+        if self._compiling is not None or self.mode == "off" or self.device.type != "cuda":
+            return
+        if decode_refusal(self.dtype, self.head_dim, self.device) is None:
+            self._compiling = threading.Thread(target=self._compile, daemon=True)
+            self._compiling.start()
+
+    def _compile(self) -> None:
+        """Run the kernels once on nothing, with arguments like those of a step."""
+        device = self.device
+        try:
+            with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+                shape = (self.kv_heads, self.head_dim)
+                table = KVTable(1, 1, *shape, self.dtype, device)
+                heads = self.text.config.num_attention_heads
+                q = torch.zeros((1, 1, heads, self.head_dim), dtype=self.dtype, device=device)
+                k = torch.zeros((1, 1, *shape), dtype=self.dtype, device=device)
+                append_tokens(k, k, table, 0)
+                several = self.mesh is not None and self.mesh.sp_size > 1
+                attend_tables(q, [table], 0, packed=several)
+                torch.cuda.current_stream().synchronize()
+        except RuntimeError as error:  # the step itself will meet it again, where it can be handled
+            log_once(__name__, logging.WARNING, f"compiling ahead of decoding failed: {error}")
+
     def try_step(
         self, cache: ShardedCache, ids: Tensor, positions: Tensor, keep: int
     ) -> Tensor | None:
@@ -341,6 +368,8 @@ class StaticSteps:
             level = logging.WARNING if self.device.type == "cuda" else logging.DEBUG
             log_once(__name__, level, f"decoding without a captured graph: {reason}")
             return None
+        if self._compiling is not None:
+            self._compiling.join()
         step = self._find((rows, tokens, keep, positions.dim() == 3))
         reason = step.load(cache)
         if reason is not None:

@@ -36,7 +36,7 @@ from longvila.ops.lse import merge_many
 
 #: More queries than this are better served by kernels that cut queries.
 MAX_NEW_TOKENS = 8
-_SMALLEST_TILE, _LARGEST_TILE = 16, 64
+_SMALLEST_TILE = 16
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,18 @@ def _power(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def _tile(queries: int) -> int:
-    return min(max(_SMALLEST_TILE, _power(queries)), _LARGEST_TILE)
+@functools.cache
+def _largest_tile(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 64
+    # A tile of 64 queries needs up to 128 KiB of shared memory, one of 32 less than 96: those of a
+    # data centre have more than 160, other ones 99.
+    capability = torch.cuda.get_device_capability(device)
+    return 64 if capability == (8, 0) or 9 <= capability[0] < 12 else 32
+
+
+def _tile(queries: int, device: torch.device) -> int:
+    return min(max(_SMALLEST_TILE, _power(queries)), _largest_tile(device))
 
 
 def _spans(device: torch.device, programs: int, tuning: Tuning) -> int:
@@ -316,7 +326,7 @@ class _Parts:
 
 def _spans_of(q: Tensor, kv_heads: int, tuning: Tuning) -> int:
     queries = q.shape[1] * (q.shape[2] // kv_heads)
-    tiles = -(-queries // _tile(queries))
+    tiles = -(-queries // _tile(queries, q.device))
     return _spans(q.device, q.shape[0] * tiles * kv_heads, tuning)
 
 
@@ -341,7 +351,7 @@ def _launch(
     if q.stride(3) != 1:
         q = q.contiguous()
     group = heads // kv_heads
-    tile = _tile(new * group)
+    tile = _tile(new * group, q.device)
     out, lse = parts.of(number)
     scale = dim**-0.5 if softmax_scale is None else softmax_scale
     line = heads * new * batch
