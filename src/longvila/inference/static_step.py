@@ -461,7 +461,8 @@ class StaticSteps:
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         try:
-            step.capture()
+            with torch.cuda.device(self.device):
+                step.capture()
         except RuntimeError as error:
             # A model with an operation that cannot be captured is no error of the caller's.
             self.failed = True

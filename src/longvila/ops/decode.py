@@ -19,6 +19,7 @@ Letters: B rows, S cached tokens, T new tokens, H query heads, K kv heads, D hea
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -27,6 +28,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,6 +117,11 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _power(number: int) -> int:
@@ -224,11 +231,12 @@ def append_tokens(k: Tensor, v: Tensor, table: KVTable, layer: int) -> None:
     if k.stride() != v.stride() or k.stride(3) != 1:
         k, v = k.contiguous(), v.contiguous()
     rows, new, kv_heads, dim = k.shape
-    _loaded().append_kernel[(new, rows)](
-        k, v, table.places, table.head, layer, new,
-        k.stride(0), k.stride(1), k.stride(2), table.places.stride(0),
-        K=kv_heads, D=dim, BLOCK_D=_power(dim), BLOCK_K=_power(kv_heads), num_warps=2,
-    )  # fmt: skip
+    with _current(k.device):
+        _loaded().append_kernel[(new, rows)](
+            k, v, table.places, table.head, layer, new,
+            k.stride(0), k.stride(1), k.stride(2), table.places.stride(0),
+            K=kv_heads, D=dim, BLOCK_D=_power(dim), BLOCK_K=_power(kv_heads), num_warps=2,
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -303,11 +311,12 @@ def merge_parts(outs: Tensor, lses: Tensor, *, dtype: torch.dtype) -> tuple[Tens
 
 def _merge_into(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
     parts, *shape, dim = outs.shape
-    _loaded().merge_kernel[(math.prod(shape),)](
-        outs, lses, out, lse, parts, outs.stride(0), lses.stride(0), outs.stride(-2),
-        lses.stride(-1), out.stride(-2), lse.stride(-1),
-        D=dim, BLOCK_D=_power(dim), BLOCK_P=16, num_warps=2,
-    )  # fmt: skip
+    with _current(out.device):
+        _loaded().merge_kernel[(math.prod(shape),)](
+            outs, lses, out, lse, parts, outs.stride(0), lses.stride(0), outs.stride(-2),
+            lses.stride(-1), out.stride(-2), lse.stride(-1),
+            D=dim, BLOCK_D=_power(dim), BLOCK_P=16, num_warps=2,
+        )  # fmt: skip
 
 
 class _Parts:
@@ -366,15 +375,16 @@ def _launch(
         strides = (0 if k.shape[0] == 1 else k.stride(0), k.stride(1), k.stride(2), 0)
         tokens = k.shape[1]
     grid = (parts.spans[number] * kv_heads, -(-new * group // tile), batch)
-    kernels.split_kernel[grid](
-        q, k, v, q if lengths is None else lengths, places, head, out, lse,
-        scale * kernels.LOG2_E.value, layer, tokens, newest, new,
-        q.stride(0), q.stride(1), q.stride(2), *strides, line,
-        TABLE=table is not None, LENGTHS=lengths is not None,
-        ROWS=1 if table is None else table.rows, K=kv_heads, G=group, D=dim,
-        BLOCK_D=_power(dim), BLOCK_M=tile, BLOCK_N=tuning.block_tokens,
-        num_warps=tuning.warps, num_stages=tuning.stages,
-    )  # fmt: skip
+    with _current(q.device):
+        kernels.split_kernel[grid](
+            q, k, v, q if lengths is None else lengths, places, head, out, lse,
+            scale * kernels.LOG2_E.value, layer, tokens, newest, new,
+            q.stride(0), q.stride(1), q.stride(2), *strides, line,
+            TABLE=table is not None, LENGTHS=lengths is not None,
+            ROWS=1 if table is None else table.rows, K=kv_heads, G=group, D=dim,
+            BLOCK_D=_power(dim), BLOCK_M=tile, BLOCK_N=tuning.block_tokens,
+            num_warps=tuning.warps, num_stages=tuning.stages,
+        )  # fmt: skip
 
 
 def _attend_in_torch(
