@@ -407,6 +407,32 @@ def prefill(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def decode(result: dict[str, Any]) -> list[str]:
+    """Milliseconds of a token in every way, a line a length, against the floor."""
+    ways = {
+        row["method"].removeprefix("longvila_"): None
+        for row in result["rows"]
+        if "decode_step_ms" in row["metrics"]
+    }
+    cells: dict[int, dict[str, dict[str, float]]] = {}
+    for row in result["rows"]:
+        way = row["method"].removeprefix("longvila_")
+        if way in ways:
+            cells.setdefault(row["tokens"], {})[way] = row["metrics"]
+    lines = []
+    for tokens, found in sorted(cells.items()):
+        floor = next(iter(found.values()))["decode_floor_ms"]
+        line = [tokens_name(tokens), f"{floor:.1f}"]
+        for way in ways:
+            step = found.get(way, {}).get("decode_step_ms")
+            line.append("" if step is None else f"{step:.1f} ({100 * floor / step:.0f} %)")
+        stream = next(iter(found.values())).get("stream_step_ms")
+        line.append("" if stream is None else f"{stream:.1f} ({100 * floor / stream:.0f} %)")
+        lines.append(line)
+    header = ["tokens", "floor, ms", *(f"{way}, ms" for way in ways), "in `generate`, ms"]
+    return table(header, lines)
+
+
 def memory_plan(result: dict[str, Any]) -> list[str]:
     """Planned against measured peaks, case by case."""
     rows = [row for row in result["rows"] if row["method"].startswith("step/")]
@@ -452,6 +478,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "attention": attention,
     "memory_plan": memory_plan,
     "mmsp_step": step,
+    "decode": decode,
     "prefill": prefill,
     "trace": trace,
     "train_step": train_step,

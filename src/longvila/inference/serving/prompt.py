@@ -162,7 +162,8 @@ def build_prompt(
         (marked,), _ = processor.get_text_with_replacements(
             [rendered], texts["image"], texts["video"]
         )
-        encoded = tokenize_pieces(processor.tokenizer, [marked], processor.image_token)
+        marks = (processor.image_token, processor.video_token)
+        encoded = tokenize_pieces(processor.tokenizer, [marked], marks[0], placeholders=marks)
     return _index(processor, np.asarray(encoded["input_ids"][0], np.int64), tuple(media))
 
 
