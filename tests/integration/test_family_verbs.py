@@ -7,6 +7,9 @@ elsewhere) is what server and evaluation must say.
 from __future__ import annotations
 
 import base64
+import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from family_files import PROCESSORS, needs_torchvision, save_family
 from PIL import Image
 
+from longvila.cli.main import main
 from longvila.inference.engine import Engine
 from longvila.inference.session import Session
 from longvila.media.synthetic import clip
@@ -141,3 +145,145 @@ def test_another_time_between_frames_is_another_prompt(
     block = made[0].blocks[0]
     assert made[0].slice_end(0, block.start + 1) == block.start
     assert made[0].slice_end(block.start, 1) == block.stop
+
+
+# ---- eval --------------------------------------------------------------------------------------
+
+
+def ask_all(folder: Path, questions: list[Any], answers: Path) -> tuple[list[str], list[int]]:
+    """Answers of a benchmark's questions, and the lengths of prompts that were read."""
+    from longvila.evaluation.answers import Answers
+    from longvila.evaluation.asking import Asking
+    from longvila.evaluation.families import open_answerer
+
+    model, processor = opened(folder)
+    with Engine(model) as engine:
+        read, lengths = engine.read, []
+
+        def noted(batch: Any, **options: Any) -> Any:
+            lengths.append(batch["input_ids"].shape[1])
+            return read(batch, **options)
+
+        engine.read = noted  # type: ignore[method-assign]
+        asking = Asking(open_answerer(engine, processor), Answers(answers, "a"), settings={})
+        return [record["answer"] for record in asking.ask(questions)], lengths
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_benchmarks_are_answered_as_in_a_conversation(
+    name: str, folders: dict[str, Path], film: Path, tmp_path: Path
+) -> None:
+    from longvila.evaluation.asking import Question
+
+    texts = ["Which fruit is it?", "\n Who won"]
+
+    def question(number: int, *parts: Any) -> Question:
+        messages = ({"role": "user", "content": list(parts)},)
+        options = {"max_new_tokens": 5}
+        return Question("t", "test", number, 0, messages, frames=4, options=options)
+
+    shown = {"type": "video", "source": str(film)}
+    said = [{"type": "text", "text": text} for text in texts]
+    questions = [question(n, shown, text) for n, text in enumerate(said)]
+    questions.append(question(2, said[0], shown, said[1]))  # words, video, words
+    questions.append(question(3, said[0]))
+    found, lengths = ask_all(folders[name], questions, tmp_path)
+    expected = [conversation(folders[name], film, text, frames=4, new=5)[0] for text in texts]
+    assert found[:2] == expected
+    # The video once for its two questions, once more with words around it, and a text alone.
+    assert len(lengths) == 3, lengths
+    model, processor = opened(folders[name])
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": [said[0]]}], add_generation_prompt=True, tokenize=True,
+        return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    new = out[0, inputs["input_ids"].shape[1] :]
+    assert found[3] == processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_words_that_join_the_media_are_read_with_them(
+    name: str, folders: dict[str, Path], film: Path
+) -> None:
+    """Where what follows the media cannot be tokenised apart, the prompt is written anew."""
+    from longvila.evaluation.families import FamilyAnswerer, WatchedMedia
+
+    model, processor = opened(folders[name])
+    with Engine(model) as engine:
+        answerer = FamilyAnswerer(engine, processor)
+        video = answerer.sampler.sample(str(film), num_frames=4)
+        watched = answerer.watch(video)
+        assert isinstance(watched, WatchedMedia)
+        said = answerer.answer(watched, QUESTION, max_new_tokens=5)
+        scores = answerer.choose(watched, QUESTION, ["yes", "no no"])
+        anew = replace(watched, text_only=False)
+        assert torch.equal(answerer._tail(anew, QUESTION), answerer._tail(watched, QUESTION))
+        assert answerer.answer(anew, QUESTION, max_new_tokens=5) == said
+        assert answerer.choose(anew, QUESTION, ["yes", "no no"]) == pytest.approx(scores)
+        assert isinstance(answerer.predict(watched, QUESTION, "yes"), str)
+
+
+def test_the_verb_runs_a_benchmark(folders: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("lmms_eval")
+    from tests.unit.evaluation.fixture import write_videomme
+
+    write_videomme(tmp_path / "mme", videos=1, questions=2)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "longvila", "eval", "--tasks", "videomme", "--data",
+            f"videomme={tmp_path / 'mme'}", "--model", str(folders["qwen3_vl"]), "--frames", "4",
+            "--out", str(tmp_path / "out"),
+        ],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+             "HF_HOME": str(tmp_path / "hf")},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "videomme" in done.stdout and (tmp_path / "out" / "report.html").exists()
+
+
+# ---- needle, bench, plan -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_needle(
+    name: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = [
+        "needle", "--model", str(folders[name]), "--out", str(out), "--lengths", "16", "32",
+        "--depth-interval", "1", "--tier", "seen", "--no-control", "--tasks", "retrieval",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "paper, forced | seen" in printed.out
+    result = json.loads((out / "result.json").read_text())
+    assert result["settings"]["layout"] == "model"
+    records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    cells = {
+        (row["shape"]["frames"], row["shape"]["depth"])
+        for row in records
+        if str(row.get("id", "")).startswith("paper")
+    }
+    assert len(cells) == 4, cells
+    assert main([*arguments, "--keep-rows"]) == 1
+    assert "kept for LongVILA only" in capsys.readouterr().err
+
+
+def test_bench(folders: dict[str, Path], tmp_path: Path) -> None:
+    arguments = ["--model", str(folders["internvl"]), "--out", str(tmp_path), "--small"]
+    options = ["--captions", "2", "--no-control", "--beyond-context"]
+    assert main(["bench", *arguments, *options]) == 0
+    assert (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("verb", ["ask", "serve", "needle", "bench"])
+def test_language_models_are_refused(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_family("qwen3", tmp_path / "text")
+    film = ["film.mp4", "Why?"] if verb == "ask" else []
+    out = ["--out", str(tmp_path / "out")] if verb in ("needle", "bench") else []
+    assert main([verb, *film, "--model", str(folder), *out]) == 1
+    assert "qwen3 is a language model and sees no images or videos" in capsys.readouterr().err
