@@ -26,6 +26,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks._family_table import family_step
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"(<!-- bench:(?P<name>[^>]*?) -->\n)(?P<body>.*?)(<!-- /bench -->)", re.DOTALL)
@@ -40,6 +42,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "first_step_s": ("first step s", "{:.3f}"),
     "tokens_per_s_per_gpu": ("tokens/s/GPU", "{:.0f}"),
     "mfu_percent": ("MFU %", "{:.1f}"),
+    "tflops_per_gpu": ("TFLOP/s/GPU", "{:.0f}"),
     "percent_of_ideal": ("% of best kernel", "{:.1f}"),
     "percent_of_own_kernel": ("% of own kernel", "{:.1f}"),
     "speedup": ("speed-up", "{:.2f}"),
@@ -62,6 +65,7 @@ BENCHMARKS = {
     "ask",
     "attention",
     "decode",
+    "family_step",
     "memory_ceiling",
     "memory_plan",
     "mmsp_step",
@@ -445,6 +449,7 @@ def demo_model(result: dict[str, Any]) -> list[str]:
 RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "ask": ask,
     "attention": attention,
+    "family_step": family_step,
     "memory_plan": memory_plan,
     "mmsp_step": step,
     "prefill": prefill,

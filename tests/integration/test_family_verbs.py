@@ -287,3 +287,33 @@ def test_language_models_are_refused(
     out = ["--out", str(tmp_path / "out")] if verb in ("needle", "bench") else []
     assert main([verb, *film, "--model", str(folder), *out]) == 1
     assert "qwen3 is a language model and sees no images or videos" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("qwen2.5-vl-7b", "8.29 G"), ("qwen3-vl-8b", "8.77 G")]
+)
+def test_plan(
+    name: str, parameters: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the published sizes, from the configuration alone."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from benchmarks import family_step
+    from benchmarks.family_shapes import SHAPES
+
+    with torch.device("meta"):
+        model: Any = SHAPES[name].make(family_step.parse([]))
+    model.config.save_pretrained(tmp_path / name)
+    given = ["plan", "--model", str(tmp_path / name), "--frames", "1000", "--gpus", "2"]
+    assert main(given) == 0
+    printed = capsys.readouterr().out
+    assert f"{parameters} parameters" in printed and "fits" in printed
+    assert main([*given, "--inference"]) == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_plan_of_any_family(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from family_cases import CASES
+
+    CASES[name].config().save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path), "--frames", "16", "--gpus", "2"]) == 0
+    assert "tower" in capsys.readouterr().out
