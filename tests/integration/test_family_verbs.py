@@ -147,6 +147,24 @@ def test_another_time_between_frames_is_another_prompt(
     assert made[0].slice_end(block.start, 1) == block.stop
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_stored_video_is_asked_about(
+    name: str,
+    folders: dict[str, Path],
+    film: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    expected = conversation(folders[name], film, QUESTION, frames=4, new=6)
+    given = ["--model", str(folders[name])]
+    stored = str(tmp_path / "film.index")
+    assert main(["index", str(film), "--output", stored, "--frames", "4", *given]) == 0
+    capsys.readouterr()
+    assert main(["ask", stored, QUESTION, "--max-new-tokens", "6", "--json", *given]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["answer"] == expected[0] and found["cached_tokens"] > 4
+
+
 # ---- eval --------------------------------------------------------------------------------------
 
 
