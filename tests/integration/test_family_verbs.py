@@ -27,6 +27,9 @@ from longvila.inference.engine import Engine
 from longvila.inference.session import Session
 from longvila.media.synthetic import clip
 from longvila.model.opening import open_checkpoint
+from longvila.sp.mesh import build_mesh
+from longvila.testing import Rank
+from longvila.testing.ranks import run_ranks
 
 FAMILIES = sorted(PROCESSORS)
 QUESTION = "What is on the table?"
@@ -218,6 +221,35 @@ def test_benchmarks_are_answered_as_in_a_conversation(
     out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     new = out[0, inputs["input_ids"].shape[1] :]
     assert found[3] == processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def answered_over_ranks(rank: Rank, folders: dict[str, str], film: str) -> dict[str, Any]:
+    """What each family answers and thinks likely, over all ranks of the test."""
+    from longvila.evaluation.families import FamilyAnswerer
+
+    found = {}
+    for name, folder in folders.items():
+        model, processor = opened(Path(folder))
+        text = model.config.get_text_config()
+        mesh = build_mesh(
+            rank.world_size, num_heads=text.num_attention_heads,
+            num_kv_heads=text.num_key_value_heads,
+        )  # fmt: skip
+        with Engine(model, mesh) as engine:
+            answerer = FamilyAnswerer(engine, processor)
+            watched = answerer.watch(answerer.sampler.sample(film, num_frames=5))
+            said = answerer.answer(watched, QUESTION, max_new_tokens=4)
+            found[name] = said, answerer.choose(watched, QUESTION, ["yes", "no no"])
+    return found
+
+
+def test_two_ranks_answer_as_one(folders: dict[str, Path], film: Path) -> None:
+    given = {name: str(folder) for name, folder in folders.items()}
+    (one,) = run_ranks(answered_over_ranks, 1, given, str(film))
+    for many in run_ranks(answered_over_ranks, 2, given, str(film)):
+        for name, (said, scores) in one.items():
+            assert many[name][0] == said, name
+            assert many[name][1] == pytest.approx(scores, rel=1e-4), name
 
 
 @pytest.mark.parametrize("name", FAMILIES)
