@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import smol
+from benchmarks._family_table import family_step
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -44,6 +45,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "first_step_s": ("first step s", "{:.3f}"),
     "tokens_per_s_per_gpu": ("tokens/s/GPU", "{:.0f}"),
     "mfu_percent": ("MFU %", "{:.1f}"),
+    "tflops_per_gpu": ("TFLOP/s/GPU", "{:.0f}"),
     "percent_of_ideal": ("% of best kernel", "{:.1f}"),
     "percent_of_own_kernel": ("% of own kernel", "{:.1f}"),
     "speedup": ("speed-up", "{:.2f}"),
@@ -66,6 +68,7 @@ BENCHMARKS = {
     "ask",
     "attention",
     "decode",
+    "family_step",
     "memory_ceiling",
     "memory_plan",
     "mmsp_step",
@@ -476,6 +479,7 @@ def demo_model(result: dict[str, Any]) -> list[str]:
 RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "ask": ask,
     "attention": attention,
+    "family_step": family_step,
     "memory_plan": memory_plan,
     "mmsp_step": step,
     "decode": decode,

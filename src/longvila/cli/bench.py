@@ -140,6 +140,7 @@ def material_of(options: Options, plan: Any, processor: Any) -> Any:
     from longvila.cli.needle import shipped
     from longvila.evaluation.builtin import Material, emoji_needles, load_events
     from longvila.evaluation.needle_sets import SYNTHETIC, load_needles, open_haystack
+    from longvila.inference.sight import sampler_of
     from longvila.media.video import open_video
 
     frames = max(plan.lengths)
@@ -150,7 +151,7 @@ def material_of(options: Options, plan: Any, processor: Any) -> Any:
             fetch("openmoji-font"), per_tier=options.per_tier,
             rng=np.random.default_rng(options.seed),
         )  # fmt: skip
-    part = processor.video_processor
+    part = sampler_of(processor)
     if options.small or options.film == SYNTHETIC:
         film = open_haystack(SYNTHETIC, num_frames=frames, fps=1.0, processor=part)
         return Material(film, 0.0, float(frames), pictures)

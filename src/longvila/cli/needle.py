@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import tyro
 
-from longvila.errors import CheckpointError, LongVILAError
+from longvila.errors import LongVILAError
 from longvila.packaged import asset, default_model
 
 
@@ -109,6 +109,7 @@ def main(argv: list[str]) -> int:
     from longvila.evaluation.needle import run_needle
     from longvila.evaluation.needle_sets import load_needles, open_haystack
     from longvila.evaluation.page import text_table
+    from longvila.inference.sight import sampler_of
 
     plan = plan_of(options)
     plan.grid  # wrong steps are told before anything is loaded  # noqa: B018
@@ -119,7 +120,7 @@ def main(argv: list[str]) -> int:
         options.haystack,
         num_frames=plan.frames,
         fps=plan.fps,
-        processor=processor.video_processor,
+        processor=sampler_of(processor),
         repeat=options.repeat,
         part=options.part,
     )
@@ -187,7 +188,7 @@ def load(source: str, options: Any) -> tuple[Any, Any, Any]:
     import torch
     import torch.distributed as dist
 
-    from longvila import LongVILAForConditionalGeneration, LongVILAProcessor
+    from longvila.model.opening import open_checkpoint
     from longvila.sp.mesh import build_mesh
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -200,16 +201,7 @@ def load(source: str, options: Any) -> tuple[Any, Any, Any]:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    dtype = options.dtype
-    if dtype == "auto":
-        dtype = "float32" if kind == "cpu" else "bfloat16"
-    try:
-        processor = LongVILAProcessor.from_pretrained(source)
-        model = LongVILAForConditionalGeneration.from_pretrained(
-            source, dtype=getattr(torch, dtype)
-        )
-    except OSError as fault:
-        raise CheckpointError(f"--model {source}: {fault}") from fault
+    model, processor = open_checkpoint(source, device=device, dtype=options.dtype, label="--model")
     mesh = None
     if world > 1:
         text = model.config.get_text_config()
@@ -220,7 +212,7 @@ def load(source: str, options: Any) -> tuple[Any, Any, Any]:
             num_kv_heads=text.num_key_value_heads,
             device_type=kind,
         )
-    return model.to(device).eval(), processor, mesh
+    return model, processor, mesh
 
 
 def progress_line() -> Any:

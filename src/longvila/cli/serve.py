@@ -219,16 +219,10 @@ def build(options: Options, *, page: bool) -> Server:
         CheckpointError: If there is no such checkpoint.
         LongVILAError: If an option does not do.
     """
-    from longvila import LongVILAProcessor
     from longvila.inference.engine import Engine
     from longvila.inference.serving.app import Server
 
     model, processor = load_model(options)
-    if not isinstance(processor, LongVILAProcessor):
-        raise LongVILAError(
-            f"the server takes LongVILA checkpoints only, not {type(model).__name__} with "
-            f"{type(processor).__name__}"
-        )
     try:
         settings = to_settings(options, kv_bytes(options, model), page=page)
         return Server(Engine(model), processor, settings)

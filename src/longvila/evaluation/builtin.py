@@ -34,6 +34,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from longvila.evaluation.families import open_rows
 from longvila.evaluation.measure import (
     About,
     Part,
@@ -43,14 +44,13 @@ from longvila.evaluation.measure import (
     measure,
     rows_folder,
 )
-from longvila.evaluation.needle_frames import FrameRows
 from longvila.evaluation.needle_plan import Grid, Stage, Words, merged, strict_scenes
 from longvila.evaluation.needle_read import reading_order
 from longvila.evaluation.needle_sets import Haystack, Needle, NeedleError
 from longvila.evaluation.summary import Group
 from longvila.evaluation.task import Question, Scene
 from longvila.inference.engine import Engine
-from longvila.parallel.families import find_family
+from longvila.inference.sight import sampler_of
 
 #: Options of a choice among captions.
 CAPTION_WAYS = 20
@@ -127,14 +127,14 @@ def bench_scenes(material: Material, plan: BenchPlan, processor: Any) -> list[Sc
         NeedleError: If a length is more than the film's frames.
     """
     book = material.haystack.book
-    square = processor.video_processor.square
+    square = sampler_of(processor).square
     scenes: list[Scene] = []
     for length in sorted(plan.lengths):
         if length > book.num_frames:
             raise NeedleError(f"{length} frames are asked for, the film gives {book.num_frames}")
         stage = Stage(
             material.haystack, material.pictures, square, insert="paste",
-            times=processor.timestamps, seed=plan.seed, words=Words(),
+            times=getattr(processor, "timestamps", False), seed=plan.seed, words=Words(),
             step_s=max(1.0, material.duration_s / length), stride=book.num_frames // length,
         )  # fmt: skip
         depths = tuple(Fraction(depth).limit_denominator(1000) for depth in plan.depths)
@@ -272,8 +272,8 @@ def run_bench(
         ContextLengthError: If the longest scene does not fit the model's context.
     """
     who = identity(model, processor)
-    rows = FrameRows(
-        find_family(model), material.haystack.book, processor.video_processor.pixels,
+    rows = open_rows(
+        model, processor, material.haystack.book,
         folder=rows_folder(out, who, material.haystack.key) if keep_rows else None,
     )  # fmt: skip
     parts = [Part("model", bench_scenes(material, plan, processor))]

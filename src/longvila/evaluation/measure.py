@@ -17,20 +17,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 
-from longvila.evaluation.answerer import Answerer
+from longvila.evaluation.families import (
+    FamilyRows,
+    LayoutName,
+    open_answerer,
+    open_reader,
+)
 from longvila.evaluation.needle_frames import FrameRows
-from longvila.evaluation.needle_read import SceneReader
 from longvila.evaluation.page import write_page
 from longvila.evaluation.runner import Record, Records, run, settings_key
 from longvila.evaluation.summary import Group, grid_rows, result_rows, summarise
 from longvila.evaluation.task import Scene
 from longvila.inference.store import model_key
 
-LayoutName = Literal["needle", "model"]
 Progress = Callable[[int, int, Scene], None]
 
 
@@ -63,19 +66,6 @@ class About:
     title: str
     question: str
     notes: tuple[str, ...] = ()
-
-
-def make_answerer(engine: Any, processor: Any, layout: LayoutName) -> Answerer:
-    """Return an answerer that writes prompts in a layout.
-
-    Args:
-        engine: The engine.
-        processor: The model's processor.
-        layout: As in `Part`.
-    """
-    if layout == "model":
-        return Answerer(engine, processor)
-    return Answerer(engine, processor, frame_separator="", timestamps=False)
 
 
 def identity(model: Any, processor: Any) -> dict[str, Any]:
@@ -123,7 +113,7 @@ def measure(
     processor: Any,
     parts: Sequence[Part],
     settings: dict[str, Any],
-    rows: FrameRows,
+    rows: FrameRows | FamilyRows,
     *,
     about: About,
     out: Path,
@@ -157,8 +147,8 @@ def measure(
     leads = mesh is None or mesh.sp_rank == 0
     with Records(out, settings, part=dp_rank, writes=leads) as records:
         for part in parts:
-            answerer = make_answerer(engine, processor, part.layout)
-            reader = SceneReader(answerer, rows, part.scenes)
+            answerer = open_answerer(engine, processor, part.layout)
+            reader = open_reader(answerer, rows, part.scenes)
             run(
                 answerer, part.scenes, reader.watch, records,
                 part=dp_rank, parts=dp_size, progress=progress,

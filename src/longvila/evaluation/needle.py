@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from longvila.evaluation.families import layout_for, open_rows
 from longvila.evaluation.measure import (
     About,
     LayoutName,
@@ -33,7 +34,6 @@ from longvila.evaluation.measure import (
     measure,
     rows_folder,
 )
-from longvila.evaluation.needle_frames import FrameRows
 from longvila.evaluation.needle_plan import (
     WAYS,
     Grid,
@@ -49,7 +49,7 @@ from longvila.evaluation.needle_sets import Haystack, Needle, NeedleError
 from longvila.evaluation.summary import Group
 from longvila.evaluation.task import Scene
 from longvila.inference.engine import Engine
-from longvila.parallel.families import find_family
+from longvila.inference.sight import sampler_of
 
 Protocol = Literal["paper", "strict", "both"]
 #: Tasks of the stricter protocol.
@@ -139,8 +139,9 @@ def make_parts(
 
     def stage(layout: LayoutName, insert: str) -> Stage:
         return Stage(
-            haystack, needles, processor.video_processor.square, insert=insert,
-            times=layout == "model" and processor.timestamps, seed=plan.seed, words=plan.words,
+            haystack, needles, sampler_of(processor).square, insert=insert,
+            times=layout == "model" and getattr(processor, "timestamps", False),
+            seed=plan.seed, words=plan.words,
             step_s=plan.step_s, ways=plan.ways,
         )  # fmt: skip
 
@@ -239,9 +240,14 @@ def run_needle(
         RecordsError: If ``out`` holds answers of other settings.
         ContextLengthError: If the longest scene does not fit the model's context.
     """
+    plan = replace(
+        plan,
+        layout=layout_for(processor, plan.layout),
+        strict_layout=layout_for(processor, plan.strict_layout),
+    )
     who = identity(model, processor)
-    rows = FrameRows(
-        find_family(model), haystack.book, processor.video_processor.pixels,
+    rows = open_rows(
+        model, processor, haystack.book,
         folder=rows_folder(out, who, haystack.key) if keep_rows else None,
     )  # fmt: skip
     with (

@@ -98,6 +98,32 @@ class Rendered:
     items: Mapping[str, Sequence[Item]]
     positions: Tensor | None = None
 
+    def spans(self, family: Family, config: Any) -> dict[str, list[tuple[int, int]]]:
+        """Return where each item of each kind begins and ends in the prompt.
+
+        Args:
+            family: Names the placeholders.
+            config: The model's configuration.
+
+        Raises:
+            ValueError: If placeholders and rows differ in number.
+        """
+        ids = torch.tensor(self.ids)
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for kind in family.media:
+            items = self.items.get(kind.name, ())
+            places = (ids == kind.token_id(config)).nonzero().flatten()
+            edges = [0, *accumulate(item.rows for item in items)]
+            if edges[-1] != len(places):
+                raise ValueError(
+                    f"the prompt has {len(places)} {kind.name} placeholders but the media give "
+                    f"{edges[-1]} rows"
+                )
+            spans[kind.name] = [
+                (int(places[a]), int(places[b - 1]) + 1) for a, b in pairwise(edges)
+            ]
+        return spans
+
     def behind(
         self, kept: int, stop: int, family: Family, config: Any
     ) -> tuple[int, dict[str, Any]]:
@@ -115,19 +141,7 @@ class Rendered:
         """
         ids = torch.tensor(self.ids)
         left: dict[str, list[Item]] = {}
-        spans: dict[str, list[tuple[int, int]]] = {}
-        for kind in family.media:
-            items = self.items.get(kind.name, ())
-            places = (ids == kind.token_id(config)).nonzero().flatten()
-            edges = [0, *accumulate(item.rows for item in items)]
-            if edges[-1] != len(places):
-                raise ValueError(
-                    f"the prompt has {len(places)} {kind.name} placeholders but the media give "
-                    f"{edges[-1]} rows"
-                )
-            spans[kind.name] = [
-                (int(places[a]), int(places[b - 1]) + 1) for a, b in pairwise(edges)
-            ]
+        spans = self.spans(family, config)
         for start, end in sorted(span for each in spans.values() for span in each):
             if start < kept < end:
                 kept = start

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from longvila.errors import CheckpointError
 from longvila.model.vila.loading import is_vila
@@ -42,8 +42,27 @@ def open_checkpoint(
             from longvila.model.processing_longvila import LongVILAProcessor
 
             model_class, processor_class = LongVILAForConditionalGeneration, LongVILAProcessor
+        else:
+            _check_sees(source, label)
         processor = processor_class.from_pretrained(source)
         model = model_class.from_pretrained(source, dtype=getattr(torch, dtype))
+    except CheckpointError:
+        raise
     except (OSError, ImportError, ValueError) as fault:
         raise CheckpointError(f"{label} {source}: {fault}") from fault
     return model.to(device).eval(), processor
+
+
+def _check_sees(source: str, label: str) -> None:
+    """Refuse language models, of which the Auto classes would say only that they do not know them.
+
+    Raises:
+        CheckpointError: If the model's configuration has no vision tower.
+    """
+    config: Any = AutoConfig.from_pretrained(source)
+    if not hasattr(config, "vision_config"):
+        raise CheckpointError(
+            f"{label} {source}: {config.model_type} is a language model and sees no images or "
+            "videos; name a model that does (LongVILA, Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision, "
+            "InternVL)"
+        )

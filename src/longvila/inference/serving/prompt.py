@@ -84,6 +84,24 @@ class Prompt:
             return before
         return next(block.stop for block in self.blocks if block.start < end < block.stop)
 
+    def read(
+        self, engine: Any, start: int, stop: int, loader: MediaLoader, *, onto: Any = None
+    ) -> Any:
+        """Read a slice.
+
+        Args:
+            engine: The engine.
+            start: Its first token.
+            stop: One past its last; neither cuts a block.
+            loader: Makes pixel values.
+            onto: The cache of what comes before it.
+
+        Returns:
+            The cache.
+        """
+        options = {} if onto is None else {"onto": onto}
+        return engine.prefill(self.inputs(start, stop, loader), **options)
+
     def inputs(self, start: int, stop: int, loader: MediaLoader) -> dict[str, Any]:
         """Return what ``Engine.prefill`` takes of a slice."""
         inputs: dict[str, Any] = {"input_ids": torch.from_numpy(self.ids[start:stop].copy())[None]}
