@@ -196,11 +196,20 @@ def test_a_layer_that_is_not_recomputed_waits_on_the_host() -> None:
 
 # The compiler itself looks at .grad of what it traces.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("tile", [None, 40])
 def test_a_second_run_leaves_out_the_last_product_of_a_compiled_mlp(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tile: int | None
 ) -> None:
     """As tests/unit/parallel/test_apply.py, with the compiler's own code."""
     gradients = []
+    linear, products = nn.functional.linear, Counter[str]()
+
+    def last_counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        products["last"] += weight.shape == (256, 512)
+        return linear(x, weight, bias)
+
+    if tile is not None:
+        monkeypatch.setattr(nn.functional, "linear", last_counted)
     for compiled in (False, True):
         torch.compiler.reset()
         size = {"hidden_size": 256, "intermediate_size": 512}
@@ -216,15 +225,19 @@ def test_a_second_run_leaves_out_the_last_product_of_a_compiled_mlp(
                 seen["ended"] += 1
                 return y
 
-            monkeypatch.setattr(layer.mlp.down_proj, "forward", counted)
-        parallelize(
-            model,
-            SPMesh(),
-            ParallelPlan(fsdp=False, two_stage=True, compile_modules=compiled, plain_layers=0),
+            if tile is None:
+                monkeypatch.setattr(layer.mlp.down_proj, "forward", counted)
+        plan = ParallelPlan(
+            fsdp=False, two_stage=True, compile_modules=compiled, mlp_tile_rows=tile
         )
+        parallelize(model, SPMesh(), plan)
+        products.clear()
         ids = torch.arange(99, device="cuda")[None] % 250
         model(input_ids=ids, labels=ids).loss.backward()
-        assert all(seen == {"begun": 2, "ended": 1} for seen in counts), counts
+        if tile is None:
+            assert all(seen == {"begun": 2, "ended": 1} for seen in counts), counts
+        else:
+            assert products == {"last": 3 * len(layers)}, "three tiles, forward only"
         # Together: the gradient of a key's bias is zero but for rounding.
         gradients.append(torch.cat([p.grad.flatten() for p in model.lm_head.parameters()]))
         text = model.model.language_model.parameters()

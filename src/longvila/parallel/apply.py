@@ -52,7 +52,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longvila.memory.checkpoint import checkpoint, store
 from longvila.memory.offload import Offload
-from longvila.memory.tiled import tiled_apply
+from longvila.memory.tiled import linear_unless_unwanted, tiled_apply
 from longvila.parallel.families import Family, find_family
 from longvila.parallel.hf_attention import NAME, cut_compiled_layers_here
 from longvila.parallel.mmsp import TwoStageForward, TwoStageOptions
@@ -274,6 +274,9 @@ def _set_forward(base: PreTrainedModel, state: _State) -> None:
 def _set_modules(base: PreTrainedModel, state: _State) -> None:
     """Compile norms and MLPs of the text model, and cut MLPs into tiles."""
     plan, mlps = state.plan, _mlps(base, state)
+    if plan.mlp_tile_rows is not None:
+        for mlp in mlps:
+            _spare_last(mlp, state)
     if plan.compile_modules:
         cut_compiled_layers_here()
         for module in state.family.text_model(base).modules():
@@ -284,7 +287,7 @@ def _set_modules(base: PreTrainedModel, state: _State) -> None:
             mlp = getattr(layer, "mlp", None)
             if not isinstance(mlp, nn.Module):
                 continue
-            if index < plain and plan.mlp_tile_rows is None:
+            if index < plain or plan.mlp_tile_rows is not None:
                 _compile_but_last(mlp, state)
             else:
                 _override(mlp, _Compiled(_as_one_graph(mlp.forward)), state)
@@ -308,13 +311,30 @@ def _compile_but_last(mlp: nn.Module, state: _State) -> None:
 
     When a layer runs again for its backward pass, nobody wants its result, and torch's checkpoint
     ends that run where the last tensor is saved: at the input of the last projection, whose product
-    is then left out. Inside a compiled graph it would be computed.
+    is then left out; a tile that runs again leaves it out by itself. Inside a compiled graph it
+    would be computed.
     """
-    projections = [child for child in mlp.children() if any(True for _ in child.parameters())]
-    if projections:
-        last = projections[-1]
+    last = _last_projection(mlp)
+    if last is not None:
         _override(last, torch.compiler.disable(last.forward), state)
     _override(mlp, _Compiled(mlp.forward), state)
+
+
+def _last_projection(mlp: nn.Module) -> nn.Module | None:
+    projections = [child for child in mlp.children() if any(True for _ in child.parameters())]
+    return projections[-1] if projections else None
+
+
+def _spare_last(mlp: nn.Module, state: _State) -> None:
+    """Let tiles that run again leave out an MLP's last product, where it is a plain linear map."""
+    last = _last_projection(mlp)
+    if type(last) is nn.Linear and "forward" not in vars(last):
+        _override(last, functools.partial(_linear, last), state)
+
+
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    # Read at the call: a sharding wrapper gathers and swaps parameters around it.
+    return linear_unless_unwanted(x, module.weight, module.bias)
 
 
 def _as_one_graph(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

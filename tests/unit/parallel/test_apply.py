@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
+from longvila.memory import tiled as tiled_module
 from longvila.memory.offload import Offload
 from longvila.parallel.apply import (
     ParallelPlan,
@@ -208,11 +209,19 @@ def test_tiles_and_the_compiler_change_rounding_only(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("plain_layers", [0, 1])
+@pytest.mark.parametrize(("plain_layers", "tile"), [(0, None), (1, None), (0, 4)])
 def test_a_second_run_leaves_out_the_last_product(
-    monkeypatch: pytest.MonkeyPatch, plain_layers: int
+    monkeypatch: pytest.MonkeyPatch, plain_layers: int, tile: int | None
 ) -> None:
     """The compiled MLP ends before it where the layer is recomputed, and holds it elsewhere."""
+    linear, whole = nn.functional.linear, Counter[str]()
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight.shape == (32, 48):
+            whole["products"] += 1
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(tiled_module.torch.nn.functional, "linear", counted)
     products: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
@@ -227,11 +236,16 @@ def test_a_second_run_leaves_out_the_last_product(
     layers = model.model.language_model.layers
     calls = [Counter[str]() for _ in layers]
     for layer, seen in zip(layers, calls, strict=True):
-        monkeypatch.setattr(layer.mlp.down_proj, "forward", _counted(layer.mlp.down_proj, seen))
-    plan = replace(PLAN, compile_modules=True, plain_layers=plain_layers)
+        if tile is None:
+            monkeypatch.setattr(layer.mlp.down_proj, "forward", _counted(layer.mlp.down_proj, seen))
+    plan = replace(PLAN, compile_modules=True, plain_layers=plain_layers, mlp_tile_rows=tile)
     parallelize(model, SPMesh(), plan)
     ids = torch.arange(9)[None]
     model(input_ids=ids, labels=ids).loss.backward()
+    if tile is not None:
+        assert whole["products"] == len(layers) * 3, "three tiles, forward only"
+        assert set(products) == {2}
+        return
     recomputed = len(layers) - plain_layers
     for seen in calls[:recomputed]:
         # Twice begun, once ended: the second run ends where the product's input is saved.
