@@ -1,6 +1,6 @@
 """Moments on the host over shards on two GPUs: AdamW's own steps, bit for bit.
 
-    torchrun --nproc-per-node 2 tests/gpu/test_host_adamw.py
+torchrun --nproc-per-node 2 tests/gpu/test_host_adamw.py
 """
 
 from __future__ import annotations
