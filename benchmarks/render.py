@@ -70,6 +70,7 @@ BENCHMARKS = {
     "memory_plan",
     "mmsp_step",
     "needle",
+    "parity",
     "prefill",
     "trace",
     "train_step",
@@ -407,6 +408,28 @@ def prefill(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def parity(result: dict[str, Any]) -> list[str]:
+    """Cells of both grids by number of ranks, and how far off the worst of them was."""
+    header = ["grid", "meshes (ring, ulysses)", "cells", "ran", "failed",
+              "largest error, float64", "float32"]  # fmt: skip
+    cells = []
+    for row in result["rows"]:
+        errors = [row["metrics"].get(f"{dtype}_error") for dtype in ("float64", "float32")]
+        cells.append([
+            row["method"],
+            " ".join(mesh.replace(" ", "") for mesh in row["shape"]["meshes"]),
+            *(f"{row['metrics'][name]:,}" for name in ("cells", "ran", "failed")),
+            *("" if error is None else f"{error:.1e}" for error in errors),
+        ])  # fmt: skip
+    total, noted = (
+        sum(row["metrics"][name] for row in result["rows"]) for name in ("cells", "errors_of_cells")
+    )
+    commits = result["notes"]["cells_by_commit"]
+    by_commit = ", ".join(f"{number:,} at `{commit}`" for commit, number in commits.items())
+    remark = f"{total:,} cells: {by_commit}. Errors are relative, and of {noted:,} cells."
+    return [*table(header, cells), "", remark]
+
+
 def memory_plan(result: dict[str, Any]) -> list[str]:
     """Planned against measured peaks, case by case."""
     rows = [row for row in result["rows"] if row["method"].startswith("step/")]
@@ -452,6 +475,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "attention": attention,
     "memory_plan": memory_plan,
     "mmsp_step": step,
+    "parity": parity,
     "prefill": prefill,
     "trace": trace,
     "train_step": train_step,

@@ -133,7 +133,7 @@ def lines_of(work: Path) -> list[dict[str, Any]]:
     """What all lanes have written for these cells, of runs before too; a chunk counts once."""
     grid, lines = fingerprint(), {}
     for file in sorted(work.glob("*.jsonl")):
-        for text in file.open():
+        for text in file.read_text().splitlines():
             line = json.loads(text)
             if line["grid"] == grid:
                 lines[line["chunk"]] = line
