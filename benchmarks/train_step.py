@@ -469,7 +469,7 @@ def run_engine(
         whole = document(options, tokens, cluster)
         # Two short documents of different lengths: what compiles does so for any length then.
         for part in (2, 1) if first else (1,):
-            warm = whole[:, : min(tokens, options.warm_tokens) // part]
+            warm = document(options, min(tokens, options.warm_tokens) // part, cluster)
             if reason is None:
                 _, reason = attempt(
                     lambda engine=engine, warm=warm: engine.step(warm, 0.0), cluster

@@ -40,7 +40,7 @@ def test_every_memory_setting_is_checked_and_timed(rank: Rank, tmp_path: Path) -
 
 @ranks(2)
 def test_a_video_is_timed_by_part(rank: Rank) -> None:
-    flags = "--tiny --video --no-compile --lengths 96 --plain-layers 0:1 --frame-batch 8"
+    flags = "--tiny --video --no-compile --lengths 96 --plain-layers 0:1 --frame-batch 8 --image-size 56"
     options = train_step.parse(flags.split())
     (row,) = train_step.run(options, _cluster.start()).rows
     assert row.metrics["check_loss_error"] < 1e-5
