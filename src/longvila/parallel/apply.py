@@ -284,13 +284,13 @@ def _set_modules(base: PreTrainedModel, state: _State) -> None:
                 _override(module, _Compiled(module.forward), state)
         plain = _plain_from(plan, len(list(state.family.layers(base))))
         for index, layer in enumerate(state.family.layers(base)):
-            mlp = getattr(layer, "mlp", None)
-            if not isinstance(mlp, nn.Module):
+            own = getattr(layer, "mlp", None)
+            if not isinstance(own, nn.Module):
                 continue
             if index < plain or plan.mlp_tile_rows is not None:
-                _compile_but_last(mlp, state)
+                _compile_but_last(own, state)
             else:
-                _override(mlp, _Compiled(_as_one_graph(mlp.forward)), state)
+                _override(own, _Compiled(_as_one_graph(own.forward)), state)
     if plan.mlp_tile_rows is not None:
         if plan.mlp_tile_rows < 1:
             raise ValueError(f"mlp_tile_rows must be at least 1, got {plan.mlp_tile_rows}")
