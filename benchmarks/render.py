@@ -356,13 +356,35 @@ def train_step(result: dict[str, Any]) -> list[str]:
             cells.append([_method(row), *figures, str(len(row["samples"]))])
         header = ["method", *(_heading(name) for name in names), "steps"]
         lines += [f"**{tokens_name(tokens)} tokens**", "", *table(header, cells), ""]
-    ours = [row for row in result["rows"] if "embed_s" in row["metrics"]]
-    parts = ["embed", "text_forward", "loss_forward", "backward", "norm_clip", "update"]
-    if ours:
-        header = ["part of our step, s", *(part.replace("_", " ") for part in parts)]
+    ours = [row for row in result["rows"] if row["kind"] == "ours" and row["metrics"]]
+    for video in (False, True):
+        timed = [row for row in ours if ("vision_forward_s" in row["metrics"]) == video]
+        parts = ["text_forward", "loss_forward", "norm_clip", "update"]
+        parts[:1] = ["vision_forward", "text_forward"] if video else ["embed", "text_forward"]
+        parts[3:3] = ["text_backward", "vision_backward"] if video else ["backward"]
+        if timed:
+            header = ["part of our step, s", *(part.replace("_", " ") for part in parts)]
+            cells = [
+                [tokens_name(r["tokens"]), *(f"{r['metrics'][f'{part}_s']:.3f}" for part in parts)]
+                for r in timed
+            ]
+            lines += [*table(header, cells), ""]
+    planned = [row for row in ours if "planned_gib" in row.get("about", {})]
+    if planned:
+        header = ["our settings", "tokens a GPU", "layers not recomputed", "MLP tile",
+                  "waiting on the host, GiB", "planned peak GiB", "measured"]  # fmt: skip
         cells = [
-            [tokens_name(row["tokens"]), *(f"{row['metrics'][f'{part}_s']:.3f}" for part in parts)]
-            for row in ours
+            [
+                tokens_name(row["tokens"]),
+                f"{row['tokens'] // row['shape']['sequence_parallel']:,}",
+                f"{about['plain_layers'] if about['recompute'] else row['shape']['layers']}",
+                f"{about['mlp_tile_rows'] or ''}",
+                f"{about.get('offload_used_gib', 0) or ''}",
+                f"{about['planned_gib']:.1f}",
+                f"{row['metrics']['peak_gib']:.1f}",
+            ]
+            for row in planned
+            for about in [row["about"]]
         ]
         lines += [*table(header, cells), ""]
     if comparisons := result.get("notes", {}).get("comparisons"):

@@ -148,8 +148,12 @@ class LongVILA:
         return self.model
 
     def shard(self, tokens: int) -> None:
+        from longvila.memory.estimate import training_peak
         from longvila.memory.offload import Offload
+        from longvila.memory.operations import Load
+        from longvila.memory.settings import Ranks, Settings
         from longvila.parallel.apply import ParallelPlan, parallelize
+        from longvila.parallel.sizes import size_of
         from longvila.train.stages import Optimizer, Rates
         from longvila.train.step import build_optimizer
 
@@ -164,6 +168,25 @@ class LongVILA:
         tile = int(at_length(options.mlp_tile, tokens, 0)) or None
         plain = int(at_length(options.plain_layers, tokens, 0))
         host_moments = bool(at_length(options.host_moments, tokens, 0))
+        frames = frames_of(options, tokens)
+        planned = training_peak(
+            size_of(self.model),
+            Load(tokens=tokens, frames=frames, targets=options.answer if frames else tokens),
+            ranks=Ranks(ulysses=self.mesh.ulysses_size, ring=self.mesh.ring_size),
+            settings=Settings(
+                parameter_bytes=4,
+                compute_bytes=dtype.itemsize,
+                optimizer="adamw-host" if host_moments else "adamw",
+                checkpointing=options.recompute,
+                plain_layers=plain,
+                offload_bytes=int(gib * GIB),
+                keep_last=1 if offload is None else offload.keep_last,
+                mlp_tile_rows=tile,
+                compiled=options.compile,
+                loss_tile_rows=options.loss_tile,
+                backend="fa4" if self.cluster.is_cuda else "cpu",
+            ),
+        )
         parallelize(
             self.model,
             self.mesh,
@@ -194,6 +217,7 @@ class LongVILA:
             "mlp_tile_rows": tile,
             "compiled_norms_and_mlps": options.compile,
             "moments_on_host": host_moments,
+            "planned_gib": round(planned.bytes / GIB, 2),
         }
 
     def _lock_ahead(self, offload: Any, tokens: int) -> None:
@@ -276,13 +300,18 @@ def parts_of(options: argparse.Namespace) -> tuple[str, ...]:
     return VIDEO_PARTS if options.video else PARTS
 
 
+def frames_of(options: argparse.Namespace, tokens: int) -> int:
+    """Frames of a document of so many tokens."""
+    room = max(tokens - options.answer, 0) if options.video else 0
+    return room // (rows_per_frame(options) + 1)
+
+
 def document(options: argparse.Namespace, tokens: int, cluster: Cluster) -> Tensor:
     """Ids of one document: words; with ``--video`` a prompt, frames and an answer."""
     generator = torch.Generator().manual_seed(tokens)
     ids = torch.randint(0, options.vocab - 2, (1, tokens), generator=generator)
     if options.video:
-        a_frame = rows_per_frame(options) + 1
-        frames = max(tokens - options.answer, 0) // a_frame
+        a_frame, frames = rows_per_frame(options) + 1, frames_of(options, tokens)
         video = torch.full((frames, a_frame), options.vocab - 1)
         video[:, -1] = 1
         start = tokens - options.answer - frames * a_frame
@@ -359,7 +388,7 @@ def model_flops(options: argparse.Namespace, tokens: int) -> float:
     attention = 6.0 * float(tokens) ** 2 * m * options.layers
     if not options.video:
         return 6.0 * (weights + m * options.vocab) * tokens + attention
-    frames = max(tokens - options.answer, 0) // (rows_per_frame(options) + 1)
+    frames = frames_of(options, tokens)
     head = 6.0 * m * options.vocab * options.answer
     return 6.0 * weights * tokens + attention + head + vision_flops(options, frames)
 
@@ -501,7 +530,7 @@ def run_engine(
             "model_dim": options.model_dim,
             "sequence_parallel": cluster.world_size,
             "check_tokens": options.check_tokens,
-            **({"video": True} if options.video else {}),
+            **({"frames": frames_of(options, tokens)} if options.video else {}),
         }
         rounded = {name: float(f"{v:.5g}") for name, v in {**metrics, **checked}.items()}
         rounded = rounded if metrics else {}
