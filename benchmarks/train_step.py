@@ -160,13 +160,14 @@ class LongVILA:
         options = self.options
         dtype = getattr(torch, options.dtype)
         gib = at_length(options.offload_gib, tokens, 0.0)
+        plain = int(at_length(options.plain_layers, tokens, 0))
         offload = None
         if gib:
             keep_last = int(at_length(options.offload_keep_last, tokens, 1))
             offload = Offload(budget_bytes=int(gib * GIB), keep_last=keep_last)
-            self._lock_ahead(offload, tokens)
+            if options.recompute and not plain:
+                self._lock_ahead(offload, tokens)
         tile = int(at_length(options.mlp_tile, tokens, 0)) or None
-        plain = int(at_length(options.plain_layers, tokens, 0))
         host_moments = bool(at_length(options.host_moments, tokens, 0))
         frames = frames_of(options, tokens)
         planned = training_peak(
