@@ -73,6 +73,7 @@ BENCHMARKS = {
     "memory_plan",
     "mmsp_step",
     "needle",
+    "parity",
     "prefill",
     "trace",
     "train_step",
@@ -358,13 +359,35 @@ def train_step(result: dict[str, Any]) -> list[str]:
             cells.append([_method(row), *figures, str(len(row["samples"]))])
         header = ["method", *(_heading(name) for name in names), "steps"]
         lines += [f"**{tokens_name(tokens)} tokens**", "", *table(header, cells), ""]
-    ours = [row for row in result["rows"] if "embed_s" in row["metrics"]]
-    parts = ["embed", "text_forward", "loss_forward", "backward", "norm_clip", "update"]
-    if ours:
-        header = ["part of our step, s", *(part.replace("_", " ") for part in parts)]
+    ours = [row for row in result["rows"] if row["kind"] == "ours" and row["metrics"]]
+    for video in (False, True):
+        timed = [row for row in ours if ("vision_forward_s" in row["metrics"]) == video]
+        parts = ["text_forward", "loss_forward", "norm_clip", "update"]
+        parts[:1] = ["vision_forward", "text_forward"] if video else ["embed", "text_forward"]
+        parts[3:3] = ["text_backward", "vision_backward"] if video else ["backward"]
+        if timed:
+            header = ["part of our step, s", *(part.replace("_", " ") for part in parts)]
+            cells = [
+                [tokens_name(r["tokens"]), *(f"{r['metrics'][f'{part}_s']:.3f}" for part in parts)]
+                for r in timed
+            ]
+            lines += [*table(header, cells), ""]
+    planned = [row for row in ours if "planned_gib" in row.get("about", {})]
+    if planned:
+        header = ["our settings", "tokens a GPU", "layers not recomputed", "MLP tile",
+                  "waiting on the host, GiB", "planned peak GiB", "measured"]  # fmt: skip
         cells = [
-            [tokens_name(row["tokens"]), *(f"{row['metrics'][f'{part}_s']:.3f}" for part in parts)]
-            for row in ours
+            [
+                tokens_name(row["tokens"]),
+                f"{row['tokens'] // row['shape']['sequence_parallel']:,}",
+                f"{about['plain_layers'] if about['recompute'] else row['shape']['layers']}",
+                f"{about['mlp_tile_rows'] or ''}",
+                f"{about.get('offload_used_gib', 0) or ''}",
+                f"{about['planned_gib']:.1f}",
+                f"{row['metrics']['peak_gib']:.1f}",
+            ]
+            for row in planned
+            for about in [row["about"]]
         ]
         lines += [*table(header, cells), ""]
     if comparisons := result.get("notes", {}).get("comparisons"):
@@ -436,6 +459,28 @@ def decode(result: dict[str, Any]) -> list[str]:
     return table(header, lines)
 
 
+def parity(result: dict[str, Any]) -> list[str]:
+    """Cells of both grids by number of ranks, and how far off the worst of them was."""
+    header = ["grid", "meshes (ring, ulysses)", "cells", "ran", "failed",
+              "largest error, float64", "float32"]  # fmt: skip
+    cells = []
+    for row in result["rows"]:
+        errors = [row["metrics"].get(f"{dtype}_error") for dtype in ("float64", "float32")]
+        cells.append([
+            row["method"],
+            " ".join(mesh.replace(" ", "") for mesh in row["shape"]["meshes"]),
+            *(f"{row['metrics'][name]:,}" for name in ("cells", "ran", "failed")),
+            *("" if error is None else f"{error:.1e}" for error in errors),
+        ])  # fmt: skip
+    total, noted = (
+        sum(row["metrics"][name] for row in result["rows"]) for name in ("cells", "errors_of_cells")
+    )
+    commits = result["notes"]["cells_by_commit"]
+    by_commit = ", ".join(f"{number:,} at `{commit}`" for commit, number in commits.items())
+    remark = f"{total:,} cells: {by_commit}. Errors are relative, and of {noted:,} cells."
+    return [*table(header, cells), "", remark]
+
+
 def memory_plan(result: dict[str, Any]) -> list[str]:
     """Planned against measured peaks, case by case."""
     rows = [row for row in result["rows"] if row["method"].startswith("step/")]
@@ -483,6 +528,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "memory_plan": memory_plan,
     "mmsp_step": step,
     "decode": decode,
+    "parity": parity,
     "prefill": prefill,
     "trace": trace,
     "train_step": train_step,
