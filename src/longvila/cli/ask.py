@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from longvila.inference.session import Answer, Medium, Session
     from longvila.inference.workers import Ranks
 
+#: Endings that make a last argument a file which is missing rather than a question.
+_MEDIA_SUFFIXES = IMAGE_SUFFIXES | {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif"}
 _HELP = """\
   /video PATH [FRAMES]   add a video to the next question
   /image PATH            add an image to the next question
@@ -93,18 +95,56 @@ def main(argv: list[str]) -> int:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     split_inputs(options.inputs, chat=options.chat)  # refused before processes are started
-    if options.gpus < 1:
-        raise LongVILAError(f"--gpus must be at least 1, got {options.gpus}")
+    check_numbers(options)
+    if options.max_new_tokens < 1:
+        raise LongVILAError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+    if not options.temperature >= 0:
+        raise LongVILAError(f"--temperature must be 0 or more, got {options.temperature}")
+    if not 0 < options.top_p <= 1:
+        raise LongVILAError(f"--top-p must be above 0 and at most 1, got {options.top_p}")
     return run_over_ranks(run, options, size=options.gpus, device=find_device(options.device))
 
 
+def check_numbers(options: Any) -> None:
+    """Refuse numbers that mean nothing before anything is loaded.
+
+    Args:
+        options: With ``frames``, ``fps``, ``gpus`` and ``kv_offload``.
+
+    Raises:
+        LongVILAError: If one is out of range; the message names its option.
+    """
+    if options.frames is not None and options.frames < 1:
+        raise LongVILAError(f"--frames must be at least 1, got {options.frames}")
+    if options.fps is not None and not 0 < options.fps < float("inf"):
+        raise LongVILAError(f"--fps must be a number above 0, got {options.fps}")
+    if options.gpus < 1:
+        raise LongVILAError(f"--gpus must be at least 1, got {options.gpus}")
+    if options.kv_offload is not None and not options.kv_offload >= 0:
+        raise LongVILAError(f"--kv-offload must be 0 GiB or more, got {options.kv_offload}")
+
+
 def find_device(name: str) -> str:
-    """Return the device that ``--device`` names."""
+    """Return the device that ``--device`` names.
+
+    Raises:
+        LongVILAError: If torch knows no such device or has none here.
+    """
     import torch
 
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as fault:
+        raise LongVILAError(
+            f"--device {name}: torch knows no such device; expected auto, cpu, cuda, cuda:1, ..."
+        ) from fault
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise LongVILAError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs on this machine"
+        )
+    return name
 
 
 def run_over_ranks(work: Any, options: Any, *, size: int, device: str) -> int:
@@ -151,7 +191,7 @@ def split_inputs(inputs: tuple[str, ...], *, chat: bool) -> tuple[list[str], str
         The media, and the question or None.
 
     Raises:
-        LongVILAError: If the question is missing.
+        LongVILAError: If the question is missing, or is a medium that is not there.
     """
     if not inputs or names_medium(inputs[-1]):
         if chat:
@@ -159,6 +199,8 @@ def split_inputs(inputs: tuple[str, ...], *, chat: bool) -> tuple[list[str], str
         raise LongVILAError(
             'the question is missing: longvila ask VIDEO "question" --model CHECKPOINT'
         )
+    if Path(inputs[-1]).suffix.lower() in _MEDIA_SUFFIXES and not any(map(str.isspace, inputs[-1])):
+        raise LongVILAError(f"{inputs[-1]}: no such file, and no question follows it")
     return list(inputs[:-1]), inputs[-1]
 
 
@@ -294,6 +336,8 @@ def summary(media: list[Medium], answer: Answer) -> str:
     ]
     if not answer.complete:
         parts.append("cut at --max-new-tokens")
+    elif not answer.text:
+        parts.append("the model ended its answer at once")
     return "[" + "; ".join(parts) + "]"
 
 

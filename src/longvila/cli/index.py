@@ -69,8 +69,7 @@ def main(argv: list[str]) -> int:
     )
     if not options.inputs:
         raise LongVILAError("there is nothing to read: longvila index VIDEO --output DIR")
-    if options.gpus < 1:
-        raise LongVILAError(f"--gpus must be at least 1, got {options.gpus}")
+    ask.check_numbers(options)
     device = ask.find_device(options.device)
     return ask.run_over_ranks(run, options, size=options.gpus, device=device)
 
