@@ -18,6 +18,7 @@ each decodes, encodes and reads its part; the answer is that of one.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from longvila.errors import LongVILAError
-from longvila.media.sources import IMAGE_SUFFIXES
 from longvila.packaged import default_model
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from longvila.inference.workers import Ranks
 
 #: Endings that make a last argument a file which is missing rather than a question.
-_MEDIA_SUFFIXES = IMAGE_SUFFIXES | {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif"}
+_VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
 _HELP = """\
   /video PATH [FRAMES]   add a video to the next question
   /image PATH            add an image to the next question
@@ -199,9 +199,10 @@ def split_inputs(inputs: tuple[str, ...], *, chat: bool) -> tuple[list[str], str
         raise LongVILAError(
             'the question is missing: longvila ask VIDEO "question" --model CHECKPOINT'
         )
-    if Path(inputs[-1]).suffix.lower() in _MEDIA_SUFFIXES and not any(map(str.isspace, inputs[-1])):
-        raise LongVILAError(f"{inputs[-1]}: no such file, and no question follows it")
-    return list(inputs[:-1]), inputs[-1]
+    last = inputs[-1]
+    if not re.search(r"\s", last) and (last.lower().endswith(_VIDEO_SUFFIXES) or is_image(last)):
+        raise LongVILAError(f"{last}: no such file, and no question follows it")
+    return list(inputs[:-1]), last
 
 
 def find_index(sources: list[str]) -> Path | None:
@@ -240,6 +241,8 @@ def names_medium(text: str) -> bool:
 
 def is_image(source: str) -> bool:
     """Whether a source is a picture, by its ending or its data: type."""
+    from longvila.media.sources import IMAGE_SUFFIXES  # slow: it loads torch
+
     if source.startswith("data:"):
         return source.startswith("data:image/")
     return Path(source.partition("?")[0]).suffix.lower() in IMAGE_SUFFIXES

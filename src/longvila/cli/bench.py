@@ -86,6 +86,8 @@ def main(argv: list[str]) -> int:
     from longvila.evaluation.page import text_table
 
     plan = plan_of(options)
+    if options.film not in (None, "synthetic") and not Path(options.film).exists():
+        raise LongVILAError(f"--film {options.film}: no such file or folder")
     source = options.model or str(default_model())
     model, processor, mesh = load(source, options)
     material = material_of(options, plan, processor)
@@ -151,7 +153,7 @@ def material_of(options: Options, plan: Any, processor: Any) -> Any:
             rng=np.random.default_rng(options.seed),
         )  # fmt: skip
     part = processor.video_processor
-    if options.small or options.film == SYNTHETIC:
+    if options.film == SYNTHETIC or (options.small and options.film is None):
         film = open_haystack(SYNTHETIC, num_frames=frames, fps=1.0, processor=part)
         return Material(film, 0.0, float(frames), pictures)
     packaged = options.film is None

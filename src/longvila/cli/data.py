@@ -103,8 +103,12 @@ def main(argv: list[str]) -> int:
         except ValueError as fault:
             # Wrong settings and records: the message says what to do, a traceback does not.
             raise LongVILAError(str(fault)) from fault
-    print(__doc__, file=sys.stdout if argv and argv[0] in ("-h", "--help") else sys.stderr)
-    return 0 if argv and argv[0] in ("-h", "--help") else 2
+    if argv and argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    given = f"there is no command {argv[0]!r}" if argv else "a command is needed"
+    print(f"{__doc__}\nlongvila data: {given}; there are {', '.join(commands)}", file=sys.stderr)
+    return 2
 
 
 def _pack_text(argv: list[str]) -> int:

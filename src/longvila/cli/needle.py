@@ -187,7 +187,8 @@ def load(source: str, options: Any) -> tuple[Any, Any, Any]:
     import torch
     import torch.distributed as dist
 
-    from longvila import LongVILAForConditionalGeneration, LongVILAProcessor
+    from longvila import LongVILAProcessor
+    from longvila.model.opening import open_checkpoint
     from longvila.sp.mesh import build_mesh
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -200,16 +201,12 @@ def load(source: str, options: Any) -> tuple[Any, Any, Any]:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    dtype = options.dtype
-    if dtype == "auto":
-        dtype = "float32" if kind == "cpu" else "bfloat16"
-    try:
-        processor = LongVILAProcessor.from_pretrained(source)
-        model = LongVILAForConditionalGeneration.from_pretrained(
-            source, dtype=getattr(torch, dtype)
+    model, processor = open_checkpoint(source, device=device, dtype=options.dtype, label="--model")
+    if not isinstance(processor, LongVILAProcessor):
+        raise CheckpointError(
+            f"--model {source}: needles and the benchmark take LongVILA checkpoints, not "
+            f"{type(model).__name__}"
         )
-    except OSError as fault:
-        raise CheckpointError(f"--model {source}: {fault}") from fault
     mesh = None
     if world > 1:
         text = model.config.get_text_config()
@@ -220,7 +217,7 @@ def load(source: str, options: Any) -> tuple[Any, Any, Any]:
             num_kv_heads=text.num_key_value_heads,
             device_type=kind,
         )
-    return model.to(device).eval(), processor, mesh
+    return model, processor, mesh
 
 
 def progress_line() -> Any:

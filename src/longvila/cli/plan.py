@@ -202,10 +202,10 @@ def main(argv: list[str]) -> int:
     Returns:
         0 if the plan fits, 3 if it does not.
     """
+    options = tyro.cli(Options, args=argv, prog="longvila plan", description=__doc__)
     from longvila.train.planning import PromptPlan
     from longvila.train.report import plan_as_dict, prompt_as_dict, show_plan, show_prompt
 
-    options = tyro.cli(Options, args=argv, prog="longvila plan", description=__doc__)
     plan = make_plan(options)
     if isinstance(plan, PromptPlan):
         text = json.dumps(prompt_as_dict(plan), indent=1) if options.json else show_prompt(plan)

@@ -314,6 +314,8 @@ def to_settings(options: Options, kv: int, *, page: bool) -> Settings:
 def kv_bytes(options: Options, model: Any) -> int:
     """Bytes for keys and values: as given, or four fifths of what the model's device has left."""
     if options.kv_gib is not None:
+        if not options.kv_gib > 0:
+            raise LongVILAError(f"--kv-gib must be above 0, got {options.kv_gib}")
         return int(options.kv_gib * 2**30)
     import torch
 
