@@ -26,7 +26,7 @@ from longvila.evaluation.needle_frames import FrameRows
 from longvila.evaluation.needle_read import SceneReader
 from longvila.evaluation.page import write_page
 from longvila.evaluation.runner import Record, Records, run, settings_key
-from longvila.evaluation.summary import Group, result_rows, summarise
+from longvila.evaluation.summary import Group, grid_rows, result_rows, summarise
 from longvila.evaluation.task import Scene
 from longvila.inference.store import model_key
 
@@ -190,6 +190,7 @@ def _write(
         "settings": settings,
         "elapsed_s": round(elapsed_s, 1),
         "rows": result_rows(settings["model"], groups),
+        "grids": grid_rows(records, groups),
     }
     partial = out / "result.json.new"
     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
