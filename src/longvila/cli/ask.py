@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 from longvila.packaged import default_model
 
@@ -87,13 +88,7 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    options = tyro.cli(
-        Options,
-        args=argv,
-        prog="longvila ask",
-        description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(Options, argv, "ask", __doc__, flag_pairs=False)
     split_inputs(options.inputs, chat=options.chat)  # refused before processes are started
     check_numbers(options)
     if options.max_new_tokens < 1:

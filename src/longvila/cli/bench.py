@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 from longvila.packaged import default_model, fetch
 
@@ -80,7 +79,7 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    options = tyro.cli(Options, args=argv, prog="longvila bench", description=__doc__)
+    options = parse(Options, argv, "bench", __doc__)
     from longvila.cli.needle import load, progress_line
     from longvila.evaluation.builtin import run_bench
     from longvila.evaluation.page import text_table

@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 
 
@@ -114,7 +115,7 @@ def main(argv: list[str]) -> int:
 def _pack_text(argv: list[str]) -> int:
     from longvila.data.pack_text import PackOptions, Progress, pack_text, parse_length
 
-    chosen = tyro.cli(PackText, args=argv, prog="longvila data pack-text")
+    chosen = parse(PackText, argv, "data pack-text", None)
     values = {**vars(chosen), "length": parse_length(chosen.length)}
     options = PackOptions(**values)
 
@@ -165,7 +166,7 @@ def _adapters(argv: list[str]) -> int:
 def _inspect(argv: list[str]) -> int:
     from longvila.data.datasets import Dataset, open_dataset, read_file
 
-    options = tyro.cli(Inspect, args=argv, prog="longvila data inspect")
+    options = parse(Inspect, argv, "data inspect", None)
     source = Path(options.source)
     if (source / "manifest.json").exists():
         manifest = json.loads((source / "manifest.json").read_text())

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 
 #: Every mesh of so many is tried; more would take minutes, and there is no such machine.
@@ -202,7 +201,7 @@ def main(argv: list[str]) -> int:
     Returns:
         0 if the plan fits, 3 if it does not.
     """
-    options = tyro.cli(Options, args=argv, prog="longvila plan", description=__doc__)
+    options = parse(Options, argv, "plan", __doc__)
     from longvila.train.planning import PromptPlan
     from longvila.train.report import plan_as_dict, prompt_as_dict, show_plan, show_prompt
 

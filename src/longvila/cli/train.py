@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    options = tyro.cli(Options, args=argv, prog="longvila train", description=__doc__)
+    options = parse(Options, argv, "train", __doc__)
     stage = settings_of(options)
     if options.show:
         from longvila.train.settings import to_yaml
