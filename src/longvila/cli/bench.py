@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 from longvila.packaged import default_model, fetch
 
@@ -80,12 +79,14 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    options = tyro.cli(Options, args=argv, prog="longvila bench", description=__doc__)
+    options = parse(Options, argv, "bench", __doc__)
     from longvila.cli.needle import load, progress_line
     from longvila.evaluation.builtin import run_bench
     from longvila.evaluation.page import text_table
 
     plan = plan_of(options)
+    if options.film not in (None, "synthetic") and not Path(options.film).exists():
+        raise LongVILAError(f"--film {options.film}: no such file or folder")
     source = options.model or str(default_model())
     model, processor, mesh = load(source, options)
     material = material_of(options, plan, processor)
@@ -152,7 +153,7 @@ def material_of(options: Options, plan: Any, processor: Any) -> Any:
             rng=np.random.default_rng(options.seed),
         )  # fmt: skip
     part = sampler_of(processor)
-    if options.small or options.film == SYNTHETIC:
+    if options.film == SYNTHETIC or (options.small and options.film is None):
         film = open_haystack(SYNTHETIC, num_frames=frames, fps=1.0, processor=part)
         return Material(film, 0.0, float(frames), pictures)
     packaged = options.film is None

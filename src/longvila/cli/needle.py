@@ -20,8 +20,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 from longvila.packaged import asset, default_model
 
@@ -105,7 +104,7 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    options = tyro.cli(Options, args=argv, prog="longvila needle", description=__doc__)
+    options = parse(Options, argv, "needle", __doc__)
     from longvila.evaluation.needle import run_needle
     from longvila.evaluation.needle_sets import load_needles, open_haystack
     from longvila.evaluation.page import text_table

@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 from longvila.packaged import default_model
 
@@ -123,13 +122,7 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    options = tyro.cli(
-        Options,
-        args=argv,
-        prog="longvila serve",
-        description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(Options, argv, "serve", __doc__, flag_pairs=False)
     return serve(options, page=False)
 
 
@@ -308,6 +301,8 @@ def to_settings(options: Options, kv: int, *, page: bool) -> Settings:
 def kv_bytes(options: Options, model: Any) -> int:
     """Bytes for keys and values: as given, or four fifths of what the model's device has left."""
     if options.kv_gib is not None:
+        if not options.kv_gib > 0:
+            raise LongVILAError(f"--kv-gib must be above 0, got {options.kv_gib}")
         return int(options.kv_gib * 2**30)
     import torch
 
