@@ -23,7 +23,7 @@ PAGE = "".join(
     f"<!-- bench:{name} -->\n<!-- /bench -->\n"
     for name in (
         "smol_losses", "smol_heat", "smol_lengths", "smol_tiers", "smol_ablations",
-        "smol_two_gpus", "smol_shipped", "smol_summary",
+        "smol_two_gpus", "smol_shipped", "smol_summary", "smol_views",
     )
 )  # fmt: skip
 
@@ -173,8 +173,40 @@ def test_a_run_that_was_cut_off_says_so(root: Path, collect: Callable[..., Any])
     folder.mkdir(parents=True)
     lines = [{"settings": {}, "key": ""}, *records("b", lambda frames, ask: True)[:7]]
     (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (path,) = collect(root / "work", root / "out", two_gpus=None, about=ABOUT)
+    lines = [{"step": 1, "loss": 2.5, "tokens": 8, "frames": 8638, "step_s": 0.5}]
+    folder = root / "work" / "stages" / "pretrain"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path, training = collect(root / "work", root / "out", two_gpus=None, about=ABOUT)
+    assert json.loads(training.read_text())["rows"][0]["samples"] == [[1, 2.5]]
+    assert "| stage 2, pretrain | 1 | 8,638 | 8,638 | 2 |" in run(root)
     assert path.name == "2026-01-02_needle_smol_half-long_b.json"
     result = json.loads(path.read_text())
     assert result["notes"]["cut_off"] == "The run was cut off after 7 answers."
     assert "stages 3, 4, 5" in run(root)
+
+
+def test_another_protocol_joins_its_tier(root: Path, collect: Callable[..., Any]) -> None:
+    work = root / "work"
+    keep(work, "longest", "a", lambda frames, ask: False)
+    found = [row for row in records("a", lambda frames, ask: True) if not row["shape"]["control"]]
+    found = [{**row, "task": "paper", "ask": "forced"} for row in found if row["ask"] == "free"]
+    folder = work / "needle" / "longest-a-paper"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(
+        json.dumps(
+            {
+                "benchmark": "needle",
+                "question": "?",
+                "rows": result_rows("x", summarise(found)),
+                "command": "/p/__main__.py needle --model /tmp/w/models/longest",
+                "grids": grid_rows(found, summarise(found)),
+            }
+        )
+    )
+    names = [path.name for path in collect(work, root / "out", two_gpus=None, about=ABOUT)]
+    assert names == [f"2026-01-02_needle_smol_longest_a{end}.json" for end in ("", "_paper")]
+    assert json.loads((root / "out" / names[1]).read_text())["commit"] == "abc"
+    text = run(root)
+    assert f"| {smol.WAYS['paper', 'forced']} | 6 | 100 [61, 100] | 5 | 100 | 100 |" in text
+    assert "](smol/heat-longest-forced.svg)" in text
