@@ -110,6 +110,7 @@ def ship_delta(source: Path, target: Path, *, limit_mb: float = LIMIT_MB) -> dic
             f"{source.name} needs {figures['size_mb']:.1f} MB in eight bits, and {limit_mb:g} MB "
             "are allowed: write it with smaller RANKS (run.py)"
         )
+    partial.chmod(0o644)
     partial.replace(target)
     return figures
 
