@@ -468,7 +468,7 @@ VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] 
     "smol_tiers": (["needle", "method=smol-stages"], lambda result, folder: smol.tiers(folder)),
     "smol_summary": (["needle", "method=smol-stages"], lambda result, folder: smol.summary(folder)),
     "smol_shipped": (
-        ["needle", "method=smol-stages shipped"],
+        ["needle", "method=smol-shipped"],
         lambda result, folder: smol.tiers(folder, "shipped"),
     ),
     "smol_lengths": (["needle", "method=smol-stages"], lambda result, folder: smol.lengths(folder)),

@@ -88,8 +88,9 @@ def needle_results(work: Path, about: Mapping[str, Any]) -> dict[str, dict[str, 
         if not result:
             continue
         result.setdefault("grids", grid_rows(records, groups))
+        method = "smol-shipped" if found["part"] == "shipped" else f"smol-stages {found['part']}"
         for row in result["rows"]:
-            row["method"] = f"smol-stages {found['part']}"
+            row["method"] = method
         name = "_".join(part for part in found.groups() if part)
         out[names.get(folder.name, f"{about['date']}_needle_smol_{name}.json")] = result
     return out

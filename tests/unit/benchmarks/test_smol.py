@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,7 +129,7 @@ def test_a_page_of_a_whole_run(root: Path, collect: Callable[..., Any]) -> None:
     assert "| stage 3, short videos | 4 | 1,000 | 30 | 4.000 | 1.000 | 0.50 |  | 10% |" in heading
     assert "no result of half-long, half-extend" in text
     assert "| stage 3, short videos | 2 GPUs | 4 | 0.0e+00 | 2.5e-04 | 1.0e-03 |" in text
-    assert "no result of `needle method=smol-stages shipped`" in text
+    assert "no result of `needle method=smol-shipped`" in text
 
     summary = text.partition("<!-- bench:smol_summary -->")[2]
     assert "| unseen pictures of trained names; likeliest name | 6 | 100 [61, 100] | 5 |" in summary
@@ -207,6 +208,13 @@ def test_another_protocol_joins_its_tier(root: Path, collect: Callable[..., Any]
     names = [path.name for path in collect(work, root / "out", two_gpus=None, about=ABOUT)]
     assert names == [f"2026-01-02_needle_smol_longest_a{end}.json" for end in ("", "_paper")]
     assert json.loads((root / "out" / names[1]).read_text())["commit"] == "abc"
+    # The shipped model, measured on another machine, is no stage of the run.
+    shutil.copytree(folder, root / "cpu" / "needle" / "shipped-a")
+    other = {**ABOUT, "hardware": {"gpu": "CPU", "count": 1, "link": None}}
+    collect(root / "cpu", root / "out", two_gpus=None, about=other)
     text = run(root)
+    stages, _, shipped = text.partition("<!-- bench:smol_shipped -->")
+    assert "1 x CPU" not in stages.partition("<!-- bench:smol_tiers -->")[2]
+    assert "The model as shipped" in shipped
     assert f"| {smol.WAYS['paper', 'forced']} | 6 | 100 [61, 100] | 5 | 100 | 100 |" in text
     assert "](smol/heat-longest-forced.svg)" in text
