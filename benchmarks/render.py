@@ -545,7 +545,7 @@ VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] 
     "smol_tiers": (["needle", "method=smol-stages"], lambda result, folder: smol.tiers(folder)),
     "smol_summary": (["needle", "method=smol-stages"], lambda result, folder: smol.summary(folder)),
     "smol_shipped": (
-        ["needle", "method=smol-stages shipped"],
+        ["needle", "method=smol-shipped"],
         lambda result, folder: smol.tiers(folder, "shipped"),
     ),
     "smol_lengths": (["needle", "method=smol-stages"], lambda result, folder: smol.lengths(folder)),
@@ -555,6 +555,7 @@ VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] 
         lambda result, folder: smol.ablations(folder),
     ),
     "smol_losses": (["training"], lambda result, folder: smol.losses(folder)),
+    "smol_views": (["training"], lambda result, folder: smol.views(folder)),
     "smol_two_gpus": (["training"], lambda result, folder: smol.two_gpus(folder)),
     "attention_summary": (["attention"], lambda result, folder: attention_summary(result)),
     "train_step_summary": (["train_step"], lambda result, folder: train_step_summary(result)),
