@@ -29,7 +29,7 @@ ASSETS = HERE.parents[1] / "src" / "longvila" / "assets"
 LIMIT_MB = 20.0
 #: How the model is shown videos where nobody says otherwise. It was trained on up to 6,000 frames,
 #: but without being asked nobody should wait for so many on a CPU.
-VIDEO = {"short": "all", "fps": 1.0, "num_frames": 512}
+VIDEO = {"short": "all", "fps": 1.0, "num_frames": 32}
 
 
 def read_split(name: str) -> dict[str, str]:
