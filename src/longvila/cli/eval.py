@@ -25,6 +25,7 @@ from typing import Annotated, Literal
 import tyro
 
 from longvila.errors import LongVILAError
+from longvila.evaluation.columns import aligned
 from longvila.evaluation.presets import PRESETS, Preset, find_preset
 
 
@@ -130,11 +131,7 @@ def listing() -> str:
         rows.append(
             (preset.name, str(preset.frames), preset.task, ", ".join(preset.aliases) + note)
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip()
-        for row in rows
-    )
+    return aligned(rows)
 
 
 def chosen(tasks: str) -> tuple[Preset, ...]:

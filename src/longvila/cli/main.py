@@ -13,6 +13,11 @@ from pathlib import Path
 from longvila import __version__
 from longvila.errors import LongVILAError
 
+#: What is wrong with a path is the user's to mend; other errors of the system are not.
+_PATH_FAULTS = (
+    FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError,
+)  # fmt: skip
+
 
 def verbs() -> dict[str, str]:
     """Map each verb to its one-line summary, without importing it."""
@@ -64,7 +69,10 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         status: int = importlib.import_module(f"longvila.cli.{verb}").main(rest)
-    except (LongVILAError, FileNotFoundError) as error:
+    except (LongVILAError, *_PATH_FAULTS) as error:
         print(f"longvila {verb}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\nlongvila {verb}: stopped", file=sys.stderr)
+        return 130
     return status

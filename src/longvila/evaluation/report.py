@@ -27,6 +27,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from longvila.evaluation.columns import aligned
 from longvila.evaluation.judge import AxisScore
 from longvila.evaluation.metrics import clustered_mean, wilson_interval
 from longvila.evaluation.presets import PRESETS, duration_group, find_preset
@@ -326,18 +327,16 @@ def table(summaries: Mapping[str, Summary]) -> str:
         )
         parts = [(f"  {part}", s) for part, s in one.by_duration.items()]
         for label, s in parts:
-            rows.append((label, percent(s), str(s.questions), "", str(s.unparsable), "", ""))
+            rows.append(
+                (label, percent(s), str(s.questions), "", str(s.unparsable), str(s.failed), "")
+            )
         for axis, given in one.judged.items():
             counted = (f"  {axis}", graded(given), str(given.graded + given.ungraded))
             rows.append((*counted, "", str(given.ungraded), "", ""))
         if one.groups is not None:
             share = f"{100 * one.groups[1]:.1f}"
             rows.append(("  all rotations right", share, str(one.groups[0]), "", "", "", ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return aligned(rows)
 
 
 # ---- the page
