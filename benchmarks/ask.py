@@ -23,9 +23,9 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import Qwen2Config, SiglipVisionConfig
 
 from benchmarks import _cluster
+from benchmarks._model import TEXT, TOWER, draw, model_config, text_config
 from benchmarks._results import Report, Row, hardware
 from longvila.model.configuration_longvila import LongVILAConfig
 from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
@@ -36,34 +36,19 @@ QUESTION = "How long does a question about a clip take, from the file to the las
 
 
 def config_7b() -> LongVILAConfig:
-    """LongVILA-7B-1M's shape."""
-    vision = SiglipVisionConfig(
-        hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
-        image_size=384, patch_size=14,
-    )  # fmt: skip
-    text = Qwen2Config(
-        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, vocab_size=152064, max_position_embeddings=2**20,
-        rope_theta=28676738.0, tie_word_embeddings=False,
-    )  # fmt: skip
+    """LongVILA-7B-1M's shape, and the media tokens of the tests' tokenizer."""
+    shape = argparse.Namespace(**TOWER, **TEXT)
+    text = text_config(shape, max_position_embeddings=2**20, rope_theta=28676738.0)
     ids = tiny_config()
-    return LongVILAConfig(
-        vision_config=vision, text_config=text, image_token_id=ids.image_token_id,
-        video_token_id=ids.video_token_id,
-    )  # fmt: skip
+    return model_config(
+        shape, text=text, image_token_id=ids.image_token_id, video_token_id=ids.video_token_id
+    )
 
 
 def write_checkpoint(config: LongVILAConfig, folder: Path, device: torch.device) -> int:
     """Write random weights and a processor; return the number of parameters."""
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = LongVILAForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    model = draw(lambda: LongVILAForConditionalGeneration(config), device, dtype)
     model.generation_config.eos_token_id = tiny_tokenizer().eos_token_id
     model.save_pretrained(folder)
     LongVILAProcessor.from_config(config, tiny_tokenizer()).save_pretrained(folder)

@@ -34,6 +34,7 @@ import torch.distributed as dist
 
 from benchmarks import _cluster
 from benchmarks._cluster import Cluster
+from benchmarks._model import add_text_options, add_tower_options, draw, model_config, text_config
 from benchmarks._results import Report, Row, hardware
 
 QUESTION = "How far is the planned peak of a training step from the measured one?"
@@ -100,41 +101,17 @@ TINY = (
 
 def build_model(options: argparse.Namespace, case: Case, device: torch.device) -> Any:
     """A model of random weights in float32, its untuned parts frozen."""
-    from transformers import Qwen2Config, SiglipVisionConfig
-
-    from longvila.model.configuration_longvila import LongVILAConfig
     from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
     from longvila.train.parts import tune
 
-    vision = SiglipVisionConfig(
-        hidden_size=options.width,
-        intermediate_size=options.mlp_width,
-        num_hidden_layers=options.vision_layers,
-        num_attention_heads=options.vision_heads,
-        image_size=options.image_size,
-        patch_size=14,
-    )
-    text = Qwen2Config(
-        hidden_size=options.model_dim,
-        intermediate_size=options.text_mlp,
-        num_hidden_layers=case.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        vocab_size=options.vocab,
-        max_position_embeddings=2**21,
-        layer_types=["full_attention"] * case.layers,
-        tie_word_embeddings=False,
-    )
-    config = LongVILAConfig(
-        vision_config=vision,
-        text_config=text,
+    config = model_config(
+        options,
+        text=text_config(options, num_hidden_layers=case.layers),
         vision_batch_size=case.frames_per_call,
         image_token_id=options.vocab,
         video_token_id=options.vocab + 1,
     )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = LongVILAForConditionalGeneration(config)
+    model = draw(lambda: LongVILAForConditionalGeneration(config), device, "float32")
     return tune(model.train(), rates(case))
 
 
@@ -454,16 +431,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-rates", action="store_true")
     parser.add_argument("--rate-seconds", type=float, default=1.5)
     parser.add_argument("--rate-rows", type=int, default=32768)
-    parser.add_argument("--image-size", type=int, default=384)
-    parser.add_argument("--width", type=int, default=1152)
-    parser.add_argument("--mlp-width", type=int, default=4304)
-    parser.add_argument("--vision-layers", type=int, default=27)
-    parser.add_argument("--vision-heads", type=int, default=16)
-    parser.add_argument("--model-dim", type=int, default=3584)
-    parser.add_argument("--text-mlp", type=int, default=18944)
-    parser.add_argument("--heads", type=int, default=28)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=152064)
+    add_tower_options(parser)
+    add_text_options(parser)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--suffix", default="")
     return parser.parse_args(argv)

@@ -12,6 +12,8 @@ link=sockets``: each ``key=value`` must match the file's ``hardware`` (as a pref
 ``suffix=...`` and match the end of its name, or ``method=...`` and begin the name of a row. No
 figure in those places is typed by hand; a benchmark that has no result yet is said to have none.
 
+Drawings of ``benchmarks.smol`` are written beside their page and checked alike.
+
     python -m benchmarks.render            # rewrite
     python -m benchmarks.render --check    # fail if anything would change
 """
@@ -25,6 +27,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks import smol
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -69,6 +73,7 @@ BENCHMARKS = {
     "prefill",
     "trace",
     "train_step",
+    "training",
     "video_decode",
     "vision_balance",
 }
@@ -460,6 +465,20 @@ VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] 
         ["needle", "method=unseen-longvila"],
         lambda result, folder: demo_model(result),
     ),
+    "smol_tiers": (["needle", "method=smol-stages"], lambda result, folder: smol.tiers(folder)),
+    "smol_summary": (["needle", "method=smol-stages"], lambda result, folder: smol.summary(folder)),
+    "smol_shipped": (
+        ["needle", "method=smol-stages shipped"],
+        lambda result, folder: smol.tiers(folder, "shipped"),
+    ),
+    "smol_lengths": (["needle", "method=smol-stages"], lambda result, folder: smol.lengths(folder)),
+    "smol_heat": (["needle", "method=smol-stages"], lambda result, folder: smol.heat(folder)),
+    "smol_ablations": (
+        ["needle", "method=smol-stages"],
+        lambda result, folder: smol.ablations(folder),
+    ),
+    "smol_losses": (["training"], lambda result, folder: smol.losses(folder)),
+    "smol_two_gpus": (["training"], lambda result, folder: smol.two_gpus(folder)),
     "attention_summary": (["attention"], lambda result, folder: attention_summary(result)),
     "train_step_summary": (["train_step"], lambda result, folder: train_step_summary(result)),
     "attention_hosts": (["attention", "link=sockets"], hosts),
@@ -517,12 +536,10 @@ def render_block(name: str, folder: Path = RESULTS) -> str:
         raise ValueError(f"unknown table {name!r}; there are {sorted(BENCHMARKS | set(VIEWS))}")
     try:
         result = find_result(words, folder)
+        draw = RENDERERS.get(words[0], generic)
+        lines = draw(result) if view is None else view[1](result, folder)
     except FileNotFoundError as missing:
         return f"*Not measured yet: {missing}.*\n"
-    if view is not None:
-        lines = view[1](result, folder)
-    else:
-        lines = RENDERERS.get(words[0], generic)(result)
     return "\n".join([*lines, "", caption(result), ""])
 
 
@@ -549,7 +566,21 @@ def render(root: Path, folder: Path, *, check: bool) -> list[Path]:
             stale.append(path)
             if not check:
                 path.write_text(rendered)
-    return stale
+    return stale + render_figures(root, folder, check=check)
+
+
+def render_figures(root: Path, folder: Path, *, check: bool) -> list[Path]:
+    """The same for drawings; one that no result gives any more is deleted."""
+    wanted = {root / path: text for path, text in smol.figures(folder).items()}
+    stale = [path for path in (root / smol.FOLDER).glob("*.svg") if path not in wanted]
+    stale += [p for p, text in wanted.items() if not p.exists() or p.read_text() != text]
+    for path in [] if check else stale:
+        if path in wanted:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(wanted[path])
+        else:
+            path.unlink()
+    return sorted(stale)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -32,6 +32,7 @@ from torch import Tensor
 from benchmarks import _cluster
 from benchmarks._cluster import Cluster
 from benchmarks._interleave import Steps, interleave
+from benchmarks._model import TEXT, add_tower_options, draw, model_config, tower_config
 from benchmarks._results import Kind, Report, Row, hardware
 from benchmarks.peers.vision_reshard import all_gather_reshard, all_reduce_reshard
 
@@ -117,19 +118,10 @@ def move(how: str, rows: Tensor, deal: Deal, cluster: Cluster) -> Tensor:
 
 def build_model(options: argparse.Namespace, device: torch.device) -> Any:
     """Tower and projector of a LongVILA model; its language model is a stub that never runs."""
-    from transformers import Qwen2Config, SiglipVisionConfig
+    from transformers import Qwen2Config
 
-    from longvila.model.configuration_longvila import LongVILAConfig
     from longvila.model.modeling_longvila import LongVILAModel
 
-    vision = SiglipVisionConfig(
-        hidden_size=options.width,
-        intermediate_size=options.mlp_width,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.vision_heads,
-        image_size=options.image_size,
-        patch_size=options.patch_size,
-    )
     text = Qwen2Config(
         hidden_size=options.model_dim,
         intermediate_size=8,
@@ -139,13 +131,13 @@ def build_model(options: argparse.Namespace, device: torch.device) -> Any:
         vocab_size=8,
         layer_types=["full_attention"],
     )
-    config = LongVILAConfig(
-        vision_config=vision, text_config=text, vision_batch_size=options.frame_batch
+    config = model_config(
+        options,
+        vision=tower_config(options),
+        text=text,
+        vision_batch_size=options.frame_batch,
     )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = LongVILAModel(config)
-    model = model.to(getattr(torch, options.dtype)).train()
+    model = draw(lambda: LongVILAModel(config), device, options.dtype).train()
     model.gradient_checkpointing_enable()
     for parameter in model.language_model.parameters():
         parameter.requires_grad_(False)
@@ -426,13 +418,8 @@ def _sizes(text: str) -> list[tuple[int, int]]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=QUESTION)
     parser.add_argument("--frames", type=int, default=1024)
-    parser.add_argument("--image-size", type=int, default=384)
-    parser.add_argument("--patch-size", type=int, default=14)
-    parser.add_argument("--width", type=int, default=1152)
-    parser.add_argument("--mlp-width", type=int, default=4304)
-    parser.add_argument("--layers", type=int, default=27)
-    parser.add_argument("--vision-heads", type=int, default=16)
-    parser.add_argument("--model-dim", type=int, default=3584)
+    add_tower_options(parser)
+    parser.add_argument("--model-dim", type=int, default=TEXT["model_dim"])
     parser.add_argument("--frame-batch", type=int, default=64)
     parser.add_argument("--exchange-rows-per-frame", type=int, default=256)
     parser.add_argument("--exchange-calls", type=int, default=5)

@@ -49,6 +49,8 @@ SIZES = {
 }
 ALBUM = 20
 HAYSTACK = 6000
+#: Root mean square difference of thumbnails, in [0, 1], below which two pictures are twins.
+TWIN = 0.08
 Rng = np.random.Generator
 
 
@@ -351,15 +353,15 @@ def video_sample(store: Store, names: Names, kind: str, number: int, seed: int) 
         # A third are nearly all pictures: every time names one.
         share = float(rng.choice((0.15, 0.4, 1.5)))
         step_s = float(rng.choice((1, 1, 1, 2, 3, 5, 10, 20)))
-        turns = 10
+        turns = 16
     else:
         num_frames = round(2 ** float(rng.uniform(6, 11)))
         if kind == "longest":
             num_frames = int(rng.integers(4096, HAYSTACK + 1))
-        share = float(rng.choice((0.008, 0.03, 0.08)))
+        share = float(rng.choice((0.008, 0.05, 0.2) if kind == "long" else (0.02, 0.05)))
         steps = (1, 1, 1, 2) if num_frames > 1024 else (1, 1, 1, 2, 3, 5)
         step_s = 1.0 if kind == "longest" else float(rng.choice(steps))
-        turns = 48 if kind == "long" else 128
+        turns = 160 if kind == "long" else 320
     shown = place(names, num_frames, rng, share=share)
     if not shown:
         picture = names.picture(rng)
@@ -501,15 +503,44 @@ def draw_text(store: Store, items: range, seed: int, pages: Sequence[str]) -> li
 # ---- needles ------------------------------------------------------------------------------------
 
 
+def twins(store: Store) -> set[int]:
+    """Return pictures that look almost like a trained one of another name, as it is or mirrored.
+
+    Two emoji sets may draw a "lock" and an "open lock" alike; nobody can tell which is asked for.
+    """
+    trained = store.of_split("train")
+    small = np.stack([_thumbnail(store.picture(i)) for i in range(len(store.entries))])
+    names = np.array([entry["name"] for entry in store.entries])
+    known = small[trained].reshape(len(trained), -1)
+    found: set[int] = set()
+    for each in (small, small[:, :, ::-1]):
+        flat = each.reshape(len(each), -1)
+        squares = (flat**2).sum(1)[:, None] + (known**2).sum(1) - 2 * flat @ known.T
+        near = (squares < TWIN**2 * flat.shape[1]) & (names[:, None] != names[trained])
+        found |= set(np.flatnonzero(near.any(1)).tolist())
+    return found
+
+
+def _thumbnail(picture: Image.Image) -> np.ndarray:
+    white = Image.new("RGBA", picture.size, "white")
+    white.alpha_composite(picture)
+    small = white.convert("RGB").resize((16, 16), Image.Resampling.BOX)
+    return np.asarray(small, np.float32) / 255
+
+
 def draw_needles(store: Store, out: Path, count: int, frames: int, seed: int) -> None:
-    """Write pictures of the three tiers, and a film of frames that training never shows."""
+    """Write pictures of the three tiers, and a film of frames that training never shows.
+
+    Pictures are drawn at random from those without a twin of another name.
+    """
+    without = twins(store)
     for tier, split in (("a", "train"), ("b", "b"), ("c", "c")):
         rng = np.random.default_rng([seed, ord(tier)])
         folder, entries, used = out / "needles" / tier, [], set[str]()
         folder.mkdir(parents=True, exist_ok=True)
         for picture in rng.permutation(store.of_split(split)):
             name = store.name(int(picture))
-            if name in used or len(entries) == count:
+            if int(picture) in without or name in used or len(entries) == count:
                 continue
             used.add(name)
             file = f"{len(entries):03d}.webp"

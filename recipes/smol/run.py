@@ -43,7 +43,7 @@ INIT = {
     "vision_feature_layer": -3,
 }
 #: Rank of the shipped update of each matrix of the language model and of the tower.
-RANKS = {"model.language_model.": 44, "model.vision_tower.": 16}
+RANKS = {"model.language_model.": 40, "model.vision_tower.": 40}
 LENGTHS = (32, 256, 1024, 2048, 6000)
 
 
@@ -189,6 +189,9 @@ class Runner:
 
             config = yaml.safe_load((HERE / "stages" / f"{part.config}.yaml").read_text())
             settings.append(f"optimizer.max_steps={config['optimizer']['max_steps'] // 2}")
+        steps = dict(each.split("=") for each in self.args.steps)
+        if part.name in steps:
+            settings.append(f"optimizer.max_steps={int(steps[part.name])}")
         if self.args.gpus:
             share = 147456 // self.args.gpus
             settings += ["parallel.seq_parallel_size=0", f"parallel.tokens_per_rank={share}"]
@@ -263,7 +266,7 @@ class Runner:
         """Begin to draw all sets in another process."""
         sets = ("images", "short", "needles", "text", "long", "longest")
         command = [sys.executable, str(HERE / "run.py"), *sys.argv[1:]]
-        command.remove("--ahead")
+        command[command.index("--ahead")] = "--drawing"
         # The last one of an option counts.
         self.ahead = subprocess.Popen([*command, "--parts", *(f"draw-{name}" for name in sets)])
 
@@ -276,7 +279,9 @@ class Runner:
 
     def draw(self, name: str) -> None:
         """Draw a set, or wait for who draws it; text is packed into rows, too."""
-        while self.ahead is not None and self.ahead.poll() is None and not self.is_drawn(name):
+        while not self.is_drawn(name) and (
+            self.args.wait or (self.ahead is not None and self.ahead.poll() is None)
+        ):
             time.sleep(0.5)
         if self.is_drawn(name):
             return
@@ -288,6 +293,8 @@ class Runner:
             needles=self.args.needles, haystack=max(self.args.lengths), seed=self.args.seed,
         )  # fmt: skip
         if name == "text" and self.args.pages and not (self.data / "rows").exists():
+            while self.args.drawing and not (self.work / "base" / "config.json").exists():
+                time.sleep(0.5)
             partial = self.data / "rows-begun"
             self.longvila(
                 "data", "pack-text", str(self.args.pages), "--output", str(partial),
@@ -313,6 +320,7 @@ class Runner:
                 "--depth-interval", str(self.args.depth_interval if tier == "a" else 0.5),
                 "--tasks", *self.args.tasks, "--trials", str(self.args.trials),
                 "--ways", str(min(20, self.args.needles)), "--beyond-context",
+                "--control" if self.args.controls else "--no-control",
             ]  # fmt: skip
             self.longvila(*command)
             self.keep(out / "result.json", name, tier)
@@ -362,6 +370,16 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--needles", type=int, default=40, help="pictures of each tier")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ahead", action="store_true", help="draw in another process meanwhile")
+    parser.add_argument(
+        "--wait", action="store_true", help="sets are drawn by a process begun with --drawing"
+    )
+    parser.add_argument(
+        "--drawing", action="store_true", help="draws for another process, which trains"
+    )
+    parser.add_argument(
+        "--steps", nargs="+", default=[], metavar="PART=N", help="steps instead of a stage's own"
+    )
+    parser.add_argument("--no-controls", dest="controls", action="store_false")
     parser.add_argument("--commit", default="", help="what results say they were made with")
     parser.add_argument("--set", action="append", default=[], help="a setting of all stages")
     return parser.parse_args(argv)
@@ -370,6 +388,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     runner = Runner(args)
+    if args.drawing:
+        # Whoever trains goes first.
+        os.nice(10)
     if args.ahead:
         # Rows of text need the base's tokenizer.
         runner.run("base")

@@ -1,10 +1,15 @@
 """Put what the demo needs into the package: needle pictures, names, the trained delta.
 
-    python recipes/smol/ship.py SOURCES [--delta OUT/delta.safetensors]
+    python recipes/smol/ship.py --delta WORK/deltas/longest.safetensors
+    python recipes/smol/ship.py SOURCES
 
 The pictures are listed in ``splits/shipped.tsv``; all are openclipart's, released to the public
 domain. Whether one was seen in training is looked up in the splits, not typed. ``names.json`` holds
 the trained names, from which the demo draws the wrong choices.
+
+The delta is stored in eight bits; what that changes of each matrix's update is printed and
+written into the file, and a file above the limit is refused. It also says how its model wants
+videos: every frame of a short one, a frame a second of a long one, up to what it was trained on.
 """
 
 from __future__ import annotations
@@ -13,12 +18,17 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-from pictures import gather
-from prepare import render
+import torch
+
+from longvila.model.delta import read_delta, read_delta_metadata, save_delta
 
 HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "src" / "longvila" / "assets"
+LIMIT_MB = 20.0
+#: How the model is shown videos where nobody says otherwise.
+VIDEO = {"short": "all", "fps": 1.0, "num_frames": 6000}
 
 
 def read_split(name: str) -> dict[str, str]:
@@ -27,17 +37,24 @@ def read_split(name: str) -> dict[str, str]:
     return {line.split("\t")[1]: line.split("\t")[0] for line in lines}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sources", type=Path)
-    parser.add_argument("--delta", type=Path)
-    args = parser.parse_args()
+def ship_pictures(sources: Path) -> None:
+    """Write the pictures, their index and the trained names into the package.
+
+    Args:
+        sources: Packages that ``prepare.py`` fetched.
+
+    Raises:
+        ValueError: If one may not be shipped, is missing, or is neither seen nor unseen.
+    """
+    from pictures import gather
+    from prepare import render
+
     folder = ASSETS / "needles"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     train, unseen, shipped = read_split("train"), read_split("b"), read_split("shipped")
     entries = []
-    for picture in gather(args.sources):
+    for picture in gather(sources):
         if picture.id not in shipped:
             continue
         if not picture.id.startswith("openclipart/"):
@@ -55,10 +72,78 @@ def main() -> None:
     (folder / "needles.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     names = sorted(set(train.values()))
     (ASSETS / "names.json").write_text(json.dumps(names, indent=0) + "\n", encoding="utf-8")
-    if args.delta:
-        shutil.copyfile(args.delta, ASSETS / "smol-delta.safetensors")
+    print(f"{len(entries)} pictures, {len(names)} names")
+
+
+def ship_delta(source: Path, target: Path, *, limit_mb: float = LIMIT_MB) -> dict[str, Any]:
+    """Store a delta in eight bits.
+
+    Args:
+        source: What ``run.py`` wrote.
+        target: The file to make.
+        limit_mb: Its largest size.
+
+    Returns:
+        ``size_mb``, and ``rounding_max`` and ``rounding_mean``: the changed share (Frobenius norm)
+        of the update of a tensor.
+
+    Raises:
+        ValueError: If the file would be larger; nothing is written.
+    """
+    delta, metadata = read_delta(source), read_delta_metadata(source)
+    init = metadata.pop("init")
+    metadata.pop("format")
+    notes = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
+    notes["video_processor"] = json.dumps(VIDEO)
+    partial = target.with_name(f".{target.name}")
+    save_delta(delta, partial, init=init, dtype=torch.int8, **notes)
+    errors = list(rounding(delta, read_delta(partial)).values())
+    figures = {
+        "size_mb": partial.stat().st_size / 1e6,
+        "rounding_max": max(errors),
+        "rounding_mean": sum(errors) / len(errors),
+    }
+    if figures["size_mb"] > limit_mb:
+        partial.unlink()
+        raise ValueError(
+            f"{source.name} needs {figures['size_mb']:.1f} MB in eight bits, and {limit_mb:g} MB "
+            "are allowed: write it with smaller RANKS (run.py)"
+        )
+    partial.replace(target)
+    return figures
+
+
+def rounding(exact: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return, for each parameter, which share of its update storing changed."""
+    shares = {}
+    for key, value in exact.items():
+        if key.endswith(".lora_B"):
+            continue
+        other = stored[key]
+        if key.endswith(".lora_A"):
+            up = key.removesuffix("A") + "B"
+            value, other = exact[up] @ value, stored[up] @ other
+        shares[key.removesuffix(".lora_A")] = float((other - value).norm() / value.norm())
+    return shares
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sources", type=Path, nargs="?", help="write the pictures anew, from here")
+    parser.add_argument("--delta", type=Path, help="ship this delta")
+    parser.add_argument("--limit-mb", type=float, default=LIMIT_MB)
+    args = parser.parse_args()
+    if args.sources is not None:
+        ship_pictures(args.sources)
+    if args.delta is not None:
+        target = ASSETS / "smol-delta.safetensors"
+        found = ship_delta(args.delta, target, limit_mb=args.limit_mb)
+        print(
+            f"delta: {found['size_mb']:.2f} MB; eight bits change {found['rounding_mean']:.2%} of "
+            f"an update on average, {found['rounding_max']:.2%} at most"
+        )
     size = sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file())
-    print(f"{len(entries)} pictures, {len(names)} names, {size / 1e6:.2f} MB in {ASSETS}")
+    print(f"{size / 1e6:.2f} MB in {ASSETS}")
 
 
 if __name__ == "__main__":

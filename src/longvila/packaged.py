@@ -298,7 +298,8 @@ def default_model(*, cache: Path | None = None, delta: Path | None = None) -> Pa
             projector is untrained, and the folder's name says so.
 
     Returns:
-        A checkpoint folder with its processor.
+        A checkpoint folder with its processor, whose context and sampling of videos are those that
+        the delta was trained with.
     """
     delta = delta or asset(DELTA)
     key = "untrained" if delta is None else sha256_of(delta)[:12]
@@ -319,7 +320,13 @@ def default_model(*, cache: Path | None = None, delta: Path | None = None) -> Pa
             timestamps=True,
         )
         if delta is not None:
-            apply_delta(model, delta)
+            metadata = apply_delta(model, delta)
+            if "context" in metadata:
+                processor.tokenizer.model_max_length = model.config.context_length
+            for name, value in metadata.get("video_processor", {}).items():
+                if not hasattr(processor.video_processor, name):
+                    raise PackagedError(f"{delta} sets {name}, which video processors do not have")
+                setattr(processor.video_processor, name, value)
         model.save_pretrained(out)
         processor.save_pretrained(out)
 

@@ -8,6 +8,9 @@
    time: once in its own words, and once as a choice of 20 names by likelihood (guessing: 5 %).
 4. Answers are printed beside the truth, pictures seen in training apart from those never seen, and
    a contact sheet of the very frames is written.
+5. A small grid of the needle test (``longvila needle``) follows: frames across, depths down.
+
+What is asked, and how much of it must be right, is `GOAL`; with fewer the exit status is 1.
 
     longvila demo --out demo
 """
@@ -17,10 +20,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -31,12 +34,45 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+    from longvila.evaluation.summary import Share
+
 WAYS = 20
 QUESTION = "What is shown at {time}?"
 #: Size of the written videos, and their frames a second.
 SIZE, RATE = (640, 360), 12
-#: Seconds of a video, and how long a picture stays.
-CLIP_S, STAY_S = 30.0, 2.0
+#: Seconds that a picture stays, and that a video has for each of its pictures.
+STAY_S, EACH_S = 2.0, 6.0
+#: The part of the film that training never saw.
+UNSEEN_PART = (2 / 3, 1.0)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked of a model, and what it should reach.
+
+    Attributes:
+        seen: Pictures from its training.
+        unseen: Pictures it never saw.
+        right: Of the first, so many must be right.
+        by: In its own words (``free``), or the likeliest of `WAYS` names (``choice``).
+        videos: Videos that share the pictures.
+        grid: Frames of the heat map's columns.
+        depth_interval: Step of its rows.
+    """
+
+    seen: int
+    unseen: int
+    right: int
+    by: Literal["free", "choice"]
+    videos: int
+    grid: tuple[int, ...]
+    depth_interval: float
+
+
+#: For the delta that ships: it saw no video of more than 48 frames.
+GOAL = Goal(
+    seen=10, unseen=5, right=7, by="choice", videos=3, grid=(12, 24, 48), depth_interval=0.5
+)
 
 
 @dataclass(frozen=True)
@@ -44,15 +80,21 @@ class Options:
     """Find pictures that were pasted into a real film, and say how many were found."""
 
     out: Path = Path("out/demo")
-    """Folder for the videos, the contact sheet and the answers."""
+    """Folder for the videos, the contact sheet, the heat map and the answers."""
     model: str | None = None
     """Checkpoint to ask; the small model of this package if absent."""
     film: Path | None = None
     """Film to paste into; a packaged one if absent."""
-    pictures: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: all)")] = 24
-    """How many of the shipped pictures are pasted, half of them never seen in training."""
-    per_video: int = 4
-    """Pictures in each video."""
+    seen: int = GOAL.seen
+    """Pictures from the training of the small model."""
+    unseen: int = GOAL.unseen
+    """Pictures it never saw."""
+    right: int = GOAL.right
+    """Pictures from the training that must be right; the exit status is 1 with fewer."""
+    videos: int = GOAL.videos
+    """Videos that the pictures are dealt to."""
+    grid: tuple[int, ...] = GOAL.grid
+    """Numbers of frames of the heat map; none leaves it out."""
     fps: float = 1.0
     """Frames a second that the model sees."""
     seed: int = 0
@@ -77,26 +119,33 @@ class Needle:
         return f"{int(self.time_s) // 60:02d}:{int(self.time_s) % 60:02d}"
 
 
-def choose_needles(folder: Path, count: int, seed: int) -> list[Needle]:
-    """Choose pictures, seen and unseen in turn.
+def choose_needles(folder: Path, seen: int, unseen: int, seed: int) -> list[Needle]:
+    """Choose pictures, in an order that mixes those seen with the others.
 
     Args:
         folder: Holds ``needles.json`` and its pictures.
-        count: How many.
-        seed: Decides which.
+        seen: How many from training.
+        unseen: How many others.
+        seed: Decides which, and the order.
 
     Returns:
         The needles in the order they are pasted.
+
+    Raises:
+        LongVILAError: If there are not so many.
     """
     import numpy as np
 
     rng = np.random.default_rng(seed)
     entries = json.loads((folder / "needles.json").read_text(encoding="utf-8"))
-    tiers = [[e for e in entries if e["seen"]], [e for e in entries if not e["seen"]]]
-    for tier in tiers:
-        rng.shuffle(tier)
-    mixed = [e for pair in zip(*tiers, strict=False) for e in pair]
-    return [Needle(e["name"], e["file"], e["seen"]) for e in mixed[:count]]
+    chosen: list[Needle] = []
+    for wanted, kind in ((seen, True), (unseen, False)):
+        tier = [Needle(e["name"], e["file"], kind) for e in entries if e["seen"] == kind]
+        if wanted > len(tier):
+            name = "from training" if kind else "never seen"
+            raise LongVILAError(f"there are {len(tier)} pictures {name}, not {wanted}")
+        chosen += [tier[int(k)] for k in rng.permutation(len(tier))[:wanted]]
+    return [chosen[int(k)] for k in rng.permutation(len(chosen))]
 
 
 def place(count: int, duration_s: float, rng: np.random.Generator) -> list[float]:
@@ -181,6 +230,7 @@ def write_video(
     path: Path,
     film: Path,
     start_s: float,
+    duration_s: float,
     needles: Sequence[Needle],
     folder: Path,
     rng: np.random.Generator,
@@ -191,6 +241,7 @@ def write_video(
         path: The file to make.
         film: The film.
         start_s: Where the part starts.
+        duration_s: How long it is.
         needles: What is pasted, in order.
         folder: Holds their pictures.
         rng: Source of chance.
@@ -198,7 +249,7 @@ def write_video(
     import av
     from PIL import Image
 
-    for needle, time_s in zip(needles, place(len(needles), CLIP_S, rng), strict=True):
+    for needle, time_s in zip(needles, place(len(needles), duration_s, rng), strict=True):
         needle.time_s, needle.video = time_s, path.name
     pictures = [Image.open(folder / needle.file).convert("RGBA") for needle in needles]
     places = [(float(rng.uniform(0.1, 0.9)), float(rng.uniform(0.2, 0.8))) for _ in needles]
@@ -208,7 +259,7 @@ def write_video(
         )
         stream.width, stream.height = SIZE
         stream.pix_fmt = "yuv420p"
-        for number, frame in enumerate(film_frames(film, start_s, CLIP_S)):
+        for number, frame in enumerate(film_frames(film, start_s, duration_s)):
             now = number / RATE
             for needle, picture, where in zip(needles, pictures, places, strict=True):
                 if needle.time_s <= now < needle.time_s + STAY_S:
@@ -280,44 +331,131 @@ def report(needles: Sequence[Needle], out: Any) -> dict[str, Any]:
     return figures
 
 
-def main(argv: list[str]) -> int:
-    """Run the verb."""
-    options = tyro.cli(Options, prog="longvila demo", args=argv)
-    folder, names_file = asset("needles"), asset("names.json")
-    if folder is None or names_file is None:
-        raise LongVILAError("this build of longvila has no demo pictures (longvila/assets)")
-    film = options.film or fetch("film-bbb")
-    source = options.model or str(default_model())
-    began = time.time()
+def verdict(figures: Mapping[str, Any], options: Options) -> tuple[bool, str]:
+    """Compare what was found with what should be.
+
+    Args:
+        figures: What `report` returned.
+        options: With the number wanted.
+
+    Returns:
+        Whether it was reached, and a sentence that says so.
+    """
+    seen = figures.get("seen")
+    if seen is None:
+        return options.right == 0, "No picture from training was asked about."
+    way = "named" if GOAL.by == "free" else "chosen"
+    reached = seen[way] >= options.right
+    return reached, (
+        f"Of {seen['n']} pictures seen in training {seen[way]} were {way} right, at least "
+        f"{options.right} were wanted: {'reached' if reached else 'NOT REACHED'}."
+    )
+
+
+def draw_grid(grid: Mapping[tuple[int, float], Share]) -> str:
+    """Return a heat map for a terminal: right answers of those in each cell.
+
+    Args:
+        grid: For each (frames, depth) its share.
+    """
+    lengths = sorted({frames for frames, _ in grid})
+    lines = ["  depth    " + "".join(f"{frames:>8}" for frames in lengths) + "  frames"]
+    for depth in sorted({depth for _, depth in grid}):
+        cells = []
+        for frames in lengths:
+            one = grid.get((frames, depth))
+            mark = (
+                "" if one is None else "#" if one.correct == one.n else "+" if one.correct else "."
+            )
+            cells.append(f"{mark} {one.correct}/{one.n}".rjust(8) if one else " " * 8)
+        lines.append(f"  {depth:>6.0%}   {''.join(cells)}")
+    return "\n".join(lines)
+
+
+def measure_grid(model: Any, processor: Any, film: Path, folder: Path, options: Options) -> str:
+    """Run a small grid of the needle test on pictures seen in training.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        film: The film; its unseen part is the haystack.
+        folder: Holds ``needles.json`` and its pictures.
+        options: The options.
+
+    Returns:
+        The heat map as text; PNG and page lie in ``OUT/grid``.
+    """
+    from longvila.evaluation.needle import Plan, run_needle
+    from longvila.evaluation.needle_sets import load_needles, open_haystack
+    from longvila.evaluation.runner import read_records
+    from longvila.evaluation.summary import cells
+
+    needles = load_needles(folder, tier="seen")
+    plan = Plan(
+        lengths=options.grid, depth_interval=GOAL.depth_interval, protocol="strict", per_film=3,
+        tasks=("retrieval",), control=False, fps=options.fps, seed=options.seed,
+        ways=min(WAYS, len({needle.answer for needle in needles})),
+    )  # fmt: skip
+    haystack = open_haystack(
+        film, num_frames=plan.frames, fps=plan.fps, processor=processor.video_processor,
+        part=UNSEEN_PART,
+    )  # fmt: skip
+    out = options.out / "grid"
+    # A demo asks anew each time, where a measurement would go on.
+    (out / "records.jsonl").unlink(missing_ok=True)
+    groups = run_needle(
+        model, processor, plan, haystack, needles, out=out, name=options.model or "small model"
+    )
+    records = read_records(out / "records.jsonl")
+    (group,) = [each for each in groups if each.ask == GOAL.by]
+    way = "in its own words" if GOAL.by == "free" else f"among {plan.ways} names"
+    return (
+        f"What is shown at its time, {way}, by frames and depth: {group.all.correct} of "
+        f"{group.all.n} right, a guess {group.all.chance:.0%}\n{draw_grid(cells(records, group))}"
+    )
+
+
+def ask(
+    engine: Any,
+    processor: Any,
+    film: Path,
+    groups: Sequence[Sequence[Needle]],
+    folder: Path,
+    options: Options,
+) -> list[tuple[np.ndarray, Needle]]:
+    """Write the videos, let the model watch each once, and ask about its pictures.
+
+    Args:
+        engine: An engine of the model.
+        processor: Its processor.
+        film: The film.
+        groups: Pictures of each video; answers are set on them.
+        folder: Holds the pictures.
+        options: The options.
+
+    Returns:
+        The frame the model saw of each picture, and the picture.
+    """
     import numpy as np
-    import torch
 
     from longvila.evaluation.answerer import Answerer
-    from longvila.inference.engine import Engine
     from longvila.media.video import open_video
-    from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
-    from longvila.model.processing_longvila import LongVILAProcessor
 
-    if options.model is None and asset(DELTA) is None:
-        print("No trained delta ships with this build: the projector is UNTRAINED and the answers "
-              "below are noise.")  # fmt: skip
-    model = LongVILAForConditionalGeneration.from_pretrained(source, dtype=torch.float32).eval()
-    processor = LongVILAProcessor.from_pretrained(source)
-    rng = np.random.default_rng(options.seed)
-    needles = choose_needles(folder, options.pictures, options.seed)
+    names_file = asset("names.json")
+    if names_file is None:
+        raise LongVILAError("this build of longvila has no names (longvila/assets)")
     names = json.loads(names_file.read_text(encoding="utf-8"))
+    rng = np.random.default_rng(options.seed)
     with open_video(str(film)) as reader:
-        duration_s = reader.metadata.duration_s
-    options.out.mkdir(parents=True, exist_ok=True)
-    # Training used the first two thirds of the film.
-    first_s, last_s = duration_s * 2 / 3 + 1, duration_s - CLIP_S - 1
-    groups = [needles[i : i + options.per_video] for i in range(0, len(needles), options.per_video)]
-    starts = np.linspace(first_s, last_s, len(groups))
+        film_s = reader.metadata.duration_s
+    durations_s = [EACH_S * len(group) for group in groups]
+    first_s, last_s = (film_s * share for share in UNSEEN_PART)
+    starts = np.linspace(first_s + 1, last_s - max(durations_s) - 1, len(groups))
     cells = []
-    answerer = Answerer(Engine(model), processor)
+    answerer = Answerer(engine, processor)
     for number, (group, start_s) in enumerate(zip(groups, starts, strict=True)):
         path = options.out / f"video{number}.mp4"
-        write_video(path, film, float(start_s), group, folder, rng)
+        write_video(path, film, float(start_s), durations_s[number], group, folder, rng)
         written = time.time()
         watched = processor.video_processor.sample(str(path), fps=options.fps)
         seen = answerer.watch(watched)
@@ -339,11 +477,48 @@ def main(argv: list[str]) -> int:
             f"{len(group)} pictures asked in {time.time() - written:.1f} s",
             file=sys.stderr,
         )
+    return cells
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb."""
+    options = tyro.cli(Options, prog="longvila demo", args=argv)
+    folder = asset("needles")
+    if folder is None:
+        raise LongVILAError("this build of longvila has no demo pictures (longvila/assets)")
+    needles = choose_needles(folder, options.seen, options.unseen, options.seed)
+    if not 1 <= options.videos <= len(needles):
+        raise LongVILAError(f"--videos must be 1 to {len(needles)}, got {options.videos}")
+    film = options.film or fetch("film-bbb")
+    source = options.model or str(default_model())
+    began = time.time()
+    import torch
+
+    from longvila.inference.engine import Engine
+    from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
+    from longvila.model.processing_longvila import LongVILAProcessor
+
+    if options.model is None and asset(DELTA) is None:
+        print("No trained delta ships with this build: the projector is UNTRAINED and the answers "
+              "below are noise.")  # fmt: skip
+    model = LongVILAForConditionalGeneration.from_pretrained(source, dtype=torch.float32).eval()
+    processor = LongVILAProcessor.from_pretrained(source)
+    options.out.mkdir(parents=True, exist_ok=True)
+    groups = [needles[number :: options.videos] for number in range(options.videos)]
+    with Engine(model) as engine:
+        cells = ask(engine, processor, film, groups, folder, options)
     figures = report(needles, sys.stdout)
     contact_sheet(cells, options.out / "contact_sheet.png")
-    answers = {"model": source, "seed": options.seed, "tiers": figures,
-               "needles": [asdict(needle) for needle in needles]}  # fmt: skip
+    reached, sentence = verdict(figures, options)
+    answers = {
+        "model": source, "seed": options.seed, "tiers": figures, "reached": reached,
+        "needles": [asdict(needle) for needle in needles],
+    }  # fmt: skip
     (options.out / "answers.json").write_text(json.dumps(answers, indent=1) + "\n")
+    print(f"\n{sentence}")
+    if options.grid:
+        print(f"\n{measure_grid(model, processor, film, folder, options)}")
+        print(f"heat map: {options.out / 'grid' / 'page.html'}")
     print(f"\nframes with answers: {options.out / 'contact_sheet.png'}   "
           f"({time.time() - began:.0f} s)")  # fmt: skip
-    return 0
+    return 0 if reached else 1

@@ -5,6 +5,9 @@
                ->  deal(counts).local(kind, sp_rank)                         frames of this rank
                ->  only those are decoded, resized and normalised         local_pixel_values...
 
+With `workers`, processes decode and batches hold levels, uint8 ``(F, h, w, 3)``, a quarter of the
+pixels; `finish` moves them to the device and normalises there, to the same bits.
+
 A rank of a sequence-parallel group decodes the frames it will encode and no others: 1/sp of the
 video, from the newest keyframe before its stretch. How frames are dealt is not decided here: the
 trainer gives `deal`, ``functools.partial(plan_media, config, sp_size)`` of
@@ -29,8 +32,9 @@ from torch import Tensor
 
 from longvila.data.encode import IGNORE_INDEX, Document, Encoder, PlannedMedia, Rejected
 from longvila.data.sample import Sample
-from longvila.errors import LongVILAError, VideoError
-from longvila.media.image import load_image
+from longvila.data.workers import Job, Workers, decode_levels
+from longvila.errors import LongVILAError
+from longvila.model.image_processing_longvila import PixelProcessor
 from longvila.model.processing_longvila import LongVILAProcessor
 from longvila.sp.tokens import document_position_ids
 
@@ -86,6 +90,7 @@ class Collator:
         deal: Plans who encodes what from the frames of all items by kind; needed above one rank.
         threads: Media decoded at once.
         options: Handed to `longvila.media.video.read_frames`.
+        workers: Processes that decode in place of threads.
     """
 
     processor: LongVILAProcessor | None
@@ -95,6 +100,7 @@ class Collator:
     deal: Callable[[Mapping[str, Sequence[int]]], Deal] | None = None
     threads: int = 2
     options: dict[str, Any] = field(default_factory=dict)
+    workers: Workers | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.sp_rank < self.sp_size:
@@ -197,6 +203,14 @@ class Collator:
                 if start < stop:
                     jobs.append((kind, number, media, start, stop))
                 base += media.count
+        prefix = "" if dealt is None else "local_"
+        if self.workers is not None:
+            return {
+                f"{prefix}{self._kinds[kind][0]}": self._levels(
+                    kind, [job[1:] for job in jobs if job[0] == kind]
+                )
+                for kind in counts
+            }
         with ThreadPoolExecutor(max(self.threads, 1)) as pool:
             futures = [pool.submit(self._decode, media, *cut) for _, _, media, *cut in jobs]
         decoded: dict[str, list[Tensor]] = {kind: [] for kind in counts}
@@ -211,7 +225,6 @@ class Collator:
                 raise fault
         if failures:
             raise BrokenMedia(failures)
-        prefix = "" if dealt is None else "local_"
         return {
             f"{prefix}{self._kinds[kind][0]}": torch.cat([self._empty(kind, tensors), *tensors])
             for kind, tensors in decoded.items()
@@ -228,22 +241,45 @@ class Collator:
     def _decode(self, planned: PlannedMedia, start: int, stop: int) -> Tensor:
         """Pixels of some frames (tiles) of one medium."""
         assert self.processor is not None
-        source = planned.media.source
-        if planned.indices is None:
-            picture = load_image(source)
-            out = self.processor.image_processor([picture], dynamic=[planned.tiled])
-            tiles: Tensor = out["pixel_values"]
-            if len(tiles) != planned.count:
-                raise VideoError(
-                    f"{planned.media.name}: {len(tiles)} tiles, {planned.count} were announced"
-                )
-            return tiles[start:stop]
-        part = self.processor.video_processor
-        wanted = planned.indices[start:stop]
-        video = part.sample(source, indices=wanted.tolist(), **self.options)
-        if len(video.indices) != len(wanted):
-            raise VideoError(
-                f"{planned.media.name}: frames {list(video.missing)[:5]} cannot be decoded"
-            )
-        pixels: Tensor = part.frame_pixels(video)
-        return pixels
+        levels = decode_levels(self.processor, planned, start, stop, self.options)
+        return self._part(planned.media.kind).pixels(levels)
+
+    def _part(self, kind: str) -> PixelProcessor:
+        assert self.processor is not None
+        part: PixelProcessor = (
+            self.processor.image_processor if kind == "image" else self.processor.video_processor
+        )
+        return part
+
+    # ---- by processes
+
+    def _levels(self, kind: str, found: Sequence[tuple[int, PlannedMedia, int, int]]) -> Tensor:
+        """Levels of this rank's frames of a kind."""
+        assert self.workers is not None
+        size = self._part(kind).height_width
+        if not found:
+            return torch.empty(0, *size, 3, dtype=torch.uint8)
+        jobs: list[Job] = []
+        place = 0
+        for number, media, start, stop in found:
+            jobs.append(Job(number, media, start, stop, place))
+            place += stop - start
+        levels, failures = self.workers.decode(jobs, size)
+        if failures:
+            raise BrokenMedia(failures)
+        return torch.from_numpy(levels)
+
+    def finish(self, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """Make pixels of levels on a device; a batch of pixels stays as it is.
+
+        Args:
+            batch: What a call gave.
+            device: Where levels are normalised.
+        """
+        finished = dict(batch)
+        for kind, (pixels, _) in self._kinds.items():
+            for name in (pixels, f"local_{pixels}"):
+                found = batch.get(name)
+                if found is not None and found.dtype == torch.uint8:
+                    finished[name] = self._part(kind).pixels(found.to(device))
+        return finished

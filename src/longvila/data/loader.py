@@ -32,9 +32,11 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from longvila.data.agreement import Agreement
 from longvila.data.collate import BrokenMedia, Collator
@@ -42,6 +44,7 @@ from longvila.data.encode import Document, Encoder, Rejected
 from longvila.data.mixture import Mixture
 from longvila.data.packing import Packer
 from longvila.data.report import Event, Report
+from longvila.data.workers import Workers, read_document
 from longvila.errors import LongVILAError
 from longvila.log import get_logger
 
@@ -96,6 +99,7 @@ class PackedLoader:
         epochs: Epochs of an iteration; None never ends.
         prefetch: Rows built ahead.
         threads: Samples looked at at once.
+        workers: Processes that look at samples and decode media in place of threads; zero for none.
         attempts: Substitutes tried for a document that cannot be decoded.
         report: JSON file in which what was left out is listed; one rank of each group writes it,
             and with several groups the group's number is put into its name. None only counts.
@@ -114,6 +118,7 @@ class PackedLoader:
         epochs: int | None = None,
         prefetch: int = 2,
         threads: int = 2,
+        workers: int = 0,
         attempts: int = 8,
         report: str | Path | None = None,
     ) -> None:
@@ -128,11 +133,18 @@ class PackedLoader:
             raise ValueError(
                 "window and threads must be positive, prefetch and attempts not below 0"
             )
+        if workers < 0:
+            raise ValueError(f"workers must not be below 0, got {workers}")
+        if workers and type(collator)._decode is not Collator._decode:
+            raise ValueError(
+                f"{type(collator).__name__} decodes in threads only; set workers to 0 (and threads "
+                "to as many as there are cores)"
+            )
         if epochs is not None and epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {epochs}; None never ends")
         self.mixture, self.encoder, self.collator = mixture, encoder, collator
         self.window, self.epochs, self.prefetch = window, epochs, prefetch
-        self.threads, self.attempts = threads, attempts
+        self.threads, self.workers, self.attempts = threads, workers, attempts
         self.report = Report(self._report_path(report))
         self._max_documents = max_documents
         self.row_tokens = encoder.max_tokens if row_tokens is None else row_tokens
@@ -186,6 +198,10 @@ class PackedLoader:
         seen = self._resume["next_position"] - len(self._resume["waiting"])
         return seen / len(self.mixture)
 
+    def finish(self, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """Make pixels on the device of what workers decoded; see `Collator.finish`."""
+        return self.collator.finish(batch, device)
+
     # ---- iteration
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -216,15 +232,27 @@ class _Walk:
             size = len(loader.mixture)
             self.limit = (oldest // size + loader.epochs) * size
         self.events: list[Event] = []
+        self.workers: Workers | None = None
+        if loader.workers:
+            self.workers = Workers(
+                loader.mixture,
+                loader.encoder,
+                loader.collator.processor,
+                processes=loader.workers,
+                options=loader.collator.options,
+            )
+        self.collator = replace(loader.collator, workers=self.workers)
         self.lookers = ThreadPoolExecutor(loader.threads, thread_name_prefix="look")
         self.builders = ThreadPoolExecutor(max(loader.prefetch, 1), thread_name_prefix="build")
-        self.looking: dict[int, Future[Document | Rejected]] = {}
+        self.looking: dict[int, Future[Any]] = {}
         self.documents: OrderedDict[int, Document] = OrderedDict()
 
     def close(self) -> None:
         """End the pools; what was begun and not wanted is dropped."""
         self.lookers.shutdown(cancel_futures=True)
         self.builders.shutdown(cancel_futures=True)
+        if self.workers is not None:
+            self.workers.close()
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """Yield batches, building ahead."""
@@ -297,7 +325,10 @@ class _Walk:
         ranks, rank = self.agreement.world_size, self.agreement.world_rank
         for position in positions:
             if position % ranks == rank and position not in self.looking:
-                self.looking[position] = self.lookers.submit(self._encode, position)
+                if self.workers is not None:
+                    self.looking[position] = self.workers.encode(position)
+                else:
+                    self.looking[position] = self.lookers.submit(self._encode, position)
 
     def _encode(self, position: int) -> Document | Rejected:
         return self.loader.encoder(self.loader.mixture[position])
@@ -313,6 +344,8 @@ class _Walk:
                 continue
             try:
                 result = future.result()
+                if self.workers is not None:
+                    result = read_document(result)
             except Exception as error:
                 fault = fault or error
                 continue
@@ -375,7 +408,7 @@ class _Walk:
             if failures:
                 return _Built(failures=failures)
             documents = [entry.document for entry in row if entry.document is not None]
-            return _Built(batch=self.loader.collator(documents))
+            return _Built(batch=self.collator(documents))
         except BrokenMedia as broken:
             for slot, reason in broken.failures.items():
                 document = row[slot].document

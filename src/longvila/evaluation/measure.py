@@ -30,7 +30,7 @@ from longvila.evaluation.needle_read import SceneReader
 from longvila.evaluation.needle_sets import Haystack
 from longvila.evaluation.page import write_page
 from longvila.evaluation.runner import Record, Records, answered, run, settings_key
-from longvila.evaluation.summary import Group, result_rows, summarise
+from longvila.evaluation.summary import Group, grid_rows, result_rows, summarise
 from longvila.evaluation.task import Scene
 from longvila.inference.engine import Engine
 from longvila.inference.store import model_key
@@ -326,6 +326,7 @@ def _write(
         "elapsed_s": round(elapsed_s, 1),
         "undecoded": list(bad),
         "rows": result_rows(settings["model"], groups),
+        "grids": grid_rows(records, groups),
     }
     write_json(file, result)
     write_page(

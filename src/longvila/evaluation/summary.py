@@ -5,7 +5,8 @@
 2. Each group gets its share of right answers with Wilson's interval, the mean score with an error
    clustered by scene, what guessing would give, and how many answers could not be read; and the
    same again for each length.
-3. `result_rows` writes the groups as rows of the repository's result files.
+3. `result_rows` writes the groups as rows of the repository's result files, `grid_rows` the grids
+   of those that lie on one, so that heat maps can be drawn again from a result file alone.
 
 Cost: a pass over the records.
 """
@@ -185,4 +186,27 @@ def result_rows(method: str, groups: Sequence[Group]) -> list[dict[str, Any]]:
                     "samples": [],
                 }
             )  # fmt: skip
+    return rows
+
+
+def grid_rows(records: Iterable[Record], groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Return the grids of groups for a result file; controls have none.
+
+    Args:
+        records: Of the run.
+        groups: What `summarise` returned.
+
+    Returns:
+        For each group its task, ask, tier, chance and ``cells``: frames, depth, right, n of each.
+    """
+    records, rows = list(records), []
+    for group in groups:
+        grid = {} if group.control else cells(records, group)
+        if not grid:
+            continue
+        found = [[frames, depth, one.correct, one.n] for (frames, depth), one in grid.items()]
+        rows.append(
+            {"task": group.task, "ask": group.ask, "tier": group.tier,
+             "chance": round(group.all.chance, 4), "cells": found}
+        )  # fmt: skip
     return rows

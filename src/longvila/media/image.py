@@ -80,6 +80,8 @@ def load_image(source: Any, *, upright: bool = True, limits: Limits | None = Non
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resize to (height, width) with PIL's bicubic filter, ignoring the aspect ratio."""
     height, width = size
+    if image.size == (width, height):
+        return image
     # Two calls, each in one direction, so that the order does not depend on Pillow's version.
     wide = image.resize((width, image.height), Image.Resampling.BICUBIC)
     return wide.resize((width, height), Image.Resampling.BICUBIC)

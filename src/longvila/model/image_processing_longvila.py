@@ -83,14 +83,14 @@ class PixelProcessor(BaseImageProcessor):
             image = pad_to_square(image, (red, green, blue))
         return resize(image, self.height_width)
 
-    def pixels(self, frames: np.ndarray) -> Tensor:
+    def pixels(self, frames: np.ndarray | Tensor) -> Tensor:
         """Normalise frames.
 
         Args:
             frames: uint8, shape (F, height, width, 3).
 
         Returns:
-            Pixel values, shape (F, 3, height, width), float32.
+            Pixel values, shape (F, 3, height, width), float32, on the frames' device.
         """
         return normalise(
             frames, mean=self.image_mean, std=self.image_std, scale=self.rescale_factor

@@ -139,12 +139,16 @@ class LongVILAVideoProcessor(PixelProcessor):
             num_frames, fps = self.num_frames, self.fps
         return read_frames(video, num_frames=num_frames, fps=fps, short=self.short, **options)
 
-    def frame_pixels(self, video: SampledVideo) -> Tensor:
-        """Return the pixel values of sampled frames, shape (F, 3, height, width)."""
+    def frame_levels(self, video: SampledVideo) -> np.ndarray:
+        """Return sampled frames at the tower's size, uint8, shape (F, height, width, 3)."""
         frames = video.frames
         if tuple(frames.shape[1:3]) != self.height_width:
             frames = np.stack([np.asarray(self.square(Image.fromarray(f))) for f in frames])
-        return self.pixels(frames)
+        return frames
+
+    def frame_pixels(self, video: SampledVideo) -> Tensor:
+        """Return the pixel values of sampled frames, shape (F, 3, height, width)."""
+        return self.pixels(self.frame_levels(video))
 
     def __call__(  # type: ignore[override]
         self,

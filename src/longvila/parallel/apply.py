@@ -6,7 +6,8 @@
 
 `parallelize` does, in this order:
 
-1. **Attention**: the text model alone is told to use ``longvila_sp``; a vision tower keeps its own.
+1. **Attention**: the text model alone is told to use ``longvila_sp``; a vision tower keeps its own,
+   but one that attends in units does so in one call (`longvila.parallel.tower_attention`).
 2. **Forward**: this one model object gets the two-stage forward (`longvila.parallel.mmsp`) as an
    attribute of the instance. Calls, hooks and wrappers all go through ``model(...)``, which looks
    there first; the class, other models and transformers itself are untouched, the model's type,
@@ -55,6 +56,7 @@ from longvila.parallel.families import Family, find_family
 from longvila.parallel.hf_attention import NAME, cut_compiled_layers_here
 from longvila.parallel.mmsp import TwoStageForward, TwoStageOptions
 from longvila.parallel.plan import StepPlan
+from longvila.parallel.tower_attention import attend_in_units
 from longvila.sp.loss import GradientReduction
 from longvila.sp.mesh import SPMesh
 
@@ -229,6 +231,8 @@ def _wrapped(model: nn.Module) -> list[str]:
 
 
 def _set_attention(base: PreTrainedModel, state: _State) -> None:
+    for tower in state.family.unit_towers(base):
+        state.undo.append(attend_in_units(tower))
     text = state.family.text_model(base)
     before = text.config._attn_implementation
     text.set_attn_implementation(NAME)

@@ -116,8 +116,11 @@ class _Asked:
 class _Source:
     """Micro-batches without end, and the time spent waiting for them."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, device: torch.device) -> None:
         self.loader = loader
+        # Loaders whose workers decode leave the last step to the device.
+        self.finish = getattr(loader, "finish", None)
+        self.device = device
         self.iterator: Iterator[dict[str, Any]] | None = None
 
     def draw(self, clock: Clock) -> dict[str, Any]:
@@ -128,7 +131,7 @@ class _Source:
             batch = next(self.iterator, None)
             if batch is not None:
                 clock.waits(since)
-                return batch
+                return batch if self.finish is None else self.finish(batch, self.device)
             self.iterator = None
         raise LongVILAError("the loader gave no batch in a whole iteration; is there any data?")
 
@@ -199,7 +202,7 @@ def run_stage(
         trackers=stage.saving.trackers if trackers is None else trackers,
         settings=to_plain(stage),
     )
-    source, asked = _Source(loader), _Asked(mesh)
+    source, asked = _Source(loader, device), _Asked(mesh)
     saved, first = progress.step, progress.step
     progress.done = _progress(stage, progress.step, loader)
     try:

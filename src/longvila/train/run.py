@@ -284,6 +284,7 @@ def build_loader(
         epochs=1,
         prefetch=data.prefetch,
         threads=data.threads,
+        workers=data.workers,
     )
 
 

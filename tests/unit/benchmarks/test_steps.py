@@ -45,7 +45,7 @@ def test_ours_reads_no_scalar_inside_the_layer(rank: Rank) -> None:
 def test_vision_balance(rank: Rank, tmp_path: Path) -> None:
     options = vision_balance.parse(
         (
-            TOWER + "--frames 8 --layers 3 --model-dim 32 --exchange-rows-per-frame 4 "
+            TOWER + "--frames 8 --vision-layers 3 --model-dim 32 --exchange-rows-per-frame 4 "
             f"--mixed 28:4,56:2 --mixed-batch-pixels 1568 --check-frames 5 --out {tmp_path}"
         ).split()
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from longvila.evaluation.metrics import wilson_interval
-from longvila.evaluation.summary import cells, result_rows, summarise
+from longvila.evaluation.summary import cells, grid_rows, result_rows, summarise
 
 
 def _row(name: str, correct: bool, **shape: Any) -> dict[str, Any]:
@@ -55,3 +55,13 @@ def test_grid_and_rows() -> None:
     assert [row["shape"]["frames"] for row in rows] == [None, 300, 600, None, 300, None, 300]
     assert rows[0]["shape"]["frames_max"] == 600 and rows[0]["metrics"]["accuracy"] == 0.75
     assert rows[0]["metrics"]["accuracy_interval"] == [0.3006, 0.9544]
+
+
+def test_grids_in_files_are_those_of_the_heat_maps() -> None:
+    groups = summarise(ROWS)
+    first, second = grid_rows(ROWS, groups)
+    assert first["cells"] == [[300, 0.5, 1, 1], [300, 1.0, 0, 1], [600, 0.5, 2, 2]]
+    assert (first["task"], first["ask"], first["tier"], first["chance"]) == (
+        "retrieval", "free", "", 0.25,
+    )  # fmt: skip
+    assert (second["tier"], second["cells"]) == ("unseen", [[300, 0.5, 0, 1]])

@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 
 from longvila.errors import CheckpointError
 from longvila.model.delta import (
+    FORMAT,
     apply_delta,
     collect_delta,
     difference,
+    read_delta,
     read_delta_metadata,
     save_delta,
 )
@@ -135,3 +137,27 @@ def test_difference_of_equal_or_other_models() -> None:
         difference(state, state, rank=2)
     with pytest.raises(CheckpointError, match="different weights"):
         difference(state, {}, rank=2)
+
+
+def test_eight_bits_keep_small_components_and_vectors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    # Columns of B fall off by a factor of a thousand; a scale for each keeps the last ones.
+    falling = torch.logspace(0, -3, 4)
+    delta = {
+        "lm_head.weight.lora_A": torch.randn(4, 32),
+        "lm_head.weight.lora_B": torch.randn(90, 4) * falling,
+        "model.language_model.norm.weight": torch.randn(32),
+        "model.multi_modal_projector.zero": torch.zeros(3, 5),
+    }
+    file = tmp_path / "d.safetensors"
+    save_delta(delta, file, init=INIT, dtype=torch.int8)
+    back = read_delta(file)
+    assert set(back) == set(delta)
+    for key, value in delta.items():
+        assert back[key].dtype == torch.float32
+        assert (back[key] - value).norm() <= 0.01 * value.norm()
+    small = "lm_head.weight.lora_B"
+    assert (back[small][:, 3] - delta[small][:, 3]).norm() < 0.01 * delta[small][:, 3].norm()
+    save_file({"x": torch.zeros(2, 2, dtype=torch.int8)}, file, metadata={"format": FORMAT})
+    with pytest.raises(CheckpointError, match="has x in eight bits without its scale"):
+        read_delta(file)

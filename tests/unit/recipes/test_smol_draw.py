@@ -43,8 +43,12 @@ def prepared(tmp_path: Path) -> Path:
     with zipfile.ZipFile(folder / "pictures.zip", "w") as archive:
         for number in range(30):
             file = folder / f"{number}.webp"
-            # Saturated green, which no frame of the film below has.
-            Image.new("RGBA", (160, 120), (0, 255, 0, 255)).save(file, lossless=True)
+            # Saturated greens, which no frame of the film below has; the last mirrors the first.
+            cells = np.random.default_rng(number % 29).integers(2, size=(12, 16)) * 95 + 160
+            levels = np.zeros((12, 16, 3), np.uint8)
+            levels[..., 1] = cells[:, ::-1] if number == 29 else cells
+            picture = Image.fromarray(levels).convert("RGBA")
+            picture.resize((160, 120), Image.Resampling.NEAREST).save(file, lossless=True)
             archive.write(file, file.name)
             part = "train" if number < 22 else "bc"[number % 2]
             pictures.append({"file": file.name, "id": f"x/{number}", "name": f"thing {number}",
@@ -66,6 +70,18 @@ def green(frame: np.ndarray) -> bool:
     """Whether a part of a frame is the pictures' colour."""
     r, g, b = (frame[..., i].astype(int) for i in range(3))
     return int(((g > 150) & (r < 110) & (b < 110)).sum()) > 200
+
+
+def test_a_picture_that_two_names_could_claim_is_no_needle(
+    recipe: Any, prepared: Path, tmp_path: Path
+) -> None:
+    module = recipe("draw")
+    store = module.open_store(prepared, tmp_path / "data")
+    assert module.twins(store) == {29}, "only the copy of a trained picture under another name"
+    module.draw_needles(store, tmp_path, 4, 8, seed=0)
+    hidden = json.loads((tmp_path / "needles/c/needles.json").read_text())
+    assert hidden
+    assert "thing 29" not in {each["name"] for each in hidden}
 
 
 def test_the_video_shows_what_the_answers_say(recipe: Any, prepared: Path, tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ class Family:
         extra_parameters: Parameters that serve media only and are in none of ``vision_modules``.
         projector: What of ``vision_modules`` makes rows of the encoder's features: what is trained
             as the projector.
+        unit_towers: Towers that attend within units of any size, which
+            `longvila.parallel.tower_attention` gives one call for all units.
     """
 
     name: str
@@ -137,6 +139,7 @@ class Family:
     text_inputs: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Any]]] = _rows_only
     extra_parameters: Callable[[PreTrainedModel], list[nn.Parameter]] = lambda model: []
     projector: Callable[[PreTrainedModel], list[nn.Module]] | None = None
+    unit_towers: Callable[[PreTrainedModel], list[PreTrainedModel]] = lambda model: []
 
     def media_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
         """Every parameter that serves media only."""

@@ -3,6 +3,7 @@
 * Pixels are patches, ``(patches, values)``; an item is a grid ``(t, h, w)`` of them. Both towers
   attend within one of the t steps only (in full or in windows), so a step is a unit: h * w patches,
   and h * w / merge**2 rows. A long video falls into many units, an image is one.
+* Units go through a layer's attention in one packed call (`longvila.parallel.tower_attention`).
 * Cost: full layers p * p, windowed layers p * window, everything else linear in p.
 * Positions (M-RoPE) of a token depend on all media before it in its sample. Every rank makes those
   of the whole batch with the model's own function, from ids and grids, and they are cut like
@@ -165,6 +166,10 @@ def _text_model(model: PreTrainedModel) -> PreTrainedModel:
     return text
 
 
+def _towers(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [model.model.visual]
+
+
 QWEN2_5_VL = Family(
     name="Qwen2.5-VL",
     model_types=("qwen2_5_vl",),
@@ -175,6 +180,7 @@ QWEN2_5_VL = Family(
     inputs=("mm_token_type_ids", "second_per_grid_ts"),
     position_ids=_position_ids,
     projector=_mergers,
+    unit_towers=_towers,
 )
 
 QWEN3_VL = Family(
@@ -187,6 +193,7 @@ QWEN3_VL = Family(
     inputs=("mm_token_type_ids",),
     position_ids=_position_ids,
     projector=_mergers,
+    unit_towers=_towers,
     row_multiple=lambda config: 1 + len(config.vision_config.deepstack_visual_indexes),
     text_inputs=_deepstack_inputs,
 )

@@ -1,0 +1,195 @@
+"""Bring what a run measured into the repository's result files.
+
+    python recipes/smol/collect.py WORK [--two-gpus WORK2]
+
+1. ``WORK/results/DATE_needle_smol_PART_TIER.json`` are copied. One that has no grid yet gets it
+   from the answers in ``WORK/needle/PART-TIER``; answers of a run that was cut off make a result of
+   their own, which says so.
+2. ``WORK/results/PART.metrics.jsonl`` of all parts become one file, ``DATE_training_smol.json``:
+   the loss of each step that was logged, and rates. ``--two-gpus`` adds those of another folder.
+3. Folders of the machine that ran it are written as ``WORK``; nothing else is changed.
+
+``python -m benchmarks.render`` draws ``docs/results/smol.md`` from these files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longvila.evaluation.runner import read_records
+from longvila.evaluation.summary import grid_rows, result_rows, summarise
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parents[1] / "benchmarks" / "results"
+STAGE_OF = {
+    "align": 1, "pretrain": 2, "sft": 3, "extend": 4, "long": 5, "longest": 5,
+    "half-extend": 4, "half-long": 5, "direct-long": 5, "last-extend": 4,
+}  # fmt: skip
+#: Measures of a step whose median is kept.
+RATES = ("step_s", "tokens_per_s_per_gpu", "mfu_percent", "data_wait_share")
+
+
+def without_folders(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result in which the run's folder is called ``WORK``, and commands begin plainly.
+
+    Args:
+        result: As ``run.py`` keeps it.
+    """
+    text = json.dumps(result)
+    found = re.search(r"--model (\S+?)/models/", result["command"])
+    if found is not None:
+        text = text.replace(found[1], "WORK")
+    clean: dict[str, Any] = json.loads(text)
+    clean["command"] = re.sub(r"^\S*__main__\.py", "longvila", clean["command"])
+    return clean
+
+
+def needle_results(work: Path, about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the needle results of a run by file name.
+
+    Args:
+        work: The folder of the run.
+        about: Date, commit, hardware and versions for answers without a result.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    kept = {}
+    for path in sorted((work / "results").glob("*_needle_smol_*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        kept["-".join(path.stem.partition("_needle_smol_")[2].rsplit("_", 1))] = path.name
+        out[path.name] = without_folders(result)
+    for folder in sorted((work / "needle").glob("*-[abc]")):
+        records = [r for path in sorted(folder.glob("records*.jsonl")) for r in read_records(path)]
+        if not records:
+            continue
+        groups = summarise(records)
+        if folder.name in kept:
+            out[kept[folder.name]].setdefault("grids", grid_rows(records, groups))
+            continue
+        part, tier = folder.name.rsplit("-", 1)
+        out[f"{about['date']}_needle_smol_{part}_{tier}.json"] = {
+            "benchmark": "needle",
+            "question": "Are pictures found among so many frames, wherever they are?",
+            **about,
+            "command": f"python recipes/smol/run.py --parts eval-{part}",
+            "notes": {"cut_off": f"The run was cut off after {len(records)} answers."},
+            "rows": result_rows(f"smol-stages {part}", groups),
+            "grids": grid_rows(records, groups),
+        }
+    return out
+
+
+def training_rows(results: Path, label: str = "") -> list[dict[str, Any]]:
+    """Return a row for each part that was trained.
+
+    Args:
+        results: Folder of ``PART.metrics.jsonl``.
+        label: Follows the part's name, to tell another run of it.
+    """
+    rows = []
+    for path in sorted(results.glob("*.metrics.jsonl")):
+        part = path.name.removesuffix(".metrics.jsonl")
+        lines: dict[int, dict[str, Any]] = {}
+        for text in path.read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            # A run that went on did some steps twice: the last time counts.
+            lines[line["step"]] = line
+        steps = [lines[step] for step in sorted(lines)]
+        losses = [line["loss"] for line in steps]
+        few = max(1, len(losses) // 10)
+        metrics: dict[str, float] = {
+            "loss_first": round(statistics.fmean(losses[:few]), 4),
+            "loss_last": round(statistics.fmean(losses[-few:]), 4),
+        }
+        for name in RATES:
+            values = [line[name] for line in steps if name in line]
+            if values:
+                metrics[name] = round(statistics.median(values), 4)
+        for name in ("peak_gib",):
+            if values := [line[name] for line in steps if name in line]:
+                metrics[name] = round(max(values), 2)
+        rows.append(
+            {
+                "method": f"smol-stages {part}{label}",
+                "kind": "ours",
+                "tokens": round(statistics.fmean(line["tokens"] for line in steps)),
+                "shape": {
+                    "part": part, "stage": STAGE_OF.get(part), "run": label.strip(", "),
+                    "steps": steps[-1]["step"], "logged": len(steps),
+                    "frames": round(statistics.fmean(line["frames"] for line in steps)),
+                },
+                "metrics": metrics,
+                "samples": [[line["step"], round(line["loss"], 4)] for line in steps],
+            }
+        )  # fmt: skip
+    order = list(STAGE_OF)
+    return sorted(rows, key=lambda row: (_place(order, row["shape"]["part"]), row["method"]))
+
+
+def _place(order: list[str], part: str) -> int:
+    return order.index(part) if part in order else len(order)
+
+
+def collect(work: Path, out: Path, *, two_gpus: Path | None, about: dict[str, Any]) -> list[Path]:
+    """Write the result files of a run.
+
+    Args:
+        work: Its folder.
+        out: Folder of result files.
+        two_gpus: Folder of the same stages on two GPUs.
+        about: Date, commit, hardware and versions; what a needle result says takes their place.
+
+    Returns:
+        The files.
+    """
+    found = needle_results(work, about)
+    whole = [each for each in found.values() if "cut_off" not in each.get("notes", {})]
+    if whole:
+        same = {k: whole[-1][k] for k in ("date", "commit", "hardware", "versions")}
+        about = {**about, **{k: v for k, v in same.items() if v}}
+    for each in found.values():
+        each["commit"] = each["commit"] or about["commit"]
+    rows = training_rows(work / "results")
+    if two_gpus is not None:
+        rows += training_rows(two_gpus / "results", ", 2 GPUs")
+    if rows:
+        found[f"{about['date']}_training_smol.json"] = {
+            "benchmark": "training",
+            "question": "How does the loss fall in each stage?",
+            **about,
+            "command": "python recipes/smol/run.py --prepared PREPARED --pages PAGES --work WORK",
+            "rows": rows,
+        }
+    written = []
+    for name, result in found.items():
+        path = out / name
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--two-gpus", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--date", required=True, help="of the run, where its results do not say")
+    parser.add_argument("--commit", required=True, help="that the run was made with")
+    parser.add_argument("--gpu", required=True, help="that the run was made on")
+    parser.add_argument("--torch", required=True, help="version of torch there")
+    args = parser.parse_args()
+    about = {
+        "date": args.date, "commit": args.commit,
+        "hardware": {"gpu": args.gpu, "count": 1, "link": None}, "versions": {"torch": args.torch},
+    }  # fmt: skip
+    for path in collect(args.work, args.out, two_gpus=args.two_gpus, about=about):
+        print(f"{path} ({path.stat().st_size / 1e3:.0f} kB)")
+
+
+if __name__ == "__main__":
+    main()
