@@ -77,6 +77,7 @@ class Summary:
         groups: Questions that count as one: how many, and the share of which all are right.
         official: lmms-eval's own numbers, if it computed some.
         judged: What a judge gave, by axis, if one was asked.
+        unparsable: Answers that choose nothing, also where the right ones are not known.
     """
 
     benchmark: str
@@ -91,6 +92,7 @@ class Summary:
     groups: tuple[int, float] | None = None
     official: Mapping[str, float] = field(default_factory=dict)
     judged: Mapping[str, AxisScore] = field(default_factory=dict)
+    unparsable: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,16 +121,19 @@ def score(records: Sequence[Record]) -> Score:
     values = [float(record["correct"]) for record in records]
     mean, error = clustered_mean(values, [record["video"] for record in records])
     failed = sum(bool(record["error"]) for record in records)
-    nothing = sum(record["parsed"] is None and not record["error"] for record in records)
     return Score(
         questions=len(values),
         videos=len({record["video"] for record in records}),
         right=int(sum(values)),
         accuracy=mean,
         error=None if math.isnan(error) else error,
-        unparsable=nothing,
+        unparsable=_chose_nothing(records),
         failed=failed,
     )
+
+
+def _chose_nothing(records: Sequence[Record]) -> int:
+    return sum(record["parsed"] is None and not record["error"] for record in records)
 
 
 def summarise(
@@ -189,6 +194,7 @@ def _summary(
         groups=(len(groups), sum(map(all, groups.values())) / len(groups)) if groups else None,
         official=dict(official),
         judged=dict(judged_by),
+        unparsable=_chose_nothing(records),
     )
 
 
@@ -320,7 +326,7 @@ def table(summaries: Mapping[str, Summary]) -> str:
                 percent(one.score),
                 str(one.answered),
                 str(one.videos),
-                "-" if one.score is None else str(one.score.unparsable),
+                str(one.unparsable),
                 str(one.failed),
                 str(high) if low == high else f"{low}-{high}",
             )
@@ -427,7 +433,7 @@ def _benchmark(runs: Sequence[Run], name: str) -> str:
             percent(judged),
             str(one.answered),
             str(one.videos),
-            _warn(judged.unparsable) if judged is not None else "-",
+            _warn(one.unparsable),
             _warn(one.failed),
             str(high) if low == high else f"{low}-{high}",
             "" if one.mean_of_categories is None else f"{100 * one.mean_of_categories:.1f}",
