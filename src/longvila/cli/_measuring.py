@@ -40,6 +40,14 @@ class Measuring:
     """Precision; auto is bfloat16 on a GPU and float32 on a CPU."""
 
 
+def quieten_loading() -> None:
+    """Keep transformers' bar of loaded weights out of files that standard error goes to."""
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
 def check(options: Any) -> None:
     """Refuse options that would fail later, before anything is loaded.
 
@@ -53,6 +61,7 @@ def check(options: Any) -> None:
         raise LongVILAError(f"--chunk-tokens must be at least 1, got {options.chunk_tokens}")
     if options.out.exists() and not options.out.is_dir():
         raise LongVILAError(f"--out {options.out} is a file; give a folder")
+    quieten_loading()
 
 
 def shared(options: Measuring, mesh: Any) -> dict[str, Any]:

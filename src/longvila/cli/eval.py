@@ -192,9 +192,12 @@ def require_lmms_eval() -> None:
 
 
 def quieten() -> None:
-    """Keep lmms-eval's notes about its own task files off the terminal."""
+    """Keep lmms-eval's notes about its own task files off the terminal, and bars out of files."""
     from loguru import logger
 
+    from longvila.cli._measuring import quieten_loading
+
+    quieten_loading()
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
 

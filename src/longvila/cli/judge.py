@@ -22,6 +22,7 @@ from typing import Annotated
 
 import tyro
 
+from longvila.cli._measuring import quieten_loading
 from longvila.errors import LongVILAError
 from longvila.evaluation.answers import Answers, write_json, write_lines
 from longvila.evaluation.columns import aligned
@@ -131,6 +132,7 @@ def judge_of(options: Options) -> Judge:
     if options.local is not None:
         if options.parallel > 1:
             raise LongVILAError("a local judge is asked one thing at a time; leave --parallel out")
+        quieten_loading()
         return CallerJudge(LocalCaller.load(options.local, device=options.device))
     assert options.endpoint is not None
     if options.judge_model is None:
