@@ -16,7 +16,7 @@ from typing import Protocol
 
 from longvila.errors import LongVILAError
 from longvila.evaluation.answers import digest, read_lines
-from longvila.inference.caller import Caller, Prompt
+from longvila.inference.caller import Caller, EmptyAnswer, Prompt
 
 Message = Mapping[str, str]
 
@@ -53,8 +53,11 @@ class CallerJudge:
             messages: What the judge is told (``system``, if anything), then turns that end with
                 the user's.
 
+        Returns:
+            The reply; empty if the judge was asked and said nothing, which is no grade.
+
         Raises:
-            CallError: If there is no answer.
+            CallError: If it could not be asked.
         """
         said = [message["content"] for message in messages if message["role"] != "system"]
         told = [message["content"] for message in messages if message["role"] == "system"]
@@ -63,7 +66,10 @@ class CallerJudge:
         prompt = Prompt(
             text, system="\n\n".join(told) or None, max_new_tokens=self.new_tokens, turns=turns
         )
-        return self.caller(prompt).text
+        try:
+            return self.caller(prompt).text
+        except EmptyAnswer:
+            return ""
 
 
 class Recording:

@@ -14,6 +14,7 @@ Letters of options follow the order in which the task's own prompt lists them.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -457,7 +458,10 @@ def find_preset(name: str) -> Preset:
         KeyError: If there is none of that name.
     """
     if name not in _BY_NAME:
-        raise KeyError(f"there is no benchmark {name!r}; there are {', '.join(sorted(_BY_NAME))}")
+        near = difflib.get_close_matches(name, _BY_NAME, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        known = ", ".join(preset.name for preset in PRESETS)
+        raise KeyError(f"there is no benchmark {name!r}{hint}; there are {known}")
     return _BY_NAME[name]
 
 

@@ -353,7 +353,7 @@ color:#1b1f24;background:#fff}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #d0d7de}
 table{border-collapse:collapse;margin:.8rem 0}th,td{padding:.25rem .8rem;text-align:right;
 border-bottom:1px solid #e3e7eb}th:first-child,td:first-child{text-align:left}
-td{white-space:nowrap}
+td{white-space:nowrap}.wide{overflow-x:auto}
 .track{display:inline-block;width:120px;margin-right:.5rem;text-align:left;background:#e3e7eb}
 .track,.bar{height:.55rem;vertical-align:middle}.bar{display:block;background:#4c8bf5}.note{color:#59636e;font-size:.9rem}
 .bad{color:#b3261e}pre{white-space:pre-wrap;background:#f3f5f7;padding:.5rem .7rem;margin:.3rem 0}
@@ -396,7 +396,7 @@ def _rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; cells are HTML."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div>"
 
 
 def _bar(part: Score | None) -> str:
@@ -516,7 +516,8 @@ def _unread(runs: Sequence[Run], name: str) -> str:
             f"{html.escape(r['error'] or r['answer'] or '(nothing)')}</pre>"
             for r in bad[:_SHOWN]
         )
-        title = f"{html.escape(run.name)}: {len(bad)} questions without a readable answer"
+        many = "s" * (len(bad) > 1)
+        title = f"{html.escape(run.name)}: {len(bad)} question{many} without a readable answer"
         parts.append(f"<details><summary>{title}</summary>{shown}</details>")
     return "\n".join(parts)
 

@@ -48,12 +48,18 @@ class CallError(LongVILAError):
     """A model could not be asked, or gave no answer; the message says who and why."""
 
 
+class EmptyAnswer(CallError):
+    """A model was asked and said nothing."""
+
+
 class _Passing(Exception):
     """Worth another try, perhaps after a pause that the endpoint asked for."""
 
-    def __init__(self, reason: str, pause_s: float | None = None) -> None:
+    def __init__(
+        self, reason: str, pause_s: float | None = None, *, kind: type[CallError] = CallError
+    ) -> None:
         super().__init__(reason)
-        self.pause_s = pause_s
+        self.pause_s, self.kind = pause_s, kind
 
 
 @dataclass(frozen=True)
@@ -193,20 +199,20 @@ class EndpointCaller:
     def __call__(self, prompt: Prompt) -> Reply:
         """Answer one prompt; see `Caller`."""
         body = json.dumps(self._body(prompt)).encode()
-        pause_s, reason = self.pause_s, ""
+        pause_s, last = self.pause_s, _Passing("")
         self._count(calls=1)
         for number in range(self.tries):
             try:
                 self._count(tries=1)
                 return self._once(body)
             except _Passing as fault:
-                reason = str(fault)
+                last = fault
                 if number + 1 < self.tries:
                     wait = pause_s if fault.pause_s is None else fault.pause_s
                     # Threads that failed together should not come back together.
                     self._sleep(min(wait, _LONGEST_PAUSE_S) * random.uniform(1.0, 1.25))
                     pause_s *= 2
-        raise CallError(f"{self.name}: no answer after {self.tries} tries; the last: {reason}")
+        raise last.kind(f"{self.name}: no answer after {self.tries} tries; the last: {last}")
 
     def _body(self, prompt: Prompt) -> dict[str, Any]:
         content: Any = prompt.text
@@ -257,7 +263,7 @@ class EndpointCaller:
             said = data[:200].decode(errors="replace")
             raise _Passing(f"an answer that is no chat completion: {said!r}") from fault
         if not isinstance(text, str) or not text.strip():
-            raise _Passing(f"an answer without text: {text!r}")
+            raise _Passing(f"an answer without text: {text!r}", kind=EmptyAnswer)
         return Reply(text.strip(), choice.get("finish_reason") != "length")
 
     def _count(self, **numbers: int) -> None:
@@ -336,7 +342,7 @@ class LocalCaller:
             except LongVILAError as fault:
                 raise CallError(f"{self.name}: {fault}") from fault
         if not reply.text:
-            raise CallError(f"{self.name}: an answer without text")
+            raise EmptyAnswer(f"{self.name}: an answer without text")
         return reply
 
     def _see(self, prompt: Prompt) -> Reply:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longvila.evaluation.judge_models import CallerJudge, Recording
-from longvila.inference.caller import CallError, LocalCaller, Prompt, Reply
+from longvila.inference.caller import CallError, EmptyAnswer, LocalCaller, Prompt, Reply
 from longvila.testing.tiny import save_tiny
 
 
@@ -43,6 +43,14 @@ def test_a_conversation_is_passed_on_whole() -> None:
     assert prompt.messages(prompt.text) == messages
     judge.reply(messages[1:2])
     assert caller.prompts[1] == Prompt("Well?", max_new_tokens=7)
+
+
+def test_saying_nothing_is_a_reply_that_is_no_grade() -> None:
+    class Silent(Noting):
+        def __call__(self, prompt: Prompt) -> Reply:
+            raise EmptyAnswer("nothing")
+
+    assert CallerJudge(Silent()).reply([{"role": "user", "content": "Well?"}]) == ""
 
 
 def test_a_model_of_this_process_judges_and_is_told_again(tmp_path: Path) -> None:

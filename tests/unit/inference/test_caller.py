@@ -19,6 +19,7 @@ from family_files import needs_torchvision, save_family
 
 from longvila.inference.caller import (
     CallError,
+    EmptyAnswer,
     EndpointCaller,
     LocalCaller,
     Prompt,
@@ -108,6 +109,13 @@ def test_tries_end(endpoint: Endpoint) -> None:
     with pytest.raises(CallError, match="no answer after 3 tries; the last: status 502: gateway"):
         ask(Prompt("Is it?"))
     assert len(pauses) == 2
+
+
+def test_saying_nothing_is_told_from_not_answering(endpoint: Endpoint) -> None:
+    ask, _ = caller(endpoint, tries=2)
+    endpoint.script = lambda body: Says(text="")
+    with pytest.raises(EmptyAnswer, match="no answer after 2 tries; the last: an answer without"):
+        ask(Prompt("Is it?"))
 
 
 def test_what_lasts_is_not_tried_again(endpoint: Endpoint) -> None:
