@@ -132,7 +132,10 @@ def test_frames_of_the_paper_and_names_of_the_original() -> None:
         "lmms-nextqa_mc_test": "nextqa_mc_test",
     }.items():
         assert find_preset(alias).name == name
-    with pytest.raises(KeyError, match=r"no benchmark 'videome' \(did you mean 'videomme'\?\); there are .*nextqa_mc"):
+    with pytest.raises(
+        KeyError,
+        match=r"no benchmark 'videome' \(did you mean 'videomme'\?\); there are .*nextqa_mc",
+    ):
         find_preset("videome")
 
 
