@@ -73,6 +73,13 @@ class Cluster:
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) if self.is_cuda else 0
 
+    def allocator(self) -> tuple[int, int]:
+        """Bytes torch's allocator held at the most, and how often it had to give back and retry."""
+        if not self.is_cuda:
+            return 0, 0
+        stats = torch.cuda.memory_stats(self.device)
+        return torch.cuda.max_memory_reserved(self.device), stats.get("num_alloc_retries", 0)
+
     def reset_peak(self) -> int:
         """Forget the peak; return what is allocated now."""
         if not self.is_cuda:

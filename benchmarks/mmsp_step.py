@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,12 +317,16 @@ def model_flops(options: argparse.Namespace, batch: Batch) -> float:
     layer = 2 * m * m + 2 * m * options.kv_heads * head_dim + 3 * m * options.text_mlp
     text = options.layers * (6.0 * layer * t + 3.5 * 2.0 * t * t * m)
     head = 6.0 * m * options.vocab * options.answer
+    return text + head + vision_flops(options, batch.frames)
+
+
+def vision_flops(options: argparse.Namespace, frames: int) -> float:
+    """Those of tower and projector."""
+    m, w, used = options.model_dim, options.width, options.vision_layers - 1
     patches = (options.image_size // options.patch_size) ** 2
-    w, used = options.width, options.vision_layers - 1
     per_layer = 6.0 * (4 * w * w + 2 * w * options.mlp_width) * patches
-    tower = batch.frames * used * (per_layer + 3.5 * 4.0 * patches * patches * w)
-    projector = 6.0 * batch.frames * rows_per_frame(options) * (4 * w * m + m * m)
-    return text + head + tower + projector
+    tower = frames * used * (per_layer + 3.5 * 4.0 * patches * patches * w)
+    return tower + 6.0 * frames * rows_per_frame(options) * (4 * w * m + m * m)
 
 
 # ---- run --------------------------------------------------------------------------------------
@@ -364,10 +369,13 @@ def run(options: argparse.Namespace, cluster: Cluster) -> Report:
         ) -> None:
             nonlocal running
             running = variant
+            began = time.perf_counter()
             with vision_path(variant, numbers):
                 laps[variant].append(current.parts.step(current.model, batch))
+            took = time.perf_counter() - began
+            cluster.say(f"    {variant} with {batch.frames} frames: {took:.2f} s")
 
-        chosen = [v for v in VARIANTS if v == "longvila" or cluster.world_size > 1]
+        chosen = [v for v in options.variants if v == "longvila" or cluster.world_size > 1]
         steps: dict[str, Steps] = {}
         while chosen:
             found, reason = attempt(
@@ -461,7 +469,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warm-frames", type=int, default=64)
-    parser.add_argument("--tile", type=int, default=None, help="tokens of an MLP's tile")
+    parser.add_argument("--tile", type=int, default=16384, help="tokens of an MLP's tile")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--suffix", default="")

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import smol
+from benchmarks._family_table import family_step
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -44,6 +45,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "first_step_s": ("first step s", "{:.3f}"),
     "tokens_per_s_per_gpu": ("tokens/s/GPU", "{:.0f}"),
     "mfu_percent": ("MFU %", "{:.1f}"),
+    "tflops_per_gpu": ("TFLOP/s/GPU", "{:.0f}"),
     "percent_of_ideal": ("% of best kernel", "{:.1f}"),
     "percent_of_own_kernel": ("% of own kernel", "{:.1f}"),
     "speedup": ("speed-up", "{:.2f}"),
@@ -66,10 +68,12 @@ BENCHMARKS = {
     "ask",
     "attention",
     "decode",
+    "family_step",
     "memory_ceiling",
     "memory_plan",
     "mmsp_step",
     "needle",
+    "parity",
     "prefill",
     "trace",
     "train_step",
@@ -355,13 +359,35 @@ def train_step(result: dict[str, Any]) -> list[str]:
             cells.append([_method(row), *figures, str(len(row["samples"]))])
         header = ["method", *(_heading(name) for name in names), "steps"]
         lines += [f"**{tokens_name(tokens)} tokens**", "", *table(header, cells), ""]
-    ours = [row for row in result["rows"] if "embed_s" in row["metrics"]]
-    parts = ["embed", "text_forward", "loss_forward", "backward", "norm_clip", "update"]
-    if ours:
-        header = ["part of our step, s", *(part.replace("_", " ") for part in parts)]
+    ours = [row for row in result["rows"] if row["kind"] == "ours" and row["metrics"]]
+    for video in (False, True):
+        timed = [row for row in ours if ("vision_forward_s" in row["metrics"]) == video]
+        parts = ["text_forward", "loss_forward", "norm_clip", "update"]
+        parts[:1] = ["vision_forward", "text_forward"] if video else ["embed", "text_forward"]
+        parts[3:3] = ["text_backward", "vision_backward"] if video else ["backward"]
+        if timed:
+            header = ["part of our step, s", *(part.replace("_", " ") for part in parts)]
+            cells = [
+                [tokens_name(r["tokens"]), *(f"{r['metrics'][f'{part}_s']:.3f}" for part in parts)]
+                for r in timed
+            ]
+            lines += [*table(header, cells), ""]
+    planned = [row for row in ours if "planned_gib" in row.get("about", {})]
+    if planned:
+        header = ["our settings", "tokens a GPU", "layers not recomputed", "MLP tile",
+                  "waiting on the host, GiB", "planned peak GiB", "measured"]  # fmt: skip
         cells = [
-            [tokens_name(row["tokens"]), *(f"{row['metrics'][f'{part}_s']:.3f}" for part in parts)]
-            for row in ours
+            [
+                tokens_name(row["tokens"]),
+                f"{row['tokens'] // row['shape']['sequence_parallel']:,}",
+                f"{about['plain_layers'] if about['recompute'] else row['shape']['layers']}",
+                f"{about['mlp_tile_rows'] or ''}",
+                f"{about.get('offload_used_gib', 0) or ''}",
+                f"{about['planned_gib']:.1f}",
+                f"{row['metrics']['peak_gib']:.1f}",
+            ]
+            for row in planned
+            for about in [row["about"]]
         ]
         lines += [*table(header, cells), ""]
     if comparisons := result.get("notes", {}).get("comparisons"):
@@ -407,6 +433,54 @@ def prefill(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def decode(result: dict[str, Any]) -> list[str]:
+    """Milliseconds of a token in every way, a line a length, against the floor."""
+    ways = {
+        row["method"].removeprefix("longvila_"): None
+        for row in result["rows"]
+        if "decode_step_ms" in row["metrics"]
+    }
+    cells: dict[int, dict[str, dict[str, float]]] = {}
+    for row in result["rows"]:
+        way = row["method"].removeprefix("longvila_")
+        if way in ways:
+            cells.setdefault(row["tokens"], {})[way] = row["metrics"]
+    lines = []
+    for tokens, found in sorted(cells.items()):
+        floor = next(iter(found.values()))["decode_floor_ms"]
+        line = [tokens_name(tokens), f"{floor:.1f}"]
+        for way in ways:
+            step = found.get(way, {}).get("decode_step_ms")
+            line.append("" if step is None else f"{step:.1f} ({100 * floor / step:.0f} %)")
+        stream = next(iter(found.values())).get("stream_step_ms")
+        line.append("" if stream is None else f"{stream:.1f} ({100 * floor / stream:.0f} %)")
+        lines.append(line)
+    header = ["tokens", "floor, ms", *(f"{way}, ms" for way in ways), "in `generate`, ms"]
+    return table(header, lines)
+
+
+def parity(result: dict[str, Any]) -> list[str]:
+    """Cells of both grids by number of ranks, and how far off the worst of them was."""
+    header = ["grid", "meshes (ring, ulysses)", "cells", "ran", "failed",
+              "largest error, float64", "float32"]  # fmt: skip
+    cells = []
+    for row in result["rows"]:
+        errors = [row["metrics"].get(f"{dtype}_error") for dtype in ("float64", "float32")]
+        cells.append([
+            row["method"],
+            " ".join(mesh.replace(" ", "") for mesh in row["shape"]["meshes"]),
+            *(f"{row['metrics'][name]:,}" for name in ("cells", "ran", "failed")),
+            *("" if error is None else f"{error:.1e}" for error in errors),
+        ])  # fmt: skip
+    total, noted = (
+        sum(row["metrics"][name] for row in result["rows"]) for name in ("cells", "errors_of_cells")
+    )
+    commits = result["notes"]["cells_by_commit"]
+    by_commit = ", ".join(f"{number:,} at `{commit}`" for commit, number in commits.items())
+    remark = f"{total:,} cells: {by_commit}. Errors are relative, and of {noted:,} cells."
+    return [*table(header, cells), "", remark]
+
+
 def memory_plan(result: dict[str, Any]) -> list[str]:
     """Planned against measured peaks, case by case."""
     rows = [row for row in result["rows"] if row["method"].startswith("step/")]
@@ -450,8 +524,11 @@ def demo_model(result: dict[str, Any]) -> list[str]:
 RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "ask": ask,
     "attention": attention,
+    "family_step": family_step,
     "memory_plan": memory_plan,
     "mmsp_step": step,
+    "decode": decode,
+    "parity": parity,
     "prefill": prefill,
     "trace": trace,
     "train_step": train_step,
@@ -468,7 +545,7 @@ VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] 
     "smol_tiers": (["needle", "method=smol-stages"], lambda result, folder: smol.tiers(folder)),
     "smol_summary": (["needle", "method=smol-stages"], lambda result, folder: smol.summary(folder)),
     "smol_shipped": (
-        ["needle", "method=smol-stages shipped"],
+        ["needle", "method=smol-shipped"],
         lambda result, folder: smol.tiers(folder, "shipped"),
     ),
     "smol_lengths": (["needle", "method=smol-stages"], lambda result, folder: smol.lengths(folder)),
@@ -478,6 +555,7 @@ VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] 
         lambda result, folder: smol.ablations(folder),
     ),
     "smol_losses": (["training"], lambda result, folder: smol.losses(folder)),
+    "smol_views": (["training"], lambda result, folder: smol.views(folder)),
     "smol_two_gpus": (["training"], lambda result, folder: smol.two_gpus(folder)),
     "attention_summary": (["attention"], lambda result, folder: attention_summary(result)),
     "train_step_summary": (["train_step"], lambda result, folder: train_step_summary(result)),

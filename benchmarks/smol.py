@@ -1,7 +1,8 @@
 """Tables and drawings of the small model's five stages, from the result files of its runs.
 
-Results are ``*_needle_smol_PART_TIER.json`` (one for each part that was measured and tier) and
-``*_training_smol.json`` (losses of all parts), newest first by name. Every table leaves out what
+Results are ``*_needle_smol_PART_TIER.json`` (one for each part that was measured and tier; with
+``_WAY`` behind, where another protocol was a run of its own) and ``*_training_smol.json`` (losses
+of all parts); the newest by name counts. Every table leaves out what
 has not been measured; nothing stands in for it. Tiers are tables of their own, never averaged.
 
 Drawings are SVG, written as text beside the page, so that a check can compare them:
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from longvila.evaluation.page import colour
 #: Where drawings lie, seen from the root; the page is beside the folder.
 FOLDER = Path("docs/results/smol")
 PAGE_TO_FOLDER = FOLDER.name
+SPLITS = Path(__file__).parents[1] / "recipes" / "smol" / "splits"
 #: Parts that are measured, in the order of tables, and what tables call them.
 PARTS = {
     "sft": "after stage 3: videos of up to 32 frames",
@@ -55,6 +58,7 @@ WAYS = {
     ("grounding", "choice"): "the same, likeliest of the offered times",
     ("paper", "forced"): "the paper's protocol: the true answer read in, every token likeliest",
 }
+NAME = re.compile(r".*_needle_smol_(.+?)_([abc])(?:_([a-z]+))?")
 #: What "beyond" means in tables: no video of stage 3 comes near, stage 4 reads so much as text.
 BEYOND = 1024
 
@@ -103,12 +107,17 @@ class Measured:
 
 
 def read(folder: Path) -> dict[tuple[str, str], Measured]:
-    """Newest needle results by part and tier."""
-    out = {}
-    for path in sorted(folder.glob("*_needle_smol_*_[abc].json")):
-        part, tier = path.stem.partition("_needle_smol_")[2].rsplit("_", 1)
-        result = json.loads(path.read_text(encoding="utf-8"))
-        out[part, tier] = Measured(part, tier, result["rows"], result.get("grids", []))
+    """Newest needle results by part and tier, all ways of asking together."""
+    newest: dict[tuple[str, ...], dict[str, Any]] = {}
+    for path in sorted(folder.glob("*_needle_smol_*.json")):
+        found = NAME.fullmatch(path.stem)
+        if found is not None:
+            newest[found.groups("")] = json.loads(path.read_text(encoding="utf-8"))
+    out: dict[tuple[str, str], Measured] = {}
+    for (part, tier, _), result in sorted(newest.items()):
+        one = out.setdefault((part, tier), Measured(part, tier, [], []))
+        one.rows.extend(result["rows"])
+        one.grids.extend(result.get("grids", []))
     return out
 
 
@@ -312,6 +321,26 @@ def losses(folder: Path) -> list[str]:
 
 def _maybe(metrics: dict[str, float], name: str, style: str) -> str:
     return style.format(metrics[name]) if name in metrics else ""
+
+
+def views(folder: Path) -> list[str]:
+    """How often a trained picture was shown in the parts that show each alike."""
+    rows = [
+        row for row in read_training(folder)
+        if row["shape"]["part"] in ("align", "pretrain") and not row["shape"]["run"]
+    ]  # fmt: skip
+    if not rows:
+        raise FileNotFoundError("no result of `training` for stages 1 and 2")
+    pictures = len((SPLITS / "train.tsv").read_text(encoding="utf-8").splitlines())
+    cells = []
+    for row in rows:
+        shape = row["shape"]
+        shown = shape["steps"] * shape["frames"]
+        cells.append([STAGES[shape["part"]], f"{shape['steps']:,}", f"{shape['frames']:,}",
+                      f"{shown:,}", f"{shown / pictures:.0f}"])  # fmt: skip
+    header = ["part", "steps", "pictures a step", "pictures shown",
+              f"times each of {pictures:,}"]  # fmt: skip
+    return _table(header, cells)
 
 
 def two_gpus(folder: Path) -> list[str]:

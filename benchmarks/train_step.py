@@ -16,7 +16,9 @@ MFU is causal and counts no recomputation: for S tokens, N weights without the i
 layers of width M, ``6 N S + 6 S^2 M L`` operations, over the dense bf16 rate of the data sheet.
 
 Parts of our step are marks in the stream: ``embed`` up to the text model, ``text_forward``,
-``loss_forward``, ``backward`` up to the gradients' norm, ``norm_clip``, ``update``.
+``loss_forward``, ``backward`` up to the gradients' norm, ``norm_clip``, ``update``. With
+``--video`` documents are one long video and an answer: encoding and exchange are
+``vision_forward``, and ``backward`` is cut where the fused embeddings have their gradient.
 
     torchrun --nproc-per-node 2 -m benchmarks.train_step --peers
 """
@@ -27,6 +29,7 @@ import argparse
 import gc
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,13 +44,20 @@ from benchmarks import _cluster
 from benchmarks._attempt import OUT_OF_MEMORY, attempt, clean
 from benchmarks._cluster import Cluster, Stopwatch
 from benchmarks._results import Kind, Report, Row, hardware, spread_percent
+from benchmarks.mmsp_step import rows_per_frame, vision_flops
 
 QUESTION = "What does a full fine-tuning step on long text cost, AdamW included?"
 GIB = 2**30
+#: Host memory left to what warm-up steps move.
+WARM_UP_BYTES = 9 * GIB
 STARTED = time.perf_counter()
 #: Dense bf16 rate of one H100/H200 by its datasheet; MFU is over this.
 PEAK_TFLOPS = 989.0
 PARTS = ("embed", "text_forward", "loss_forward", "backward", "norm_clip", "update")
+VIDEO_PARTS = (
+    "vision_forward", "text_forward", "loss_forward", "text_backward", "vision_backward",
+    "norm_clip", "update",
+)  # fmt: skip
 #: Relative errors against one GPU that an engine may have, by dtype: loss, gradient norm.
 LIMITS = {"bfloat16": (2e-3, 2e-2), "float32": (1e-5, 1e-3)}
 
@@ -109,6 +119,7 @@ class LongVILA:
         self.about: dict[str, Any] = {}
         self.model: Any = None
         self.optimizer: Any = None
+        self.locking: threading.Thread | None = None
         self.watch = Stopwatch(cluster)
 
     def build(self) -> Any:
@@ -131,26 +142,52 @@ class LongVILA:
             text_config=text_config(options),
             image_token_id=options.vocab - 2,
             video_token_id=options.vocab - 1,
+            vision_batch_size=options.frame_batch,
         )
         self.model = made(lambda: LongVILAForConditionalGeneration(config), options, self.cluster)
         return self.model
 
     def shard(self, tokens: int) -> None:
+        from longvila.memory.estimate import training_peak
         from longvila.memory.offload import Offload
+        from longvila.memory.operations import Load
+        from longvila.memory.settings import Ranks, Settings
         from longvila.parallel.apply import ParallelPlan, parallelize
+        from longvila.parallel.sizes import size_of
         from longvila.train.stages import Optimizer, Rates
         from longvila.train.step import build_optimizer
 
         options = self.options
         dtype = getattr(torch, options.dtype)
         gib = at_length(options.offload_gib, tokens, 0.0)
+        plain = int(at_length(options.plain_layers, tokens, 0))
         offload = None
         if gib:
             keep_last = int(at_length(options.offload_keep_last, tokens, 1))
             offload = Offload(budget_bytes=int(gib * GIB), keep_last=keep_last)
+            if options.recompute and not plain:
+                self._lock_ahead(offload, tokens)
         tile = int(at_length(options.mlp_tile, tokens, 0)) or None
-        plain = int(at_length(options.plain_layers, tokens, 0))
         host_moments = bool(at_length(options.host_moments, tokens, 0))
+        frames = frames_of(options, tokens)
+        planned = training_peak(
+            size_of(self.model),
+            Load(tokens=tokens, frames=frames, targets=options.answer if frames else tokens),
+            ranks=Ranks(ulysses=self.mesh.ulysses_size, ring=self.mesh.ring_size),
+            settings=Settings(
+                parameter_bytes=4,
+                compute_bytes=dtype.itemsize,
+                optimizer="adamw-host" if host_moments else "adamw",
+                checkpointing=options.recompute,
+                plain_layers=plain,
+                offload_bytes=int(gib * GIB),
+                keep_last=1 if offload is None else offload.keep_last,
+                mlp_tile_rows=tile,
+                compiled=options.compile,
+                loss_tile_rows=options.loss_tile,
+                backend="fa4" if self.cluster.is_cuda else "cpu",
+            ),
+        )
         parallelize(
             self.model,
             self.mesh,
@@ -169,7 +206,7 @@ class LongVILA:
         settings = Optimizer(max_steps=1, offload=host_moments)
         self.optimizer = build_optimizer(self.model, rates, settings)
         text = self.model.model.language_model
-        text.register_forward_pre_hook(lambda *_: self.watch.mark())
+        text.register_forward_pre_hook(self._text_starts, with_kwargs=True)
         text.register_forward_hook(lambda *_: self.watch.mark())
         self.model.register_forward_hook(lambda *_: self.watch.mark())
         self.optimizer.register_step_pre_hook(lambda *_: self.watch.mark())
@@ -181,7 +218,34 @@ class LongVILA:
             "mlp_tile_rows": tile,
             "compiled_norms_and_mlps": options.compile,
             "moments_on_host": host_moments,
+            "planned_gib": round(planned.bytes / GIB, 2),
         }
+
+    def _lock_ahead(self, offload: Any, tokens: int) -> None:
+        """Lock the host memory of checkpoints beside the build, as a run's first step would."""
+        cluster, options = self.cluster, self.options
+        local = tokens // cluster.world_size
+        size = local * options.model_dim * (4 if options.dtype == "float32" else 2)
+        # What warm-up steps move has other sizes, and would push reserved memory out.
+        number = max(offload.budget_bytes - WARM_UP_BYTES, 0) // size
+
+        def lock() -> None:
+            if cluster.is_cuda:
+                torch.cuda.set_device(cluster.device)
+            offload.reserve(size, number, pinned=cluster.is_cuda)
+
+        self.locking = threading.Thread(target=lock, daemon=True)
+        self.locking.start()
+
+    def _text_starts(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if self.options.video:
+            kwargs["inputs_embeds"].register_hook(lambda _: self.watch.mark())
+        self.watch.mark()
+
+    def settle(self) -> None:
+        """Wait for what still runs beside the build."""
+        if self.locking is not None:
+            self.locking.join()
 
     def step(self, ids: Tensor, rate: float) -> Stepped:
         from longvila.train import step as steps
@@ -195,8 +259,8 @@ class LongVILA:
 
         steps.finish_step = marked
         try:
+            batch = arguments(self.options, ids)
             self.watch.mark()
-            batch = {"input_ids": ids, "labels": ids}
             result = steps.train_step(
                 self.model, [batch], self.optimizer, self.mesh, rate=rate, clip_norm=1.0
             )
@@ -204,11 +268,13 @@ class LongVILA:
         finally:
             steps.finish_step = finish
         laps = self.watch.laps_ms()
-        if len(laps) != len(PARTS):
-            raise RuntimeError(f"expected {len(PARTS)} parts of a step, got {len(laps)}")
+        if len(laps) != len(parts_of(self.options)):
+            expected = parts_of(self.options)
+            raise RuntimeError(f"expected {len(expected)} parts of a step, got {len(laps)}")
         return Stepped(result.loss, result.gradient_norm, laps)
 
     def close(self) -> None:
+        self.settle()
         self.model = self.optimizer = self.offload = None
 
 
@@ -231,19 +297,54 @@ def at_length(table: dict[int, float], tokens: int, default: float) -> float:
     return table[max(known)] if known else default
 
 
+def parts_of(options: argparse.Namespace) -> tuple[str, ...]:
+    return VIDEO_PARTS if options.video else PARTS
+
+
+def frames_of(options: argparse.Namespace, tokens: int) -> int:
+    """Frames of a document of so many tokens."""
+    room = max(tokens - options.answer, 0) if options.video else 0
+    return room // (rows_per_frame(options) + 1)
+
+
 def document(options: argparse.Namespace, tokens: int, cluster: Cluster) -> Tensor:
+    """Ids of one document: words; with ``--video`` a prompt, frames and an answer."""
     generator = torch.Generator().manual_seed(tokens)
     ids = torch.randint(0, options.vocab - 2, (1, tokens), generator=generator)
+    if options.video:
+        a_frame, frames = rows_per_frame(options) + 1, frames_of(options, tokens)
+        video = torch.full((frames, a_frame), options.vocab - 1)
+        video[:, -1] = 1
+        start = tokens - options.answer - frames * a_frame
+        ids[0, start : start + frames * a_frame] = video.flatten()
     return ids.to(cluster.device)
+
+
+def arguments(options: argparse.Namespace, ids: Tensor) -> dict[str, Any]:
+    """What a model is called with for a document; the same pixels at every call."""
+    if not options.video:
+        return {"input_ids": ids, "labels": ids}
+    labels = torch.full_like(ids, -100)
+    labels[:, -options.answer :] = ids[:, -options.answer :]
+    frames = int((ids == options.vocab - 1).sum()) // rows_per_frame(options)
+    size = (frames, 3, options.image_size, options.image_size)
+    pixels = torch.empty(size, dtype=getattr(torch, options.dtype), device=ids.device)
+    pixels.normal_(generator=torch.Generator(ids.device).manual_seed(8))
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "pixel_values_videos": pixels,
+        "video_num_frames": torch.tensor([frames]),
+    }
 
 
 # ---- one GPU -----------------------------------------------------------------------------------
 
 
-def reference(model: Any, ids: Tensor) -> tuple[float, float]:
+def reference(model: Any, ids: Tensor, options: argparse.Namespace) -> tuple[float, float]:
     """Loss and gradient norm of a document by the model's own forward on this device alone."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss = model(**arguments(options, ids), use_cache=False).loss
     loss.backward()
     model.gradient_checkpointing_disable()
     squares = [p.grad.float().square().sum() for p in model.parameters() if p.grad is not None]
@@ -284,8 +385,13 @@ def model_flops(options: argparse.Namespace, tokens: int) -> float:
     """Operations of a step over all GPUs; see the module's text."""
     m, head_dim = options.model_dim, options.model_dim // options.heads
     layer = 2 * m * m + 2 * m * options.kv_heads * head_dim + 3 * m * options.text_mlp
-    weights = options.layers * layer + m * options.vocab
-    return 6.0 * weights * tokens + 6.0 * float(tokens) ** 2 * m * options.layers
+    weights = options.layers * layer
+    attention = 6.0 * float(tokens) ** 2 * m * options.layers
+    if not options.video:
+        return 6.0 * (weights + m * options.vocab) * tokens + attention
+    frames = frames_of(options, tokens)
+    head = 6.0 * m * options.vocab * options.answer
+    return 6.0 * weights * tokens + attention + head + vision_flops(options, frames)
 
 
 def measure(
@@ -293,20 +399,29 @@ def measure(
 ) -> tuple[dict[str, float], list[float]]:
     """Metrics of an engine's step, and its times in seconds."""
     seconds, parts = [], []
-    peak = 0
+    peak = held = 0.0
+    retries = 0.0
+    getattr(engine, "settle", lambda: None)()
     reserve(cluster)
     for _ in range(repeats):
         gc.collect()
         cluster.barrier()
         cluster.reset_peak()
+        tries = cluster.allocator()[1]
         began = time.perf_counter()
         found = engine.step(ids, 1.0)
         cluster.synchronize()
         took = time.perf_counter() - began
-        took, used = cluster.everywhere([took, float(cluster.peak_bytes())])
+        reserved, again = cluster.allocator()
+        took, used, reserved, again = cluster.everywhere(
+            [took, float(cluster.peak_bytes()), float(reserved), float(again - tries)]
+        )
         seconds.append(took)
         parts.append(found.parts_ms)
-        peak = max(peak, int(used))
+        peak, held, retries = max(peak, used), max(held, reserved), retries + again
+        cluster.say(
+            f"    step of {ids.shape[1]}: {took:.3f} s, {[round(p) for p in found.parts_ms]}"
+        )
     step_s, tokens = statistics.median(seconds), ids.shape[1]
     metrics = {
         "step_s": step_s,
@@ -315,13 +430,15 @@ def measure(
         * model_flops(options, tokens)
         / (step_s * cluster.world_size * PEAK_TFLOPS * 1e12),
         "peak_gib": peak / GIB,
+        "reserved_gib": held / GIB,
+        "allocator_retries": retries,
         "spread_percent": spread_percent(seconds),
         "loss": found.loss,
         "gradient_norm": found.gradient_norm,
     }
     if found.parts_ms:
         columns = zip(*parts, strict=True)
-        for part, column in zip(PARTS, columns, strict=True):
+        for part, column in zip(parts_of(options), columns, strict=True):
             metrics[f"{part}_s"] = statistics.median(column) / 1e3
     return metrics, seconds
 
@@ -367,7 +484,7 @@ def run_engine(
             engine: Engine = engine, tokens: int = tokens, ids: Tensor = ids, first: bool = first
         ) -> Any:
             model = engine.build()
-            alone = reference(model, ids) if first else None
+            alone = reference(model, ids, options) if first else None
             del model
             engine.shard(tokens)
             return alone
@@ -382,7 +499,7 @@ def run_engine(
         whole = document(options, tokens, cluster)
         # Two short documents of different lengths: what compiles does so for any length then.
         for part in (2, 1) if first else (1,):
-            warm = whole[:, : min(tokens, options.warm_tokens) // part]
+            warm = document(options, min(tokens, options.warm_tokens) // part, cluster)
             if reason is None:
                 _, reason = attempt(
                     lambda engine=engine, warm=warm: engine.step(warm, 0.0), cluster
@@ -414,6 +531,7 @@ def run_engine(
             "model_dim": options.model_dim,
             "sequence_parallel": cluster.world_size,
             "check_tokens": options.check_tokens,
+            **({"frames": frames_of(options, tokens)} if options.video else {}),
         }
         rounded = {name: float(f"{v:.5g}") for name, v in {**metrics, **checked}.items()}
         rounded = rounded if metrics else {}
@@ -493,7 +611,7 @@ TINY = {
     "lengths": [96], "peer_lengths": [96], "check_tokens": 64, "warm_tokens": 64,
     "model_dim": 64, "text_mlp": 96, "layers": 3, "heads": 4, "kv_heads": 2, "vocab": 256,
     "width": 32, "mlp_width": 48, "vision_layers": 2, "vision_heads": 2, "image_size": 28,
-    "dtype": "float32", "repeats": 1, "loss_tile": 16,
+    "dtype": "float32", "repeats": 1, "loss_tile": 16, "answer": 16,
 }  # fmt: skip
 
 
@@ -522,12 +640,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mlp-width", type=int, default=4304)
     parser.add_argument("--vision-layers", type=int, default=27)
     parser.add_argument("--vision-heads", type=int, default=16)
+    parser.add_argument("--video", action="store_true", help="documents are a video each")
+    parser.add_argument("--answer", type=int, default=256, help="tokens with a loss of a video's")
+    parser.add_argument("--frame-batch", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--loss-tile", type=int, default=4096)
     parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     # Settings by length: the entry of the longest length not above the step's counts.
-    parser.add_argument("--plain-layers", type=_table, default=_table("65536:13,131072:2,262144:0"))
+    parser.add_argument("--plain-layers", type=_table, default=_table("65536:15,131072:4,262144:0"))
     parser.add_argument("--mlp-tile", type=_table, default=_table("262144:16384"))
     parser.add_argument("--offload-gib", type=_table, default=_table("524288:72"))
     parser.add_argument("--offload-keep-last", type=_table, default={})

@@ -9,6 +9,11 @@ Three questions on the same ranks:
 2. ``exchange``: only the movement of the rows, forward and backward, with its peak memory.
 3. ``mixed``: frames of three resolutions, dealt by count and by cost; the slowest rank's time.
 
+With ``--controls`` the tower alone is timed, and two ways more, which tell what an all-reduce with
+wrong gradients gains from moving rows and what from the zeros that are left of half of them (a GPU
+multiplies zeros faster): the all-reduce with right gradients, and our exchange made to lose those
+of rows that travel.
+
 Before timing, each way of moving rows is checked on a small set: the rows every rank gets and the
 tower's gradients, summed over ranks, against one process encoding everything. LongVILA's loses
 gradient, and the file says how much.
@@ -34,7 +39,11 @@ from benchmarks._cluster import Cluster
 from benchmarks._interleave import Steps, interleave
 from benchmarks._model import TEXT, add_tower_options, draw, model_config, tower_config
 from benchmarks._results import Kind, Report, Row, hardware
-from benchmarks.peers.vision_reshard import all_gather_reshard, all_reduce_reshard
+from benchmarks.peers.vision_reshard import (
+    all_gather_reshard,
+    all_reduce_reshard,
+    all_reduce_with_gradients,
+)
 
 QUESTION = (
     "How does the vision stage scale over GPUs, row exchange included, and what do other ways of "
@@ -46,6 +55,10 @@ KINDS: dict[str, Kind] = {
     "longvila_exchange": "ours",
     "all_reduce_reshard": "peer",
     "all_gather_reshard": "peer",
+}
+CONTROLS: dict[str, Kind] = {
+    "exchange_losing_gradients": "ours",
+    "all_reduce_with_gradients": "peer",
 }
 #: Patches at which attention costs as much as the rest of a layer, in widths of the tower.
 LINEAR_OVER_WIDTH = 6
@@ -110,10 +123,23 @@ def move(how: str, rows: Tensor, deal: Deal, cluster: Cluster) -> Tensor:
     if how == "replicated_tower" or cluster.world_size == 1:
         return rows.index_select(0, deal.wanted)
     group = dist.group.WORLD
-    if how == "longvila_exchange":
-        return exchange_rows(rows, deal.plan, group=group, differentiable=True)
-    reshard = all_reduce_reshard if how == "all_reduce_reshard" else all_gather_reshard
+    if how in ("longvila_exchange", "exchange_losing_gradients"):
+        got = exchange_rows(rows, deal.plan, group=group, differentiable=True)
+        if how == "longvila_exchange":
+            return got
+        start = sum(deal.counts[: cluster.rank])
+        stayed = (deal.wanted >= start) & (deal.wanted < start + deal.counts[cluster.rank])
+        return torch.where(stayed[:, None], got, got.detach())
+    reshard = {
+        "all_reduce_reshard": all_reduce_reshard,
+        "all_reduce_with_gradients": all_reduce_with_gradients,
+        "all_gather_reshard": all_gather_reshard,
+    }[how]
     return reshard(rows, deal.counts, cluster.rank, deal.wanted, group)
+
+
+def ways(options: argparse.Namespace) -> dict[str, Kind]:
+    return KINDS | CONTROLS if options.controls else KINDS
 
 
 def build_model(options: argparse.Namespace, device: torch.device) -> Any:
@@ -186,7 +212,7 @@ def check_moves(
     for parameter in used:
         parameter.grad = None
     errors = {}
-    for how in KINDS:
+    for how in ways(options):
         mine = everything if how == "replicated_tower" else everything[list(deal.frames)]
         got = move(how, encode(model, mine), deal, cluster)
         expected = rows.detach().index_select(0, deal.wanted)
@@ -242,12 +268,12 @@ def time_tower(
 
     steps = interleave(
         cluster,
-        {how: step(how) for how in KINDS},
+        {how: step(how) for how in ways(options)},
         repeats=options.repeats,
-        warm_up=dict.fromkeys(KINDS, warm),
+        warm_up=dict.fromkeys(ways(options), warm),
     )
     one = steps["replicated_tower"].median_ms
-    for how, kind in KINDS.items():
+    for how, kind in ways(options).items():
         found = steps[how]
         add(
             report,
@@ -395,8 +421,9 @@ def run(options: argparse.Namespace, cluster: Cluster) -> Report:
         if cluster.is_main and options.out is not None:
             cluster.say(f"wrote {report.write(options.out, suffix=options.suffix)}")
 
-    time_exchange(options, cluster, report)
-    save()
+    if not options.controls:
+        time_exchange(options, cluster, report)
+        save()
     model = build_model(options, cluster.device)
     errors = check_moves(model, options, cluster)
     limit = 2e-2 if options.dtype == "bfloat16" else 1e-4
@@ -405,6 +432,8 @@ def run(options: argparse.Namespace, cluster: Cluster) -> Report:
         raise RuntimeError(f"the exchange is wrong, not timing it: {ours} above {limit}")
     time_tower(model, options, cluster, errors, report)
     save()
+    if options.controls:
+        return report
     time_mixed(model, options, cluster, report)
     save()
     return report
@@ -426,6 +455,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mixed", type=_sizes, default=_sizes("224:256,378:96,560:64"))
     parser.add_argument("--mixed-batch-pixels", type=int, default=16 * 384**2)
     parser.add_argument("--check-frames", type=int, default=10)
+    parser.add_argument(
+        "--controls", action="store_true", help="where the time of a way comes from"
+    )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)

@@ -6,6 +6,8 @@ rows of the tokens this rank holds, differentiable as the system it stands for m
 - `all_reduce_reshard`: LongVILA's. The rows go into a zero buffer of the *whole* sequence, the
   buffer is summed over ranks in place, and each rank slices its part. The in-place sum is not an
   autograd operation: backward reaches only those rows that a rank both encoded and kept.
+- `all_reduce_with_gradients`: the same movement with the gradients it should have: backward puts
+  the rows' gradients into a zero buffer of the whole sequence, sums it, and takes the rank's own.
 - `all_gather_reshard`: NeMo Automodel's way. A differentiable all-gather of all rows on every
   rank, then the slice; backward sums the gradients of all ranks and keeps the rank's own.
 
@@ -39,6 +41,37 @@ def all_reduce_reshard(
     buffer[start : start + counts[rank]] = rows
     dist.all_reduce(buffer, group=group)
     return buffer.index_select(0, wanted)
+
+
+class _ReduceRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        counts: list[int],
+        rank: int,
+        wanted: Tensor,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        ctx.save_for_backward(wanted)
+        ctx.counts, ctx.rank, ctx.group = counts, rank, group
+        return all_reduce_reshard(rows, counts, rank, wanted, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (wanted,) = ctx.saved_tensors
+        whole = grads[0].new_zeros((sum(ctx.counts), grads[0].shape[1]))
+        whole[wanted] = grads[0]
+        dist.all_reduce(whole, group=ctx.group)
+        start = sum(ctx.counts[: ctx.rank])
+        return whole[start : start + ctx.counts[ctx.rank]], None, None, None, None
+
+
+def all_reduce_with_gradients(
+    rows: Tensor, counts: list[int], rank: int, wanted: Tensor, group: dist.ProcessGroup
+) -> Tensor:
+    """As `all_reduce_reshard`, with right gradients; arguments as above."""
+    return _ReduceRows.apply(rows, counts, rank, wanted, group)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -2,11 +2,12 @@
 
     python recipes/smol/collect.py WORK [--two-gpus WORK2]
 
-1. ``WORK/results/DATE_needle_smol_PART_TIER.json`` are copied. One that has no grid yet gets it
-   from the answers in ``WORK/needle/PART-TIER``; answers of a run that was cut off make a result of
-   their own, which says so.
+1. Every ``WORK/needle/PART-TIER`` (or ``PART-TIER-WAY``, where another protocol was asked for)
+   becomes ``DATE_needle_smol_PART_TIER.json``: the kept copy in ``WORK/results`` if there is one,
+   else its ``result.json``, else what its answers say, which is then called cut off.
 2. ``WORK/results/PART.metrics.jsonl`` of all parts become one file, ``DATE_training_smol.json``:
-   the loss of each step that was logged, and rates. ``--two-gpus`` adds those of another folder.
+   the loss of each step that was logged, and rates. A part that was cut off has its lines in
+   ``WORK/stages``. ``--two-gpus`` adds those of another folder.
 3. Folders of the machine that ran it are written as ``WORK``; nothing else is changed.
 
 ``python -m benchmarks.render`` draws ``docs/results/smol.md`` from these files.
@@ -31,6 +32,8 @@ STAGE_OF = {
     "align": 1, "pretrain": 2, "sft": 3, "extend": 4, "long": 5, "longest": 5,
     "half-extend": 4, "half-long": 5, "direct-long": 5, "last-extend": 4,
 }  # fmt: skip
+#: A folder of answers: a part, a tier, and another way of asking than the usual.
+FOLDER = re.compile(r"(?P<part>.+)-(?P<tier>[abc])(?:-(?P<way>[a-z]+))?")
 #: Measures of a step whose median is kept.
 RATES = ("step_s", "tokens_per_s_per_gpu", "mfu_percent", "data_wait_share")
 
@@ -55,45 +58,56 @@ def needle_results(work: Path, about: Mapping[str, Any]) -> dict[str, dict[str, 
 
     Args:
         work: The folder of the run.
-        about: Date, commit, hardware and versions for answers without a result.
+        about: Date, commit, hardware and versions, where a result does not say.
     """
     out: dict[str, dict[str, Any]] = {}
-    kept = {}
+    names = {}
     for path in sorted((work / "results").glob("*_needle_smol_*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        kept["-".join(path.stem.partition("_needle_smol_")[2].rsplit("_", 1))] = path.name
-        out[path.name] = without_folders(result)
-    for folder in sorted((work / "needle").glob("*-[abc]")):
-        records = [r for path in sorted(folder.glob("records*.jsonl")) for r in read_records(path)]
-        if not records:
+        out[path.name] = without_folders(json.loads(path.read_text(encoding="utf-8")))
+        names[path.stem.partition("_needle_smol_")[2].replace("_", "-")] = path.name
+    for folder in sorted((work / "needle").iterdir() if (work / "needle").is_dir() else []):
+        found = FOLDER.fullmatch(folder.name)
+        if found is None:
             continue
+        files = sorted(folder.glob("records*.jsonl"))
+        records = [row for path in files for row in read_records(path)]
         groups = summarise(records)
-        if folder.name in kept:
-            out[kept[folder.name]].setdefault("grids", grid_rows(records, groups))
+        result = out.get(names.get(folder.name, ""), {})
+        if not result and (folder / "result.json").exists():
+            text = (folder / "result.json").read_text(encoding="utf-8")
+            result = without_folders({**about, **json.loads(text)})
+        if not result and records:
+            result = {
+                "benchmark": "needle",
+                "question": "Are pictures found among so many frames, wherever they are?",
+                **about,
+                "command": f"python recipes/smol/run.py --parts eval-{found['part']}",
+                "notes": {"cut_off": f"The run was cut off after {len(records)} answers."},
+                "rows": result_rows("", groups),
+            }
+        if not result:
             continue
-        part, tier = folder.name.rsplit("-", 1)
-        out[f"{about['date']}_needle_smol_{part}_{tier}.json"] = {
-            "benchmark": "needle",
-            "question": "Are pictures found among so many frames, wherever they are?",
-            **about,
-            "command": f"python recipes/smol/run.py --parts eval-{part}",
-            "notes": {"cut_off": f"The run was cut off after {len(records)} answers."},
-            "rows": result_rows(f"smol-stages {part}", groups),
-            "grids": grid_rows(records, groups),
-        }
+        result.setdefault("grids", grid_rows(records, groups))
+        method = "smol-shipped" if found["part"] == "shipped" else f"smol-stages {found['part']}"
+        for row in result["rows"]:
+            row["method"] = method
+        name = "_".join(part for part in found.groups() if part)
+        out[names.get(folder.name, f"{about['date']}_needle_smol_{name}.json")] = result
     return out
 
 
-def training_rows(results: Path, label: str = "") -> list[dict[str, Any]]:
+def training_rows(work: Path, label: str = "") -> list[dict[str, Any]]:
     """Return a row for each part that was trained.
 
     Args:
-        results: Folder of ``PART.metrics.jsonl``.
+        work: The folder of the run.
         label: Follows the part's name, to tell another run of it.
     """
     rows = []
-    for path in sorted(results.glob("*.metrics.jsonl")):
-        part = path.name.removesuffix(".metrics.jsonl")
+    files = {path.parent.name: path for path in (work / "stages").glob("*/metrics.jsonl")}
+    for path in (work / "results").glob("*.metrics.jsonl"):
+        files[path.name.removesuffix(".metrics.jsonl")] = path
+    for part, path in sorted(files.items()):
         lines: dict[int, dict[str, Any]] = {}
         for text in path.read_text(encoding="utf-8").splitlines():
             line = json.loads(text)
@@ -154,9 +168,9 @@ def collect(work: Path, out: Path, *, two_gpus: Path | None, about: dict[str, An
         about = {**about, **{k: v for k, v in same.items() if v}}
     for each in found.values():
         each["commit"] = each["commit"] or about["commit"]
-    rows = training_rows(work / "results")
+    rows = training_rows(work)
     if two_gpus is not None:
-        rows += training_rows(two_gpus / "results", ", 2 GPUs")
+        rows += training_rows(two_gpus, ", 2 GPUs")
     if rows:
         found[f"{about['date']}_training_smol.json"] = {
             "benchmark": "training",

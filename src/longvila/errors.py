@@ -24,5 +24,9 @@ class CheckpointError(LongVILAError, ValueError):
     """A checkpoint is incomplete or does not fit the model; the message names the tensors."""
 
 
+class ModelError(LongVILAError, TypeError):
+    """A model is of a kind that is not known, or that cannot do what is asked of it."""
+
+
 class RankError(LongVILAError, RuntimeError):
     """One or more ranks failed; the message carries the traceback of each."""

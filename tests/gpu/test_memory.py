@@ -17,8 +17,11 @@ from longvila.memory.offload import Offload
 from longvila.memory.tiled import tiled_apply
 from longvila.ops import attention as attention_module
 from longvila.ops.attention import attention
+from longvila.parallel.apply import ParallelPlan, parallelize
+from longvila.sp.mesh import SPMesh
 from longvila.testing.asserts import assert_close
 from longvila.testing.oracles import cross_entropy_oracle
+from longvila.testing.tiny import tiny_model
 from longvila.train.host_adamw import HostAdamW
 
 pytestmark = [
@@ -189,6 +192,57 @@ def test_a_layer_that_is_not_recomputed_waits_on_the_host() -> None:
     assert moved_peak < plain_peak - 8 * 8 * x.nbytes, (moved_peak, plain_peak)
     gc.collect()
     assert host.used_bytes == 0 and host.moved_bytes > 3 * 8 * 8 * x.nbytes
+
+
+# The compiler itself looks at .grad of what it traces.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("tile", [None, 40])
+def test_a_second_run_leaves_out_the_last_product_of_a_compiled_mlp(
+    monkeypatch: pytest.MonkeyPatch, tile: int | None
+) -> None:
+    """As tests/unit/parallel/test_apply.py, with the compiler's own code."""
+    gradients = []
+    linear, products = nn.functional.linear, Counter[str]()
+
+    def last_counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        products["last"] += weight.shape == (256, 512)
+        return linear(x, weight, bias)
+
+    if tile is not None:
+        monkeypatch.setattr(nn.functional, "linear", last_counted)
+    for compiled in (False, True):
+        torch.compiler.reset()
+        size = {"hidden_size": 256, "intermediate_size": 512}
+        model = tiny_model(text_config=size).cuda().bfloat16().train()
+        layers = model.model.language_model.layers
+        counts = [Counter[str]() for _ in layers]
+        for layer, seen in zip(layers, counts, strict=True):
+            forward = layer.mlp.down_proj.forward
+
+            def counted(x: Tensor, seen: Any = seen, forward: Any = forward) -> Tensor:
+                seen["begun"] += 1
+                y = forward(x)
+                seen["ended"] += 1
+                return y
+
+            if tile is None:
+                monkeypatch.setattr(layer.mlp.down_proj, "forward", counted)
+        plan = ParallelPlan(
+            fsdp=False, two_stage=True, compile_modules=compiled, mlp_tile_rows=tile
+        )
+        parallelize(model, SPMesh(), plan)
+        products.clear()
+        ids = torch.arange(99, device="cuda")[None] % 250
+        model(input_ids=ids, labels=ids).loss.backward()
+        if tile is None:
+            assert all(seen == {"begun": 2, "ended": 1} for seen in counts), counts
+        else:
+            assert products == {"last": 3 * len(layers)}, "three tiles, forward only"
+        # Together: the gradient of a key's bias is zero but for rounding.
+        gradients.append(torch.cat([p.grad.flatten() for p in model.lm_head.parameters()]))
+        text = model.model.language_model.parameters()
+        gradients[-1] = torch.cat([gradients[-1], *(p.grad.flatten() for p in text)])
+    assert_close(*gradients, tolerance=2e-2)
 
 
 def test_moments_on_the_host_are_adamws_bit_for_bit() -> None:

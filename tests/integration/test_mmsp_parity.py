@@ -26,7 +26,7 @@ from longvila.parallel.apply import ParallelPlan, parallelize, reduce_gradients
 from longvila.parallel.mmsp import gather_logits
 from longvila.sp.mesh import SPMesh, build_mesh
 from longvila.testing import Rank
-from longvila.testing.asserts import TOLERANCE, assert_close
+from longvila.testing.asserts import TOLERANCE, assert_close, relative_error
 from longvila.testing.ranks import run_ranks
 from longvila.testing.tiny import TINY_IMAGE_ID, TINY_VIDEO_ID, tiny_model
 
@@ -238,7 +238,8 @@ def full(gradient: Tensor) -> Tensor:
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
-def check_cell(rank: Rank, cell: Cell) -> None:
+def check_cell(rank: Rank, cell: Cell) -> dict[str, float]:
+    """Compare one cell; return the largest relative error of loss, logits and gradients."""
     reference, model = new_model(cell), new_model(cell)
     mesh = mesh_of(cell)
     expected, expected_logits = oracle(reference, cell, mesh.dp_size)
@@ -256,6 +257,11 @@ def check_cell(rank: Rank, cell: Cell) -> None:
     if "attention_mask" in batch:
         logits = logits[batch["attention_mask"].bool().flatten()]
     assert_close(logits, expected_logits[mesh.dp_rank], name="logits", tolerance=tolerance)
+    errors = {
+        "loss": relative_error(output.loss, expected),
+        "logits": relative_error(logits, expected_logits[mesh.dp_rank]),
+        "gradients": 0.0,
+    }
     wanted = dict(reference.named_parameters())
     scale = max(float(p.grad.norm()) for p in wanted.values() if p.grad is not None)
     for name, parameter in model.named_parameters():
@@ -269,15 +275,23 @@ def check_cell(rank: Rank, cell: Cell) -> None:
             # It moves every score of a query alike: its gradient is rounding around zero.
             size = max(size, 1e-3 * scale)
         assert error <= tolerance * size, f"gradient of {name}: {error:.2e} of {size:.2e}"
+        if size:
+            errors["gradients"] = max(errors["gradients"], error / size)
+    return errors
 
 
-def check_cells(rank: Rank, cells: list[Cell]) -> None:
-    """Several cells on the same ranks; the ranks are started once."""
+def check_cells(rank: Rank, cells: list[Cell]) -> dict[str, dict[str, float]]:
+    """Several cells on the same ranks, which are started once; the largest errors by precision."""
+    worst: dict[str, dict[str, float]] = {}
     for cell in cells:
         try:
-            check_cell(rank, cell)
+            errors = check_cell(rank, cell)
         except Exception as error:
             raise AssertionError(f"[{cell}] {type(error).__name__}: {error}") from error
+        seen = worst.setdefault(str(cell.dtype).removeprefix("torch."), {})
+        for name, error in errors.items():
+            seen[name] = max(seen.get(name, 0.0), error)
+    return worst
 
 
 # ---- the grid --------------------------------------------------------------------------------

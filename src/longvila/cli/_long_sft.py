@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from longvila.cli._options import parse
 from longvila.datagen.caption import CaptionOptions
 from longvila.datagen.dataset import find_videos, read_decisions
 from longvila.datagen.long_sft import LongSFT, LongSFTOptions
@@ -95,7 +96,7 @@ def make(argv: list[str]) -> int:
     Returns:
         The exit status: 3 while something still stands in the way of a video.
     """
-    chosen = tyro.cli(MakeLongSFT, args=argv, prog="longvila data long-sft")
+    chosen = parse(MakeLongSFT, argv, "data long-sft", None)
     if chosen.captioner.model is None:
         raise ValueError("say who describes segments: --captioner.model, with --captioner.endpoint")
     captioner = _caller(chosen.captioner)
@@ -170,7 +171,7 @@ def review(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    chosen = tyro.cli(Review, args=argv, prog="longvila data review")
+    chosen = parse(Review, argv, "data review", None)
     if chosen.once:
         counts = save_decisions(chosen.output, read_decisions(chosen.output))
         page = write_page(chosen.output, most_videos=chosen.most_videos)

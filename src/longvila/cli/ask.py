@@ -18,6 +18,7 @@ each decodes, encodes and reads its part; the answer is that of one.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,14 +28,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
-from longvila.media.sources import IMAGE_SUFFIXES
 from longvila.packaged import default_model
 
 if TYPE_CHECKING:
     from longvila.inference.session import Answer, Medium, Session
     from longvila.inference.workers import Ranks
 
+#: Endings that make a last argument a file which is missing rather than a question.
+_VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
 _HELP = """\
   /video PATH [FRAMES]   add a video to the next question
   /image PATH            add an image to the next question
@@ -85,26 +88,58 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    options = tyro.cli(
-        Options,
-        args=argv,
-        prog="longvila ask",
-        description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(Options, argv, "ask", __doc__, flag_pairs=False)
     split_inputs(options.inputs, chat=options.chat)  # refused before processes are started
-    if options.gpus < 1:
-        raise LongVILAError(f"--gpus must be at least 1, got {options.gpus}")
+    check_numbers(options)
+    if options.max_new_tokens < 1:
+        raise LongVILAError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+    if not options.temperature >= 0:
+        raise LongVILAError(f"--temperature must be 0 or more, got {options.temperature}")
+    if not 0 < options.top_p <= 1:
+        raise LongVILAError(f"--top-p must be above 0 and at most 1, got {options.top_p}")
     return run_over_ranks(run, options, size=options.gpus, device=find_device(options.device))
 
 
+def check_numbers(options: Any) -> None:
+    """Refuse numbers that mean nothing before anything is loaded.
+
+    Args:
+        options: With ``frames``, ``fps``, ``gpus`` and ``kv_offload``.
+
+    Raises:
+        LongVILAError: If one is out of range; the message names its option.
+    """
+    if options.frames is not None and options.frames < 1:
+        raise LongVILAError(f"--frames must be at least 1, got {options.frames}")
+    if options.fps is not None and not 0 < options.fps < float("inf"):
+        raise LongVILAError(f"--fps must be a number above 0, got {options.fps}")
+    if options.gpus < 1:
+        raise LongVILAError(f"--gpus must be at least 1, got {options.gpus}")
+    if options.kv_offload is not None and not options.kv_offload >= 0:
+        raise LongVILAError(f"--kv-offload must be 0 GiB or more, got {options.kv_offload}")
+
+
 def find_device(name: str) -> str:
-    """Return the device that ``--device`` names."""
+    """Return the device that ``--device`` names.
+
+    Raises:
+        LongVILAError: If torch knows no such device or has none here.
+    """
     import torch
 
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as fault:
+        raise LongVILAError(
+            f"--device {name}: torch knows no such device; expected auto, cpu, cuda, cuda:1, ..."
+        ) from fault
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise LongVILAError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs on this machine"
+        )
+    return name
 
 
 def run_over_ranks(work: Any, options: Any, *, size: int, device: str) -> int:
@@ -151,7 +186,7 @@ def split_inputs(inputs: tuple[str, ...], *, chat: bool) -> tuple[list[str], str
         The media, and the question or None.
 
     Raises:
-        LongVILAError: If the question is missing.
+        LongVILAError: If the question is missing, or is a medium that is not there.
     """
     if not inputs or names_medium(inputs[-1]):
         if chat:
@@ -159,7 +194,10 @@ def split_inputs(inputs: tuple[str, ...], *, chat: bool) -> tuple[list[str], str
         raise LongVILAError(
             'the question is missing: longvila ask VIDEO "question" --model CHECKPOINT'
         )
-    return list(inputs[:-1]), inputs[-1]
+    last = inputs[-1]
+    if not re.search(r"\s", last) and (last.lower().endswith(_VIDEO_SUFFIXES) or is_image(last)):
+        raise LongVILAError(f"{last}: no such file, and no question follows it")
+    return list(inputs[:-1]), last
 
 
 def find_index(sources: list[str]) -> Path | None:
@@ -198,6 +236,8 @@ def names_medium(text: str) -> bool:
 
 def is_image(source: str) -> bool:
     """Whether a source is a picture, by its ending or its data: type."""
+    from longvila.media.sources import IMAGE_SUFFIXES  # slow: it loads torch
+
     if source.startswith("data:"):
         return source.startswith("data:image/")
     return Path(source.partition("?")[0]).suffix.lower() in IMAGE_SUFFIXES
@@ -294,6 +334,8 @@ def summary(media: list[Medium], answer: Answer) -> str:
     ]
     if not answer.complete:
         parts.append("cut at --max-new-tokens")
+    elif not answer.text:
+        parts.append("the model ended its answer at once")
     return "[" + "; ".join(parts) + "]"
 
 

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from longvila.cli._measuring import Measuring, check, shared, shipped, show
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 from longvila.packaged import default_model, fetch
 
@@ -63,7 +62,7 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    options = tyro.cli(Options, args=argv, prog="longvila bench", description=__doc__)
+    options = parse(Options, argv, "bench", __doc__)
     from longvila.cli.needle import load
     from longvila.evaluation.builtin import check_bench, run_bench
     from longvila.evaluation.needle_sets import check_haystack
@@ -72,7 +71,7 @@ def main(argv: list[str]) -> int:
     plan = plan_of(options)
     pictures = pictures_of(options)
     check_bench(plan, pictures)
-    if options.film is not None and not options.small:
+    if options.film is not None:
         check_haystack(options.film, part=options.part or (0.0, 1.0))
     source = options.model or str(default_model())
     model, processor, mesh = load(source, options)
@@ -141,11 +140,12 @@ def material_of(options: Options, plan: Any, processor: Any, pictures: list[Any]
     """
     from longvila.evaluation.builtin import Material, load_events
     from longvila.evaluation.needle_sets import SYNTHETIC, open_haystack
+    from longvila.inference.sight import sampler_of
     from longvila.media.video import open_video
 
     frames = max(plan.lengths)
-    part = processor.video_processor
-    if options.small or options.film == SYNTHETIC:
+    part = sampler_of(processor)
+    if options.film == SYNTHETIC or (options.small and options.film is None):
         film = open_haystack(SYNTHETIC, num_frames=frames, fps=1.0, processor=part)
         return Material(film, 0.0, float(frames), pictures)
     packaged = options.film is None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from longvila.cli._options import parse
 from longvila.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 class Options:
     """Convert checkpoints of the original implementation to Hugging Face form, and back."""
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """Folder of the checkpoint."""
-    destination: tyro.conf.Positional[str] = ""
+    destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")] = ""
     """Folder to make; may be left out with --dry-run."""
     to: Literal["longvila", "vila"] = "longvila"
     """Layout to write."""
@@ -172,7 +173,7 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    options = tyro.cli(Options, args=argv, prog="longvila convert")
+    options = parse(Options, argv, "convert", __doc__)
     if not options.destination and not options.dry_run:
         raise CheckpointError("where to? give a destination, or --dry-run to look first")
     if options.to == "vila":

@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 
 
@@ -103,14 +104,18 @@ def main(argv: list[str]) -> int:
         except ValueError as fault:
             # Wrong settings and records: the message says what to do, a traceback does not.
             raise LongVILAError(str(fault)) from fault
-    print(__doc__, file=sys.stdout if argv and argv[0] in ("-h", "--help") else sys.stderr)
-    return 0 if argv and argv[0] in ("-h", "--help") else 2
+    if argv and argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    given = f"there is no command {argv[0]!r}" if argv else "a command is needed"
+    print(f"{__doc__}\nlongvila data: {given}; there are {', '.join(commands)}", file=sys.stderr)
+    return 2
 
 
 def _pack_text(argv: list[str]) -> int:
     from longvila.data.pack_text import PackOptions, Progress, pack_text, parse_length
 
-    chosen = tyro.cli(PackText, args=argv, prog="longvila data pack-text")
+    chosen = parse(PackText, argv, "data pack-text", None)
     values = {**vars(chosen), "length": parse_length(chosen.length)}
     options = PackOptions(**values)
 
@@ -161,7 +166,7 @@ def _adapters(argv: list[str]) -> int:
 def _inspect(argv: list[str]) -> int:
     from longvila.data.datasets import Dataset, open_dataset, read_file
 
-    options = tyro.cli(Inspect, args=argv, prog="longvila data inspect")
+    options = parse(Inspect, argv, "data inspect", None)
     source = Path(options.source)
     if (source / "manifest.json").exists():
         manifest = json.loads((source / "manifest.json").read_text())

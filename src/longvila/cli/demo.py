@@ -25,8 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 from longvila.packaged import DELTA, asset, default_model, fetch
 
@@ -71,7 +70,7 @@ class Goal:
 
 #: For the delta that ships: it saw no video of more than 48 frames.
 GOAL = Goal(
-    seen=10, unseen=5, right=7, by="choice", videos=3, grid=(12, 24, 48), depth_interval=0.5
+    seen=10, unseen=5, right=6, by="choice", videos=3, grid=(12, 24, 48), depth_interval=0.5
 )
 
 
@@ -482,7 +481,7 @@ def ask(
 
 def main(argv: list[str]) -> int:
     """Run the verb."""
-    options = tyro.cli(Options, prog="longvila demo", args=argv)
+    options = parse(Options, argv, "demo", __doc__)
     folder = asset("needles")
     if folder is None:
         raise LongVILAError("this build of longvila has no demo pictures (longvila/assets)")

@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 from longvila.evaluation.columns import aligned
 from longvila.evaluation.presets import PRESETS, Preset, find_preset
@@ -76,13 +77,7 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    options = tyro.cli(
-        Options,
-        args=argv,
-        prog="longvila eval",
-        description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(Options, argv, "eval", __doc__, flag_pairs=False)
     if options.list:
         print(listing())
         return 0

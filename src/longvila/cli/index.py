@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from longvila.cli import ask
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 
 if TYPE_CHECKING:
@@ -60,17 +61,10 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    options = tyro.cli(
-        Options,
-        args=argv,
-        prog="longvila index",
-        description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(Options, argv, "index", __doc__, flag_pairs=False)
     if not options.inputs:
         raise LongVILAError("there is nothing to read: longvila index VIDEO --output DIR")
-    if options.gpus < 1:
-        raise LongVILAError(f"--gpus must be at least 1, got {options.gpus}")
+    ask.check_numbers(options)
     device = ask.find_device(options.device)
     return ask.run_over_ranks(run, options, size=options.gpus, device=device)
 

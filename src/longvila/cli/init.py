@@ -14,6 +14,7 @@ from typing import Annotated
 
 import tyro
 
+from longvila.cli._options import parse
 from longvila.errors import CheckpointError
 from longvila.packaged import PACKAGED, language_model, vision_tower
 
@@ -44,7 +45,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Run the verb."""
-    options = tyro.cli(Options, prog="longvila init", args=argv)
+    options = parse(Options, argv, "init", __doc__)
     if options.out.exists() and any(options.out.iterdir()) and not options.force:
         raise CheckpointError(f"{options.out} exists and is not empty; --force writes into it")
     from longvila.model.assemble import assemble

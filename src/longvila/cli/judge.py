@@ -23,6 +23,7 @@ from typing import Annotated
 import tyro
 
 from longvila.cli._measuring import quieten_loading
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 from longvila.evaluation.answers import Answers, write_json, write_lines
 from longvila.evaluation.columns import aligned
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status: 0 also if some answers stay ungraded, which the table says.
     """
-    options = tyro.cli(Options, args=argv, prog="longvila judge", description=__doc__)
+    options = parse(Options, argv, "judge", __doc__)
     if options.attempts < 1 or options.parallel < 1:
         raise LongVILAError("--attempts and --parallel must be at least 1")
     axes = tuple(axis.strip() for axis in options.axes.split(",") if axis.strip())

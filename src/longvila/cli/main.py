@@ -6,17 +6,14 @@ import ast
 import difflib
 import importlib
 import logging
+import os
 import pkgutil
+import signal
 import sys
 from pathlib import Path
 
 from longvila import __version__
 from longvila.errors import LongVILAError
-
-#: What is wrong with a path is the user's to mend; other errors of the system are not.
-_PATH_FAULTS = (
-    FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError,
-)  # fmt: skip
 
 
 def verbs() -> dict[str, str]:
@@ -69,10 +66,32 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         status: int = importlib.import_module(f"longvila.cli.{verb}").main(rest)
-    except (LongVILAError, *_PATH_FAULTS) as error:
+    except BrokenPipeError:
+        # Whoever read standard output has enough. Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+    except (LongVILAError, OSError) as error:
+        print(f"longvila {verb}: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        if not raised_here(error):
+            raise
         print(f"longvila {verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nlongvila {verb}: stopped", file=sys.stderr)
-        return 130
+        print(f"\nlongvila {verb}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return status
+
+
+def raised_here(error: ValueError) -> bool:
+    """Whether this package raised an error itself.
+
+    Its own say what was expected and what came; one that escapes from a library is a fault of
+    ours, and its traceback is what helps.
+    """
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    name = "" if place is None else place.tb_frame.f_globals.get("__name__", "")
+    return name.partition(".")[0] == "longvila"

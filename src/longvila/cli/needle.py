@@ -19,10 +19,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from longvila.cli._measuring import Measuring, check, shared, shipped, show
-from longvila.errors import CheckpointError, LongVILAError
+from longvila.cli._options import parse
+from longvila.errors import LongVILAError
 from longvila.packaged import default_model
 
 
@@ -87,9 +86,10 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    options = tyro.cli(Options, args=argv, prog="longvila needle", description=__doc__)
+    options = parse(Options, argv, "needle", __doc__)
     from longvila.evaluation.needle import check_plan, run_needle
     from longvila.evaluation.needle_sets import check_haystack, load_needles, open_haystack
+    from longvila.inference.sight import sampler_of
 
     check(options)
     plan = plan_of(options)
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
         options.haystack,
         num_frames=plan.frames,
         fps=plan.fps,
-        processor=processor.video_processor,
+        processor=sampler_of(processor),
         repeat=options.repeat,
         part=options.part,
     )
@@ -159,7 +159,7 @@ def load(source: str, options: Any) -> tuple[Any, Any, Any]:
     import torch
     import torch.distributed as dist
 
-    from longvila import LongVILAForConditionalGeneration, LongVILAProcessor
+    from longvila.model.opening import open_checkpoint
     from longvila.sp.mesh import build_mesh
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -172,16 +172,7 @@ def load(source: str, options: Any) -> tuple[Any, Any, Any]:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    dtype = options.dtype
-    if dtype == "auto":
-        dtype = "float32" if kind == "cpu" else "bfloat16"
-    try:
-        processor = LongVILAProcessor.from_pretrained(source)
-        model = LongVILAForConditionalGeneration.from_pretrained(
-            source, dtype=getattr(torch, dtype)
-        )
-    except OSError as fault:
-        raise CheckpointError(f"--model {source}: {fault}") from fault
+    model, processor = open_checkpoint(source, device=device, dtype=options.dtype, label="--model")
     mesh = None
     if world > 1:
         text = model.config.get_text_config()
@@ -192,7 +183,7 @@ def load(source: str, options: Any) -> tuple[Any, Any, Any]:
             num_kv_heads=text.num_key_value_heads,
             device_type=kind,
         )
-    return model.to(device).eval(), processor, mesh
+    return model, processor, mesh
 
 
 if __name__ == "__main__":

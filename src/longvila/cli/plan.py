@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
+
+#: Every mesh of so many is tried; more would take minutes, and there is no such machine.
+MOST_GPUS = 65_536
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,16 @@ def make_plan(options: Options) -> Any:
     from longvila.train.planning import Planner
     from longvila.train.stages import get_stage
 
+    if not 1 <= options.gpus <= MOST_GPUS:
+        raise LongVILAError(f"--gpus must be from 1 to {MOST_GPUS:,}, got {options.gpus:,}")
     size = load_size(options.model, frame_side=options.frame_side)
-    gpu = with_results(find_gpu(options.gpu), options.rates)
+    try:
+        gpu = with_results(find_gpu(options.gpu), options.rates)
+    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+        files = ", ".join(map(str, options.rates))
+        raise LongVILAError(
+            f"--rates {files}: expected result files of the benchmarks, in JSON; got {fault}"
+        ) from fault
     if options.memory_gib is not None:
         gpu = replace(gpu, memory_bytes=options.memory_gib * GIB)
     backend = options.backend or max(gpu.attention, key=lambda name: gpu.attention[name][1])
@@ -191,10 +201,10 @@ def main(argv: list[str]) -> int:
     Returns:
         0 if the plan fits, 3 if it does not.
     """
+    options = parse(Options, argv, "plan", __doc__)
     from longvila.train.planning import PromptPlan
     from longvila.train.report import plan_as_dict, prompt_as_dict, show_plan, show_prompt
 
-    options = tyro.cli(Options, args=argv, prog="longvila plan", description=__doc__)
     plan = make_plan(options)
     if isinstance(plan, PromptPlan):
         text = json.dumps(prompt_as_dict(plan), indent=1) if options.json else show_prompt(plan)

@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 from longvila.packaged import default_model
 
@@ -123,13 +122,7 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    options = tyro.cli(
-        Options,
-        args=argv,
-        prog="longvila serve",
-        description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(Options, argv, "serve", __doc__, flag_pairs=False)
     return serve(options, page=False)
 
 
@@ -219,16 +212,10 @@ def build(options: Options, *, page: bool) -> Server:
         CheckpointError: If there is no such checkpoint.
         LongVILAError: If an option does not do.
     """
-    from longvila import LongVILAProcessor
     from longvila.inference.engine import Engine
     from longvila.inference.serving.app import Server
 
     model, processor = load_model(options)
-    if not isinstance(processor, LongVILAProcessor):
-        raise LongVILAError(
-            f"the server takes LongVILA checkpoints only, not {type(model).__name__} with "
-            f"{type(processor).__name__}"
-        )
     try:
         settings = to_settings(options, kv_bytes(options, model), page=page)
         return Server(Engine(model), processor, settings)
@@ -314,6 +301,8 @@ def to_settings(options: Options, kv: int, *, page: bool) -> Settings:
 def kv_bytes(options: Options, model: Any) -> int:
     """Bytes for keys and values: as given, or four fifths of what the model's device has left."""
     if options.kv_gib is not None:
+        if not options.kv_gib > 0:
+            raise LongVILAError(f"--kv-gib must be above 0, got {options.kv_gib}")
         return int(options.kv_gib * 2**30)
     import torch
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 
 if TYPE_CHECKING:
@@ -95,6 +96,30 @@ def processes(options: Options) -> int:
     return wanted
 
 
+def check_files(model: str, data: Path) -> None:
+    """Find out that a file is missing or wrong before weights are loaded.
+
+    Args:
+        model: Of the command line.
+        data: Of the command line.
+
+    Raises:
+        LongVILAError: If the model is no checkpoint, or one in the original's layout.
+        ValueError: If the file of datasets cannot be read.
+    """
+    from longvila.data.datasets import read_file
+    from longvila.model.opening import check_source
+    from longvila.model.vila.loading import is_vila
+
+    read_file(data)
+    check_source(model, label="--model")
+    if is_vila(model):
+        raise LongVILAError(
+            f"--model {model}: is in the original's layout; first: longvila convert {model} "
+            "CONVERTED"
+        )
+
+
 def main(argv: list[str]) -> int:
     """Run ``longvila train``.
 
@@ -104,7 +129,7 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    options = tyro.cli(Options, args=argv, prog="longvila train", description=__doc__)
+    options = parse(Options, argv, "train", __doc__)
     stage = settings_of(options)
     if options.show:
         from longvila.train.settings import to_yaml
@@ -114,6 +139,7 @@ def main(argv: list[str]) -> int:
     if options.model is None or options.data is None or options.output is None:
         raise LongVILAError("--model, --data and --output are needed (or --show)")
     if "RANK" not in os.environ:
+        check_files(options.model, options.data)
         number = processes(options)
         if number > 1:
             from longvila.train.launch import launch
@@ -131,6 +157,10 @@ def main(argv: list[str]) -> int:
     )
     if "RANK" in os.environ:
         end_with_parent()
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
     progress = train(job)
     return TERMINATED if progress is not None and progress.terminated else 0
 

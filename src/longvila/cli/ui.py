@@ -15,8 +15,7 @@ import threading
 import webbrowser
 from dataclasses import dataclass
 
-import tyro
-
+from longvila.cli._options import parse
 from longvila.cli.serve import Options as ServeOptions
 from longvila.cli.serve import serve
 
@@ -38,13 +37,7 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status.
     """
-    options = tyro.cli(
-        Options,
-        args=argv,
-        prog="longvila ui",
-        description=__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options = parse(Options, argv, "ui", __doc__, flag_pairs=False)
 
     def ready(address: str) -> None:
         print(f"the page is at {address}/", flush=True)

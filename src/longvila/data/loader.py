@@ -15,7 +15,9 @@ Broken samples. One that cannot be opened or fits no row is left out when it is 
 one rank whose share it is, and the next of the order takes its place in the packing. One that turns
 out broken while decoding is replaced in its row: ranks tell each other, and all take the same
 substitute, a row of the same dataset that follows from seed, position and attempt, and fits; if
-none does, the row goes without. Each is counted and listed in the report.
+none does, the row goes without. Each is counted and listed in the report. A line of a file that is
+no record is such a sample; a record that does not fit its adapter is not, and stops the run: it
+speaks about the adapter.
 
 State: next position, window (positions and lengths) and report; a few kilobytes, equal on all ranks
 but for late replacements. It describes the batches handed out, not those built ahead.
@@ -41,8 +43,9 @@ import torch
 from longvila.data.agreement import Agreement
 from longvila.data.collate import BrokenMedia, Collator
 from longvila.data.encode import Document, Encoder, Rejected
-from longvila.data.mixture import Mixture
+from longvila.data.mixture import Mixture, Place
 from longvila.data.packing import Packer
+from longvila.data.records import RecordError
 from longvila.data.report import Event, Report
 from longvila.data.workers import Workers, read_document
 from longvila.errors import LongVILAError
@@ -331,7 +334,15 @@ class _Walk:
                     self.looking[position] = self.lookers.submit(self._encode, position)
 
     def _encode(self, position: int) -> Document | Rejected:
-        return self.loader.encoder(self.loader.mixture[position])
+        return self._encode_at(self.loader.mixture.place(position))
+
+    def _encode_at(self, place: Place) -> Document | Rejected:
+        dataset = self.loader.mixture.datasets[place.dataset]
+        try:
+            sample = dataset[place.row]
+        except RecordError as fault:
+            return Rejected(f"{dataset.name}/record {place.row}", "broken", str(fault))
+        return self.loader.encoder(sample)
 
     def _look(self, positions: range, limit: int | None) -> None:
         """Let ranks look at their shares, and tell each other what they found."""
@@ -468,7 +479,7 @@ class _Walk:
             fault: Exception | None = None
             result: Document | Rejected | None = None
             try:
-                result = self.loader.encoder(mixture.datasets[place.dataset][place.row])
+                result = self._encode_at(place)
             except Exception as error:
                 fault = error
             length = result.length if isinstance(result, Document) else 0

@@ -35,6 +35,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+
+class RecordError(ValueError):
+    """One record cannot be read, whatever the others are; the message names file and record."""
+
+
 Record = Mapping[str, Any]
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 _KEPT_GROUPS = 2
@@ -196,7 +201,11 @@ class _Offsets:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Record:
-        """Return one record, parsed."""
+        """Return one record, parsed.
+
+        Raises:
+            RecordError: If it is no JSON object.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path} has {len(self)} records, there is no number {index}")
         if self._file is None:
@@ -207,9 +216,9 @@ class _Offsets:
         try:
             record = json.loads(text)
         except ValueError as fault:
-            raise ValueError(f"{self.path}, record {index} at byte {start}: {fault}") from fault
+            raise RecordError(f"{self.path}, record {index} at byte {start}: {fault}") from fault
         if not isinstance(record, dict):
-            raise ValueError(
+            raise RecordError(
                 f"{self.path}, record {index}: expected an object, got {type(record).__name__}"
             )
         return record

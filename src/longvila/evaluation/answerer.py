@@ -35,6 +35,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from longvila.inference.cache import ShardedCache
+from longvila.inference.sight import sampler_of
 from longvila.media.video import SampledVideo
 from longvila.model.pieces import CUT, tokenize_pieces
 from longvila.model.processing_longvila import clock
@@ -101,6 +102,7 @@ class Answerer:
         given = frame_separator
         self.frame_separator: str = processor.frame_separator if given is None else given
         self.timestamps: bool = processor.timestamps if timestamps is None else timestamps
+        self.sampler = sampler_of(processor)
         self._frames: dict[str, list[int]] = {}
         self.end_id = self._end_of_turn()
 
@@ -148,9 +150,11 @@ class Answerer:
         (marked,), _ = self.processor.get_text_with_replacements(
             [before], texts["image"], texts["video"]
         )
+        marks = (self.processor.image_token, self.processor.video_token)
         encoded = tokenize_pieces(
-            self.processor.tokenizer, [marked], self.processor.image_token, add_special_tokens=False
-        )
+            self.processor.tokenizer, [marked], marks[0], placeholders=marks,
+            add_special_tokens=False,
+        )  # fmt: skip
         inputs["input_ids"] = torch.tensor(encoded["input_ids"])
         cache = self.engine.prefill(inputs)
         return Watched(cache, inputs["input_ids"].shape[1], tuple(kinds), rest)
@@ -201,23 +205,64 @@ class Answerer:
         Returns:
             The answer without special tokens and outer spaces.
         """
-        extra = {"seed": options.pop("seed")} if "seed" in options else {}
-        pad = self.processor.tokenizer.pad_token_id
-        neutral = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.stop_ids(),
-            pad_token_id=self.end_id if pad is None else pad,
-            **{**neutral, **options},
-        )
+        config, extra = self._generation({**options, "max_new_tokens": max_new_tokens})
         tail = self._tail(watched, question)
         if watched.cache is None:
             out = self.engine.generate({"input_ids": tail}, generation_config=config, **extra)
         else:
             cache = self.engine.fork(watched.cache)
             out = self.engine.generate(cache, tail, generation_config=config, **extra)
-        new = out[0, watched.tokens + tail.shape[1] :]
-        text: str = self.processor.tokenizer.decode(new, skip_special_tokens=True)
+        return self._text(out[0, watched.tokens + tail.shape[1] :])
+
+    def answer_turns(
+        self, messages: Sequence[Mapping[str, Any]], shown: Sequence[Any], **options: Any
+    ) -> str:
+        """Answer messages that show media among words: the whole prompt is read at once.
+
+        Args:
+            messages: Turns; a part that shows something has ``type`` image or video.
+            shown: What these parts show, decoded, in order.
+            **options: As for `answer`.
+
+        Returns:
+            The answer without special tokens and outer spaces.
+        """
+        media = iter(shown)
+        turns = [
+            {
+                "role": message["role"],
+                "content": [
+                    dict(part)
+                    if part["type"] == "text"
+                    else {"type": part["type"], part["type"]: next(media)}
+                    for part in message["content"]
+                ],
+            }
+            for message in messages
+        ]
+        inputs = self.processor.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        config, extra = self._generation(options)
+        with torch.no_grad():
+            out = self.engine.generate(dict(inputs), generation_config=config, **extra)
+        return self._text(out[0, inputs["input_ids"].shape[1] :])
+
+    def _generation(self, given: Mapping[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Options as a generation configuration, and those of the engine's own."""
+        options = dict(given)
+        extra = {"seed": options.pop("seed")} if "seed" in options else {}
+        pad = self.processor.tokenizer.pad_token_id
+        neutral = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+        config = GenerationConfig(
+            eos_token_id=self.stop_ids(),
+            pad_token_id=self.end_id if pad is None else pad,
+            **{**neutral, **options},
+        )
+        return config, extra
+
+    def _text(self, ids: Tensor) -> str:
+        text: str = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
         return text.strip()
 
     def choose(self, watched: Watched, question: str, options: Sequence[str]) -> list[float]:

@@ -29,9 +29,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import GenerationConfig
-
 from longvila.errors import ContextLengthError, VideoError
 from longvila.evaluation.answerer import Answerer, Watched
 from longvila.evaluation.answers import Answers, Record, digest
@@ -241,7 +238,7 @@ class Asking:
         """Decode what a question shows; or say why that cannot be."""
         if question.missing:
             return [], question.missing
-        sampler = self.answerer.processor.video_processor
+        sampler = self.answerer.sampler
         shares, fps = self.place.shares, question.fps
         shown: list[Any] = []
         error = ""
@@ -284,29 +281,8 @@ class Asking:
         return self.answerer.answer(watched, words_of(question.messages[0]), **options, **more)
 
     def _say_whole(self, key: str, question: Question, shown: Sequence[Any]) -> str:
-        """Answer messages that show media among words: the whole prompt is read at once."""
-        processor, engine = self.answerer.processor, self.answerer.engine
-        media = iter(shown)
-        messages = [
-            {
-                "role": message["role"],
-                "content": [_filled(part, media) for part in message["content"]],
-            }
-            for message in question.messages
-        ]
-        inputs = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True,
-            return_tensors="pt",
-        )  # fmt: skip
         options, more = self._options(key, question)
-        config = GenerationConfig(
-            eos_token_id=self.answerer.stop_ids(), pad_token_id=self.answerer.end_id, **options
-        )
-        with torch.no_grad():
-            out = engine.generate(dict(inputs), generation_config=config, **more)
-        new = out[0, inputs["input_ids"].shape[1] :]
-        text: str = processor.tokenizer.decode(new, skip_special_tokens=True)
-        return text.strip()
+        return self.answerer.answer_turns(question.messages, shown, **options, **more)
 
     def _options(self, key: str, question: Question) -> tuple[dict[str, Any], dict[str, Any]]:
         options = {"do_sample": False, "num_beams": 1, **question.options}
@@ -362,12 +338,6 @@ def _seen(medium: Any) -> dict[str, Any]:
             "length_s": round(float(medium.metadata.duration_s), 3),
         }
     return {"kind": "image", "size": list(medium.size)}
-
-
-def _filled(part: Mapping[str, Any], media: Iterator[Any]) -> dict[str, Any]:
-    """Put what was decoded in the place of a medium's name."""
-    kind = part["type"]
-    return dict(part) if kind == "text" else {"type": kind, kind: next(media)}
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

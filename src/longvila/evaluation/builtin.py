@@ -48,6 +48,7 @@ from longvila.evaluation.needle_read import reading_order
 from longvila.evaluation.needle_sets import Haystack, Needle, NeedleError
 from longvila.evaluation.summary import Group
 from longvila.evaluation.task import Question, Scene
+from longvila.inference.sight import sampler_of
 
 #: Options of a choice among captions.
 CAPTION_WAYS = 20
@@ -124,14 +125,14 @@ def bench_scenes(material: Material, plan: BenchPlan, processor: Any) -> list[Sc
         NeedleError: If a length is more than the film's frames.
     """
     book = material.haystack.book
-    square = processor.video_processor.square
+    square = sampler_of(processor).square
     scenes: list[Scene] = []
     for length in sorted(plan.lengths):
         if length > book.num_frames:
             raise NeedleError(f"{length} frames are asked for, the film gives {book.num_frames}")
         stage = Stage(
             material.haystack, material.pictures, square, insert="paste",
-            times=processor.timestamps, seed=plan.seed, words=Words(),
+            times=getattr(processor, "timestamps", False), seed=plan.seed, words=Words(),
             step_s=max(1.0, material.duration_s / length), stride=book.num_frames // length,
         )  # fmt: skip
         films, controls = strict_scenes(

@@ -32,13 +32,14 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from longvila import build_mesh
-from longvila.evaluation.answerer import Answerer
 from longvila.evaluation.answers import Answers
 from longvila.evaluation.asking import Asking, Place, Question
+from longvila.evaluation.families import open_answerer
 from longvila.evaluation.lmms_media import normal_messages
 from longvila.evaluation.lmms_share import Ranks
 from longvila.evaluation.presets import Preset, find_preset, preset_of_task
 from longvila.inference.engine import Engine
+from longvila.inference.sight import NUM_FRAMES
 from longvila.log import get_logger, log_once
 from longvila.model.opening import open_checkpoint
 
@@ -109,7 +110,7 @@ class LongVILA(lmms):  # type: ignore[misc]
         self.engine = Engine(model, mesh)
         self.processor = processor
         self.asking = Asking(
-            Answerer(self.engine, processor),
+            open_answerer(self.engine, processor),
             Answers(Path(log) if log else None, f"group-{place.group}" if place.leads else None),
             settings={"model": name, "dtype": str(model.dtype)},
             seed=int(seed),
@@ -192,7 +193,8 @@ class LongVILA(lmms):  # type: ignore[misc]
         """
         if self.num_frames != "paper":
             return int(self.num_frames)
-        return self.processor.video_processor.num_frames if preset is None else preset.frames
+        sampled = self.asking.answerer.sampler.num_frames
+        return (sampled or NUM_FRAMES) if preset is None else preset.frames
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Refuse: lmms-eval asks chat models to generate."""

@@ -18,13 +18,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 
 from longvila.errors import ContextLengthError
-from longvila.evaluation.answerer import Answerer
 from longvila.evaluation.answers import write_json
+from longvila.evaluation.families import (
+    FamilyRows,
+    LayoutName,
+    WholeReader,
+    open_answerer,
+    open_reader,
+    open_rows,
+)
 from longvila.evaluation.needle_frames import FrameRows
 from longvila.evaluation.needle_read import SceneReader
 from longvila.evaluation.needle_sets import Haystack
@@ -35,11 +42,11 @@ from longvila.evaluation.task import Scene
 from longvila.inference.engine import Engine
 from longvila.inference.store import model_key
 from longvila.log import get_logger
-from longvila.parallel.families import find_family
 
 _LOG = get_logger(__name__)
-LayoutName = Literal["needle", "model"]
 Progress = Callable[[int, int, Scene], None]
+#: Context of a model that is measured beyond its own.
+_ANY_LENGTH = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -73,19 +80,6 @@ class About:
     notes: tuple[str, ...] = ()
 
 
-def make_answerer(engine: Any, processor: Any, layout: LayoutName) -> Answerer:
-    """Return an answerer that writes prompts in a layout.
-
-    Args:
-        engine: The engine.
-        processor: The model's processor.
-        layout: As in `Part`.
-    """
-    if layout == "model":
-        return Answerer(engine, processor)
-    return Answerer(engine, processor, frame_separator="", timestamps=False)
-
-
 def identity(model: Any, processor: Any) -> dict[str, Any]:
     """Return what tells a model and how it sees from another, to be part of a run's settings.
 
@@ -108,7 +102,7 @@ def beyond_context(model: Any, allowed: bool) -> Iterator[None]:
     config = model.config.get_text_config()
     before = config.max_position_embeddings
     if allowed:
-        config.max_position_embeddings = 2**31 - 1
+        config.max_position_embeddings = _ANY_LENGTH
     try:
         yield
     finally:
@@ -163,10 +157,11 @@ def measure_model(
     Raises:
         RecordsError: If ``out`` holds answers of other settings.
         ContextLengthError: If the longest scene does not fit the model's context.
+        NeedleError: If rows are to be kept and the model's family has none.
     """
     who = identity(model, processor)
-    rows = FrameRows(
-        find_family(model), haystack.book, processor.video_processor.pixels,
+    rows = open_rows(
+        model, processor, haystack.book,
         folder=rows_folder(out, who, haystack.key) if keep_rows else None,
     )  # fmt: skip
     with (
@@ -184,7 +179,7 @@ def measure(
     processor: Any,
     parts: Sequence[Part],
     settings: dict[str, Any],
-    rows: FrameRows,
+    rows: FrameRows | FamilyRows,
     *,
     about: About,
     out: Path,
@@ -219,9 +214,9 @@ def measure(
     began = time.perf_counter()
     dp_rank, dp_size = (0, 1) if mesh is None else (mesh.dp_rank, mesh.dp_size)
     leads = mesh is None or mesh.sp_rank == 0
-    answerers = [make_answerer(engine, processor, part.layout) for part in parts]
+    answerers = [open_answerer(engine, processor, part.layout) for part in parts]
     readers = [
-        SceneReader(answerer, rows, part.scenes)
+        open_reader(answerer, rows, part.scenes)
         for answerer, part in zip(answerers, parts, strict=True)
     ]
     for reader, part in zip(readers, parts, strict=True):
@@ -255,10 +250,10 @@ def measure(
     return groups
 
 
-def _check_context(engine: Any, reader: SceneReader, scenes: Sequence[Scene]) -> None:
+def _check_context(engine: Any, reader: SceneReader | WholeReader, scenes: Sequence[Scene]) -> None:
     """Refuse scenes that will not fit before hours are spent on those that do."""
     limit: int | None = getattr(engine, "context_length", None)
-    if limit is None or not scenes:
+    if limit is None or limit >= _ANY_LENGTH or not scenes:
         return
     longest = max(scenes, key=lambda scene: len(scene.frames))
     tokens = reader.tokens_of(longest)

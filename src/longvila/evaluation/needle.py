@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from longvila.evaluation.families import layout_for
 from longvila.evaluation.measure import About, LayoutName, Part, measure_model
 from longvila.evaluation.needle_plan import (
     WAYS,
@@ -39,6 +40,7 @@ from longvila.evaluation.needle_read import reading_order
 from longvila.evaluation.needle_sets import Haystack, Needle, NeedleError
 from longvila.evaluation.summary import Group
 from longvila.evaluation.task import Scene
+from longvila.inference.sight import sampler_of
 
 Protocol = Literal["paper", "strict", "both"]
 #: Tasks of the stricter protocol.
@@ -128,8 +130,9 @@ def make_parts(
 
     def stage(layout: LayoutName, insert: str) -> Stage:
         return Stage(
-            haystack, needles, processor.video_processor.square, insert=insert,
-            times=layout == "model" and processor.timestamps, seed=plan.seed, words=plan.words,
+            haystack, needles, sampler_of(processor).square, insert=insert,
+            times=layout == "model" and getattr(processor, "timestamps", False),
+            seed=plan.seed, words=plan.words,
             step_s=plan.step_s, ways=plan.ways,
         )  # fmt: skip
 
@@ -242,6 +245,12 @@ def run_needle(
         RecordsError: If ``out`` holds answers of other settings.
         ContextLengthError: If the longest scene does not fit the model's context.
     """
+    # A family whose processor writes prompts itself has one layout, and settings say which.
+    plan = replace(
+        plan,
+        layout=layout_for(processor, plan.layout),
+        strict_layout=layout_for(processor, plan.strict_layout),
+    )
     return measure_model(
         model, processor, haystack, make_parts(plan, haystack, needles, processor),
         settings_of(plan, haystack, needles, name), about=about(haystack, name), out=out, **options,

@@ -146,12 +146,11 @@ class SceneReader:
         return self.engine.prefill(inputs, **({} if onto is None else {"onto": onto}))
 
     def _pooled_ids(self, frames: int, step_s: float) -> list[int]:
-        head, _ = split_medium(self._pooled_text(frames, step_s), self.answerer.processor)
+        processor = self.answerer.processor
+        head, _ = split_medium(self._pooled_text(frames, step_s), processor)
+        marks = (processor.image_token, processor.video_token)
         tokens = tokenize_pieces(
-            self.answerer.processor.tokenizer,
-            [head],
-            self.answerer.processor.image_token,
-            add_special_tokens=False,
+            processor.tokenizer, [head], marks[0], placeholders=marks, add_special_tokens=False
         )
         return [*self._head, *tokens["input_ids"][0]]
 

@@ -138,27 +138,36 @@ class ShardLayer(CacheLayerMixin):
             values: As ``keys``.
             starts: For each row, how many of the tokens are filler that comes first.
 
-        Raises:
-            ValueError: If the rows are neither those of the tail nor expanded from one.
-
         Memory: ``2 * B * K * D * (tokens of the tail)``, and once more while a tail grows.
         """
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        self.lazy_initialization(keys, values)
-        rows, new = keys.shape[:2]
+        new = keys.shape[1]
         if starts is not None:
             self.seal()
             self.padded = (len(self.segments), starts)
+        self.make_room(keys)
+        assert self.keys is not None and self.values is not None
+        self.keys[:, self.used : self.used + new] = keys
+        self.values[:, self.used : self.used + new] = values
+        self.used += new
+
+    def make_room(self, like: Tensor) -> None:
+        """Let the tail have room for new tokens behind those that are used.
+
+        Args:
+            like: ``(B, T, K, D)``, a tensor of their shape, type and device.
+
+        Raises:
+            ValueError: If the rows are neither those of the tail nor expanded from one.
+        """
+        self.lazy_initialization(like, like)
+        rows, new = like.shape[:2]
         if self.keys is not None and self.keys.shape[0] != rows:
             if self.used and self.keys.shape[0] != 1:
                 raise ValueError(f"the cache holds {self.keys.shape[0]} rows, got {rows} more")
             self.seal()
         if self.keys is None or self.used + new > self.keys.shape[1]:
-            self._grow(keys, self.used + new)
-        assert self.keys is not None and self.values is not None
-        self.keys[:, self.used : self.used + new] = keys
-        self.values[:, self.used : self.used + new] = values
-        self.used += new
+            self._grow(like, self.used + new)
 
     def _grow(self, like: Tensor, needed: int) -> None:
         too_long = self.longest_tail is not None and needed > self.longest_tail
@@ -368,13 +377,18 @@ class ShardedCache(Cache):
         Yields:
             The rank that keeps them: the one with the fewest, of these the first.
         """
-        owner = min(range(self.num_ranks), key=lambda rank: (self.held[rank], rank))
+        owner = self.next_owner
         if pads is not None and self.pads is not None:
             raise ValueError("the rows of this cache are padded already; fork their prefix")
         with self._arrive(Given(tokens, owner, self.num_ranks, pads)):
             yield owner
         if pads is not None:
             self.pads = pads
+
+    @property
+    def next_owner(self) -> int:
+        """The rank that keeps the tokens of the next step."""
+        return min(range(self.num_ranks), key=lambda rank: (self.held[rank], rank))
 
     @contextmanager
     def _arrive(self, arrival: Dealt | Given) -> Iterator[None]:
@@ -436,8 +450,7 @@ class ShardedCache(Cache):
                 "longvila.inference.engine.Engine of this model"
             )
         layer = self.shards[layer_idx]
-        if key_states.shape[0] > 1 and self._shared is None:
-            self._shared = sum(self.held)
+        self._note_rows(key_states.shape[0])
         if isinstance(arriving, Dealt):
             own = arriving.counts(arriving.total)[self.rank]
             if not arriving.appended:
@@ -448,6 +461,19 @@ class ShardedCache(Cache):
         elif arriving.owner == self.rank:
             layer.append(key_states, value_states, starts=arriving.pads)
         return key_states, value_states
+
+    def extend(self, rows: int, tokens: int) -> None:
+        """Count T new tokens of B rows that a step writes into room made for them."""
+        arriving = self._arriving
+        assert isinstance(arriving, Given)
+        self._note_rows(rows)
+        if arriving.owner == self.rank:
+            for layer in self.shards:
+                layer.used += tokens
+
+    def _note_rows(self, rows: int) -> None:
+        if rows > 1 and self._shared is None:
+            self._shared = sum(self.held)
 
     # ---- the whole
 

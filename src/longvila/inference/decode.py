@@ -9,8 +9,10 @@ Every rank has the new tokens and runs the whole text model on them. In each lay
 1. The rank that keeps the new tokens has them in its tail and attends to them causally (aligned to
    the end); everything else lies before them and is attended to without a mask.
 2. A long segment and few queries leave most of a GPU idle, since kernels cut queries, not keys. So
-   the queries that share a kv head become one block of queries, and the segment is viewed as
-   equal chunks in the batch dimension: one call over all of them, merged by lse.
+   the segment is read by a kernel that is split over the keys (`longvila.ops.decode`). Where that
+   cannot be had, the queries that share a kv head become one block of queries, and the segment is
+   viewed as equal chunks in the batch dimension: one call over all of them, merged by lse. Steps
+   of the same few tokens are replayed, not launched (`longvila.inference.static_step`).
 3. **The same logits, to the bit, on all ranks.** Gathered partial results are equal everywhere and
    merged in one order, so ranks can drift apart only in what each computes for itself from equal
    inputs. Equal GPUs give equal bits there in practice; libraries do not promise it, and one
@@ -28,6 +30,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,8 +41,12 @@ from transformers import PreTrainedModel, StoppingCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longvila.inference.cache import ShardedCache
+from longvila.inference.inputs import new_ids, new_pads
 from longvila.inference.paging import Walk
+from longvila.inference.static_step import StaticSteps
+from longvila.log import log_once
 from longvila.ops.attention import attention_forward
+from longvila.ops.decode import MAX_NEW_TOKENS, decode_attention, decode_refusal
 from longvila.ops.lse import merge, merge_many
 from longvila.parallel.families import Family
 from longvila.parallel.hf_attention import NAME, AttentionStep, check_calls, sentinel_mask
@@ -142,9 +149,15 @@ def attend_segment(
     # One query at the end sees everything.
     causal = causal and new > 1
     shared = k.shape[0] == 1 and batch > 1
+    if causal and shared:
+        raise ValueError("rows with tokens of their own cannot share the segment they end in")
+    if split_tokens is None and new <= MAX_NEW_TOKENS and batch * new <= _FEW_QUERIES:
+        reason = decode_refusal(q.dtype, dim, q.device)
+        if reason is None and k.shape[1]:
+            return decode_attention(q, k, v, causal=causal, softmax_scale=softmax_scale)
+        if q.device.type == "cuda" and reason is not None:
+            log_once(__name__, logging.WARNING, f"few queries without the split kernel: {reason}")
     if causal:
-        if shared:
-            raise ValueError("rows with tokens of their own cannot share the segment they end in")
         if k.shape[1] <= piece_tokens:
             return attention_forward(q, k, v, causal=True, **options)
         before = k.shape[1] - new
@@ -415,14 +428,14 @@ def read_embeds(
     return hidden
 
 
-def _text_positions(cache: ShardedCache, embeds: Tensor, filler: tuple[int, ...] | None) -> Tensor:
+def _text_positions(cache: ShardedCache, new: Tensor, filler: tuple[int, ...] | None) -> Tensor:
     """Positions of text behind a cache: ``(B, T)``, or ``(3, B, T)`` where they are 3-D."""
-    rows, tokens = embeds.shape[:2]
+    rows, tokens = new.shape[:2]
     runs = cache.text_runs
     first = cache.get_seq_length() + (0 if runs is None else runs.offset)
-    positions = torch.arange(first, first + tokens, device=embeds.device).expand(rows, -1)
+    positions = torch.arange(first, first + tokens, device=new.device).expand(rows, -1)
     if filler is not None:
-        positions = positions - torch.tensor(filler, device=embeds.device)[:, None]
+        positions = positions - torch.tensor(filler, device=new.device)[:, None]
         positions = positions.clamp(min=0)
     return positions if runs is None else positions.expand(3, -1, -1)
 
@@ -462,7 +475,8 @@ class CacheForward:
         model: The model.
         family: Where its parts are.
         original: Its forward so far.
-        split_tokens: As for `attend_segment`.
+        static: Steps of few tokens with fixed shapes.
+        split_tokens: As for `attend_segment`; given, steps are not of fixed shapes.
     """
 
     def __init__(
@@ -470,10 +484,11 @@ class CacheForward:
         model: PreTrainedModel,
         family: Family,
         original: Callable[..., Any],
+        static: StaticSteps,
         split_tokens: int | None = None,
     ) -> None:
         self.model, self.family, self.original = model, family, original
-        self.split_tokens = split_tokens
+        self.static, self.split_tokens = static, split_tokens
         self.names = list(inspect.signature(original).parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -490,69 +505,33 @@ class CacheForward:
                     f"{name} does not go with a ShardedCache: media are read by Engine.prefill, "
                     "and layers return neither hidden states nor weights"
                 )
-        embeds = given.get("inputs_embeds")
-        if embeds is None:
-            ids = _new_ids(given, cache)
-            embeds = self.family.embed(self.model, ids.flatten()).view(*ids.shape, -1)
-        pads = _pads(given.get("attention_mask"), cache, embeds.shape[1])
+        embeds: Any = given.get("inputs_embeds")
+        ids: Any = new_ids(given, cache) if embeds is None else None
+        tokens: int = (ids if embeds is None else embeds).shape[1]
+        pads = new_pads(given.get("attention_mask"), cache, tokens)
         positions = given.get("position_ids")
         if positions is not None:
-            positions = positions[..., -embeds.shape[1] :]
+            positions = positions[..., -tokens:]
         if cache.text_runs is not None or pads is not None or cache.pads is not None:
             # generate has not seen the prefix's media, and makes positions that count tokens.
             positions = None
-        hidden = read_embeds(
-            self.model, self.family, cache, embeds,
-            position_ids=positions, split_tokens=self.split_tokens, pads=pads,
-        )  # fmt: skip
-        if cache.text_runs is not None:
-            cache.text_runs = cache.text_runs.count(embeds.shape[1])
         keep = given.get("logits_to_keep") or 0
-        kept = hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
-        logits = shared_logits(self.model.get_output_embeddings()(kept), cache)
+        logits: Tensor | None = None
+        if ids is not None and pads is None and isinstance(keep, int) and self.split_tokens is None:
+            at = _text_positions(cache, ids, cache.pads) if positions is None else positions
+            logits = self.static.try_step(cache, ids, at, keep or tokens)
+        if logits is None:
+            if ids is not None:
+                embeds = self.family.embed(self.model, ids.flatten()).view(*ids.shape, -1)
+            hidden = read_embeds(
+                self.model, self.family, cache, embeds,
+                position_ids=positions, split_tokens=self.split_tokens, pads=pads,
+            )  # fmt: skip
+            kept = hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
+            logits = shared_logits(self.model.get_output_embeddings()(kept), cache)
+        if cache.text_runs is not None:
+            cache.text_runs = cache.text_runs.count(tokens)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
-
-
-def _new_ids(given: Mapping[str, Any], cache: ShardedCache) -> Tensor:
-    """Leave out ids that the cache holds: assisted decoding begins with all of them."""
-    ids: Tensor = given["input_ids"]
-    past = cache.get_seq_length()
-    mask, positions = given.get("attention_mask"), given.get("position_ids")
-    if not 0 < past < ids.shape[1]:
-        return ids
-    # A mask of the ids' own length, or else positions that begin at 0: these are the whole.
-    if mask is not None:
-        if mask.shape[1] != ids.shape[1]:
-            return ids
-    elif positions is None or int(positions.flatten()[0]) != 0:
-        return ids
-    known = cache.input_ids
-    if known is None or not torch.equal(ids[:, :past], known.to(ids.device).expand(len(ids), -1)):
-        raise ValueError(f"the first {past} tokens are not those that the cache holds")
-    return ids[:, past:]
-
-
-def _pads(mask: Tensor | None, cache: ShardedCache, tokens: int) -> tuple[int, ...] | None:
-    """Filler before each row's own tokens, from a mask over the cache and the new tokens."""
-    if mask is None or tokens == 1:
-        return None
-    past = cache.get_seq_length()
-    new = mask[:, -tokens:] != 0
-    hidden = (~new).sum(1)
-    expected = torch.arange(tokens, device=mask.device) >= hidden[:, None]
-    before = mask[:, : mask.shape[1] - tokens]
-    known = cache.pads
-    if known is None:
-        whole = bool((before != 0).all())
-    else:  # filler that was read before: in its place, and nowhere else
-        whole = int((before == 0).sum()) == sum(known) and not bool(hidden.any())
-    if mask.shape[1] != past + tokens or not whole or not torch.equal(new, expected):
-        raise ValueError(
-            "attention_mask hides tokens; a ShardedCache holds whole rows, which may differ in "
-            "length at one place: filler before the first tokens of their own"
-        )
-    pads = tuple(hidden.tolist())
-    return pads if any(pads) else None
 
 
 def set_attention(text: PreTrainedModel) -> str | None:

@@ -52,9 +52,11 @@ from longvila.inference.prefill import (
     prefill_ranks,
 )
 from longvila.inference.ranks import prefill_rank_chunks
+from longvila.inference.static_step import Mode, StaticSteps
 from longvila.inference.store import load_cache, model_key, save_cache
 from longvila.parallel.families import Family, find_family
 from longvila.parallel.mmsp import TwoStageForward, TwoStageOptions
+from longvila.parallel.tower_attention import attend_in_units
 from longvila.sp.mesh import SPMesh
 
 #: So few tokens of text behind a cache are read by every rank: dealing them out costs more.
@@ -92,10 +94,13 @@ class Engine:
             says: media that are encoded already are a family whose encoder looks rows up.
         kv_offload: Bytes of keys and values that stay on each rank's device, older ones being
             paged to the host; a number, a `longvila.inference.paging.Pager`, or None for all.
+        decode_graphs: How steps of few tokens run (`longvila.inference.static_step.StaticSteps`):
+            ``"auto"`` captures them on a GPU, ``"uncaptured"`` and ``"off"`` do not.
 
     Raises:
         TypeError: If the model is of no known family.
-        ValueError: If ``chunk_tokens`` is not positive, or an engine holds the model already.
+        ValueError: If ``chunk_tokens`` is not positive, ``decode_graphs`` is none of the three, or
+            an engine holds the model already.
 
     Comm: Making one: none.
     """
@@ -109,6 +114,7 @@ class Engine:
         split_tokens: int | None = None,
         family: Family | None = None,
         kv_offload: int | Pager | None = None,
+        decode_graphs: Mode = "auto",
     ) -> None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
@@ -121,14 +127,16 @@ class Engine:
             self.family.position_ids is not Family.__dataclass_fields__["position_ids"].default
         )
         self.text = self.family.text_model(model)
+        self.static = StaticSteps(model, self.family, mesh, decode_graphs)
         self.chunk_tokens = chunk_tokens
         self.pager = kv_offload if isinstance(kv_offload, Pager) else None
         if isinstance(kv_offload, int):
             self.pager = Pager(self._device, kv_offload)
         self._attention = set_attention(self.text)
+        self._towers = [attend_in_units(tower) for tower in self.family.unit_towers(model)]
         self._before = vars(model).get("forward")
         original = model.forward
-        cache_forward = CacheForward(model, self.family, original, split_tokens)
+        cache_forward = CacheForward(model, self.family, original, self.static, split_tokens)
         self._cache_forward = cache_forward
 
         # wraps: generate reads the signature to see which arguments the model takes.
@@ -165,6 +173,9 @@ class Engine:
             vars(self.model)["forward"] = self._before
         if self._attention is not None:
             self.text.set_attn_implementation(self._attention)
+        for give_back in self._towers:
+            give_back()
+        self.static.clear()
         self._forward = None  # type: ignore[assignment]
 
     def __enter__(self) -> Engine:
@@ -258,6 +269,7 @@ class Engine:
             cache = ShardedCache(layers, mesh=self.mesh, pager=self.pager)
             cache.text_runs = TextRuns() if self.places_in_3d else None
         self.check_context(cache.get_seq_length() + ids.shape[1])
+        self.static.compile_ahead()
         positions = self._positions(cache, batch)
         path = self._path(batch, onto)
         if path == "one pass":

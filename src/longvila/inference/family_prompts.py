@@ -12,7 +12,8 @@ from typing import Any
 
 from longvila.inference.frames import MissingFrames, TensorFrames
 from longvila.inference.prompts import Item, Medium, Message, Progress, Rendered, describe, said
-from longvila.media.video import read_frames
+from longvila.inference.sight import FamilySampler
+from longvila.media.video import SampledVideo
 from longvila.parallel.families import Family
 
 
@@ -33,7 +34,7 @@ class FamilyPrompts:
         self, model: Any, processor: Any, family: Family, *, progress: Progress | None = None
     ) -> None:
         self.model, self.processor, self.family = model, processor, family
-        self.progress = progress
+        self.sampler, self.progress = FamilySampler(processor), progress
 
     def load_video(
         self,
@@ -57,19 +58,13 @@ class FamilyPrompts:
         Raises:
             VideoError: If the video gives no frame.
         """
-        part = self.processor.video_processor
         if num_frames is None and fps is None:
-            num_frames, fps = getattr(part, "num_frames", None), getattr(part, "fps", None)
-            if num_frames is None and fps is None:
-                num_frames = 32
-        video = read_frames(
-            source, num_frames=num_frames, fps=fps, short="all",
+            num_frames, fps = self.sampler.num_frames, self.sampler.fps
+        video = self.sampler.sample(
+            source, num_frames=num_frames, fps=fps,
             progress=None if self.progress is None else self._decoded, **options,
         )  # fmt: skip
-        medium = Medium(
-            "video", video.metadata.name, "", len(video.frames), 0, video.timestamps_s.tolist(),
-            video.missing, pixels=video,
-        )  # fmt: skip
+        medium = decoded_medium(video)
         medium.sampling = {"num_frames": num_frames, "fps": fps}
         self._count(medium)
         return medium
@@ -91,7 +86,7 @@ class FamilyPrompts:
         from longvila.media.image import load_image
 
         name = str(source) if isinstance(source, str) else f"<{type(source).__name__}>"
-        medium = Medium("image", name, "", 1, 0, pixels=load_image(source))
+        medium = decoded_medium(load_image(source), name)
         self._count(medium)
         return medium
 
@@ -149,6 +144,21 @@ class FamilyPrompts:
                 start = stop
         ids = batch["input_ids"][0].tolist()
         return Rendered(ids, items, None if positions is None else positions[-3:, 0])
+
+
+def decoded_medium(decoded: Any, name: str = "") -> Medium:
+    """Return a medium of frames or of a picture that is decoded already.
+
+    Args:
+        decoded: A `SampledVideo`, or a PIL image.
+        name: What to call a picture.
+    """
+    if not isinstance(decoded, SampledVideo):
+        return Medium("image", name, "", 1, 0, pixels=decoded)
+    return Medium(
+        "video", decoded.metadata.name, "", len(decoded.frames), 0, decoded.timestamps_s.tolist(),
+        decoded.missing, pixels=decoded,
+    )  # fmt: skip
 
 
 def _metadata(video: Any) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Rows of token ids as an engine takes them."""
+"""Rows of token ids as an engine takes them, and what is new in what ``generate`` hands over."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,3 +68,68 @@ def append_ids(cache: ShardedCache, ids: Tensor) -> None:
     if before.shape[0] != ids.shape[0]:
         before = before.expand(ids.shape[0], -1)
     cache.input_ids = torch.cat([before, ids.to(before.device)], dim=1)
+
+
+def new_ids(given: Mapping[str, Any], cache: ShardedCache) -> Tensor:
+    """Leave out ids that the cache holds: assisted decoding begins with all of them.
+
+    Args:
+        given: What the model's forward was given.
+        cache: What came before.
+
+    Returns:
+        ``(B, T)``.
+
+    Raises:
+        ValueError: If ids are given again and are not those of the cache.
+    """
+    ids: Tensor = given["input_ids"]
+    past = cache.get_seq_length()
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    if not 0 < past < ids.shape[1]:
+        return ids
+    # A mask of the ids' own length, or else positions that begin at 0: these are the whole.
+    if mask is not None:
+        if mask.shape[1] != ids.shape[1]:
+            return ids
+    elif positions is None or int(positions.flatten()[0]) != 0:
+        return ids
+    known = cache.input_ids
+    if known is None or not torch.equal(ids[:, :past], known.to(ids.device).expand(len(ids), -1)):
+        raise ValueError(f"the first {past} tokens are not those that the cache holds")
+    return ids[:, past:]
+
+
+def new_pads(mask: Tensor | None, cache: ShardedCache, tokens: int) -> tuple[int, ...] | None:
+    """Return the filler before each row's own tokens.
+
+    Args:
+        mask: Over the cache and the new tokens; None if nothing is masked.
+        cache: What came before.
+        tokens: New tokens.
+
+    Returns:
+        For each row how much; None if no row has any.
+
+    Raises:
+        ValueError: If the mask hides anything else.
+    """
+    if mask is None or tokens == 1:
+        return None
+    past = cache.get_seq_length()
+    new = mask[:, -tokens:] != 0
+    hidden = (~new).sum(1)
+    expected = torch.arange(tokens, device=mask.device) >= hidden[:, None]
+    before = mask[:, : mask.shape[1] - tokens]
+    known = cache.pads
+    if known is None:
+        whole = bool((before != 0).all())
+    else:  # filler that was read before: in its place, and nowhere else
+        whole = int((before == 0).sum()) == sum(known) and not bool(hidden.any())
+    if mask.shape[1] != past + tokens or not whole or not torch.equal(new, expected):
+        raise ValueError(
+            "attention_mask hides tokens; a ShardedCache holds whole rows, which may differ in "
+            "length at one place: filler before the first tokens of their own"
+        )
+    pads = tuple(hidden.tolist())
+    return pads if any(pads) else None

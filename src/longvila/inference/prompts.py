@@ -14,7 +14,6 @@ Letters: S tokens, F frames.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -34,6 +33,7 @@ from longvila.inference.frames import (
     VideoFrames,
 )
 from longvila.media.video import choose_indices, open_video
+from longvila.model.pieces import CUT, tokenize_pieces
 from longvila.parallel.families import Family
 
 Kind = Literal["image", "video"]
@@ -48,7 +48,8 @@ class Medium:
     Attributes:
         kind: ``"image"`` or ``"video"``.
         name: What the user called it.
-        text: What its placeholder becomes in the prompt; empty where the processor says it.
+        text: What its placeholder becomes in the prompt, marks of its pieces in it; empty where the
+            processor says it.
         frames: Frames of a video, tiles of an image.
         tokens: Tokens that it adds to the prompt.
         timestamps_s: When each frame of a video appears.
@@ -97,6 +98,32 @@ class Rendered:
     items: Mapping[str, Sequence[Item]]
     positions: Tensor | None = None
 
+    def spans(self, family: Family, config: Any) -> dict[str, list[tuple[int, int]]]:
+        """Return where each item of each kind begins and ends in the prompt.
+
+        Args:
+            family: Names the placeholders.
+            config: The model's configuration.
+
+        Raises:
+            ValueError: If placeholders and rows differ in number.
+        """
+        ids = torch.tensor(self.ids)
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for kind in family.media:
+            items = self.items.get(kind.name, ())
+            places = (ids == kind.token_id(config)).nonzero().flatten()
+            edges = [0, *accumulate(item.rows for item in items)]
+            if edges[-1] != len(places):
+                raise ValueError(
+                    f"the prompt has {len(places)} {kind.name} placeholders but the media give "
+                    f"{edges[-1]} rows"
+                )
+            spans[kind.name] = [
+                (int(places[a]), int(places[b - 1]) + 1) for a, b in pairwise(edges)
+            ]
+        return spans
+
     def behind(
         self, kept: int, stop: int, family: Family, config: Any
     ) -> tuple[int, dict[str, Any]]:
@@ -114,19 +141,7 @@ class Rendered:
         """
         ids = torch.tensor(self.ids)
         left: dict[str, list[Item]] = {}
-        spans: dict[str, list[tuple[int, int]]] = {}
-        for kind in family.media:
-            items = self.items.get(kind.name, ())
-            places = (ids == kind.token_id(config)).nonzero().flatten()
-            edges = [0, *accumulate(item.rows for item in items)]
-            if edges[-1] != len(places):
-                raise ValueError(
-                    f"the prompt has {len(places)} {kind.name} placeholders but the media give "
-                    f"{edges[-1]} rows"
-                )
-            spans[kind.name] = [
-                (int(places[a]), int(places[b - 1]) + 1) for a, b in pairwise(edges)
-            ]
+        spans = self.spans(family, config)
         for start, end in sorted(span for each in spans.values() for span in each):
             if start < kept < end:
                 kept = start
@@ -325,6 +340,7 @@ class LongVILAPrompts:
             medium.frames,
             separator=self.processor.frame_separator,
             times_s=medium.timestamps_s if self.processor.timestamps else None,
+            cut=CUT,
         )
         medium.tokens = len(self._tokenise(medium.text))
 
@@ -363,6 +379,7 @@ class LongVILAPrompts:
             tiles,
             separator=self.processor.frame_separator,
             tiled=tiled and part.image_aspect_ratio == "dynamic",
+            cut=CUT,
         )
         name = str(source) if isinstance(source, str) else f"<{type(source).__name__}>"
         return Medium(
@@ -409,35 +426,13 @@ class LongVILAPrompts:
         return Rendered(self._tokenise(expanded), items)
 
     def _tokenise(self, text: str) -> list[int]:
-        """Tokenise, runs of placeholders as one: an hour of video has a million of them.
-
-        Placeholders are special tokens, so the text between them is tokenised apart, and nothing
-        is between those of a run.
-        """
-        processor, tokenizer = self.processor, self.processor.tokenizer
-        marks = (processor.image_token, processor.video_token)
-        lengths: list[int] = []
-
-        def shorten(run: re.Match[str]) -> str:
-            mark = next(mark for mark in marks if run.group().startswith(mark))
-            lengths.append(len(run.group()) // len(mark))
-            return mark
-
-        runs = "|".join(f"(?:{re.escape(mark)})+" for mark in marks)
-        short = tokenizer(re.sub(runs, shorten, text), add_special_tokens=False)["input_ids"]
-        if not lengths:
-            return list(short)
-        ids = torch.tensor(short)
-        marked = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(list(marks))))
-        if int(marked.sum()) != len(lengths):
-            raise ValueError(
-                f"the tokenizer does not keep {marks} whole: {int(marked.sum())} tokens of "
-                f"{len(lengths)} runs"
-            )
-        repeats = torch.ones_like(ids)
-        repeats[marked] = torch.tensor(lengths)
-        whole: list[int] = ids.repeat_interleave(repeats).tolist()
-        return whole
+        """Tokenise as the processor does."""
+        marks = (self.processor.image_token, self.processor.video_token)
+        encoded = tokenize_pieces(
+            self.processor.tokenizer, [text], marks[0], placeholders=marks, add_special_tokens=False
+        )
+        ids: list[int] = encoded["input_ids"][0]
+        return ids
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

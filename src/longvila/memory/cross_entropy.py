@@ -121,6 +121,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             logits = logits.log_softmax(1)  # one kernel; the logits themselves are gone
             loss -= logits.gather(1, target).sum()
             if not any((wants_hidden, wants_weight, wants_bias)):
+                del logits
                 continue
             # softmax minus one-hot, in the memory of its logarithm
             logits.exp_()
@@ -135,6 +136,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
                     d_weight = _product(d_logits.T, x, wide)
                 else:
                     _add_product(d_weight, d_logits.T, x)
+            # Before the next tile's exist: they are the largest tensors of a step.
+            del logits, d_logits
         if wants_weight and d_weight is None:
             d_weight = torch.zeros_like(weight, dtype=wide)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)

@@ -432,13 +432,10 @@ class _Step:
         weight = 4.0 * text.embedding_parameters if self.tuned.text else 0.0
         part = 4.0 * text.width * min(_GRADIENT_ROWS, text.vocabulary) if tiles > 1 else 0.0
         logits = rows * text.vocabulary
-        # Logits twice while the logarithm of their sum is taken, with the gradient of the tile
-        # before them still there; then beside them their gradient in the type of the products
-        # (which the CPU casts back for each of them).
+        # Logits twice while the logarithm of their sum is taken; then beside them their gradient
+        # in the type of the products (which the CPU casts back for each of them).
         products = 4 + c + (4 if self.settings.backend == "cpu" and c < 4 else 0)
-        taken = 8.0 * logits
-        if tiles > 1:
-            taken += (c if c < 4 else 0.0) * logits + weight
+        taken = 8.0 * logits + (weight if tiles > 1 else 0.0)
         multiplied = float(products * logits) + weight + (part if self.tuned.text else 0.0)
         parts = {
             **self._waiting(),
@@ -509,8 +506,7 @@ class _Step:
             width = 2 * tower.joined_width + 4 * self.text.width
             parts["tower"] = float(c * self._tower_call() * tower.rows * width)
         if self.settings.checkpointing and frames < self.frames:
-            # with those of the micro-batch before, which go only when the next ones come
-            parts["sums of the tower's gradients"] = (4.0 + c) * parameters
+            parts["sums of the tower's gradients"] = 4.0 * parameters
         if self.settings.fsdp:
             parts["gathered layers"] = self.settings.reduce_bytes * self.layer_tuned
         return parts

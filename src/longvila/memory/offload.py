@@ -124,6 +124,20 @@ class Offload:
                 earlier.begin_moving()
         return region
 
+    def reserve(self, num_bytes: int, number: int, *, pinned: bool) -> None:
+        """Lock memory for tensors of one size now, rather than in the first step that moves them.
+
+        Locking goes at a few GiB a second, which a first step can be too short to hide. It may run
+        in a thread of its own, while a model is built, say.
+
+        Args:
+            num_bytes: Size of a tensor.
+            number: Tensors of that size that will wait at a time; fewer where the budget ends.
+            pinned: As for `host_memory`.
+        """
+        for _ in range(min(number, self.budget_bytes // max(num_bytes, 1))):
+            self._free[num_bytes].append(_Buffer(host_memory(num_bytes, pinned=pinned)))
+
     def _take_buffer(self, tensor: Tensor) -> _Buffer | None:
         """Return host memory for a tensor, or None if the budget is spent."""
         size = tensor.nbytes
@@ -137,9 +151,12 @@ class Offload:
         return _Buffer(host_memory(size, pinned=tensor.is_cuda))
 
     def _trim(self, size: int) -> None:
-        """Drop idle buffers of other sizes, so that idle and used ones keep to the budget."""
-        idle = sum(length * len(buffers) for length, buffers in self._free.items())
-        for length, buffers in self._free.items():
+        """Drop idle buffers of other sizes, so that idle and used ones keep to the budget.
+
+        The smallest first, which are the quickest to lock again.
+        """
+        idle = sum(length * len(buffers) for length, buffers in list(self._free.items()))
+        for length, buffers in sorted(self._free.items()):
             while buffers and self.used_bytes + idle > self.budget_bytes:
                 buffers.pop()
                 idle -= length

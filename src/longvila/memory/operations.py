@@ -213,14 +213,16 @@ def training_operations(
     recompute = dict.fromkeys(PARTS, 0.0)
     layers = size.text.layers
     again = max(layers - plain_layers, 0) / layers if checkpointing else 0.0
+    mlp = size.text.mlp_matrices / size.text.layer_matrices
+    # Where a layer, or a tile, runs again nobody wants its result: the last product is left out.
+    last = mlp / 3
     if tuned.through_text:
-        recompute["text_matrices"] = again * forward["text_matrices"]
+        recompute["text_matrices"] = again * (1 - last) * forward["text_matrices"]
         if not keep_attention:
             recompute["attention"] = again * forward["attention"]
         if tiled_mlp:
             # Tiles run again in any layer; a checkpointed layer's second run ends before them.
-            mlp = size.text.mlp_matrices / size.text.layer_matrices
-            recompute["text_matrices"] += (1 - again) * mlp * forward["text_matrices"]
+            recompute["text_matrices"] += (1 - again) * (mlp - last) * forward["text_matrices"]
     if checkpointing:
         if tuned.tower:
             recompute["tower"] = forward["tower"]

@@ -14,22 +14,91 @@ the layer as well. It need not: only its input is wanted there. So the input is 
 of its own in front of the loop; where the layer's MLP comes last, that is the last tensor the
 second pass is asked for, and torch's checkpoint ends the pass there, before the loop.
 
-Cost: one more forward of the function in the backward pass, checkpointed or not. The function must
-be token-wise along the tiled dim and give the same result twice: no dropout, no batch statistics.
+When a tile runs again, its result is not wanted either, only the graph that leads to it. A
+projection that comes last in the function can leave its product out then, as
+:func:`linear_unless_unwanted` in its place does. That is checked for every tile: a result that is
+not that projection's own is computed after all.
+
+Cost: one more forward of the function in the backward pass, checkpointed or not, less that product.
+The function must be token-wise along the tiled dim and give the same result twice: no dropout, no
+batch statistics.
 
 Dimensions: T tokens along ``dim``.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Function = Callable[[Tensor], Tensor]
+
+
+class _Running(threading.local):
+    """Of this thread: autograd runs a backward pass in threads of its own."""
+
+    unwanted = False
+    last: Tensor | None = None
+
+
+_RUNNING = _Running()
+
+
+def linear_unless_unwanted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x @ weight.T + bias``; zeros where a tile runs again for its graph alone.
+
+    Args:
+        x: ``(..., M)``.
+        weight: ``(N, M)``.
+        bias: ``(N,)`` or None.
+
+    Returns:
+        ``(..., N)``; its gradients are those of the product in either case.
+    """
+    # Autocast would cast what the function below takes as it is.
+    if not _RUNNING.unwanted or torch.is_autocast_enabled(x.device.type):
+        return torch.nn.functional.linear(x, weight, bias)
+    result = cast(Tensor, _WithoutProduct.apply(x, weight, bias))  # type: ignore[no-untyped-call]
+    _RUNNING.last = result
+    return result
+
+
+class _WithoutProduct(torch.autograd.Function):
+    """A linear map whose result nobody reads."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        rows = dy.flatten(0, -2)
+        return (
+            dy @ weight if wants_x else None,
+            rows.T @ x.flatten(0, -2) if wants_weight else None,
+            rows.sum(0) if wants_bias else None,
+        )
+
+
+def _for_its_graph(function: Function, tile: Tensor) -> Tensor:
+    """Run a function of which only the graph is wanted."""
+    _RUNNING.unwanted = True
+    try:
+        part = function(tile)
+    finally:
+        _RUNNING.unwanted, last = False, _RUNNING.last
+        _RUNNING.last = None
+    # Something came after the projection and may have read what it left out.
+    return part if last is None or part is last else function(tile)
 
 
 def tiled_apply(
@@ -158,7 +227,7 @@ class _TiledApply(torch.autograd.Function):
             rows = tile.shape[dim]
             tile = tile.detach().requires_grad_(wants_x)
             with torch.enable_grad(), torch.autocast(**ctx.autocast):
-                part = function(tile)
+                part = _for_its_graph(function, tile)
             inputs = [tile, *parameters] if wants_x else list(parameters)
             grads = list(
                 torch.autograd.grad(

@@ -1,18 +1,38 @@
 """A checkpoint and its processor in one call, on a device and in a precision that suit it.
 
-The original's three-folder layout is found out by looking: the Auto classes would take its
-config.json for another model's.
+1. What the name means is found out first: a folder must hold a configuration, a file is refused,
+   and for anything else the Hub is asked once, so that a mistyped path is known at once and not
+   after every file was tried again and again.
+2. The original's three-folder layout is found out by looking: the Auto classes would take its
+   config.json for another model's.
+3. Weights that a checkpoint lacks, or that have another shape than the model, are an error that
+   names them; ``from_pretrained`` alone would draw the lacking ones at random and go on.
+
+It costs one look at a folder, or one request, beside loading. Weights that the model has no place
+for are left out, as ``from_pretrained`` does.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from longvila.errors import CheckpointError
 from longvila.model.vila.loading import is_vila
+
+#: ``name`` or ``owner/name``, as the Hub writes them.
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
+#: Seconds that the Hub has to say whether it knows a name.
+_ASK_S = 20.0
+_SHOWN = 5
 
 
 def open_checkpoint(
@@ -30,20 +50,127 @@ def open_checkpoint(
         The model and its processor.
 
     Raises:
-        CheckpointError: If there is no such checkpoint, or it cannot be read.
+        CheckpointError: If there is no such checkpoint, or it cannot be read or is not whole.
     """
     if dtype == "auto":
         dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     model_class: Any = AutoModelForImageTextToText
     processor_class: Any = AutoProcessor
+    what = f"{label} {source}"
+    check_source(source, label=label)
     try:
         if is_vila(source):
             from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
             from longvila.model.processing_longvila import LongVILAProcessor
 
             model_class, processor_class = LongVILAForConditionalGeneration, LongVILAProcessor
+        else:
+            _check_sees(source, label)
         processor = processor_class.from_pretrained(source)
-        model = model_class.from_pretrained(source, dtype=getattr(torch, dtype))
+        model, found = model_class.from_pretrained(
+            source,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that all are known; none is accepted
+        )
+    except CheckpointError:
+        raise
+    except SafetensorError as fault:
+        raise CheckpointError(
+            f"{what}: a weight file is damaged or cut off ({fault}); fetch or copy it again"
+        ) from fault
     except (OSError, ImportError, ValueError) as fault:
-        raise CheckpointError(f"{label} {source}: {fault}") from fault
+        raise CheckpointError(f"{what}: {_first_words(fault)}") from fault
+    check_whole(found, what)
     return model.to(device).eval(), processor
+
+
+def _check_sees(source: str, label: str) -> None:
+    """Refuse language models, of which the Auto classes would say only that they do not know them.
+
+    Raises:
+        CheckpointError: If the model's configuration has no vision tower.
+    """
+    config: Any = AutoConfig.from_pretrained(source)
+    if not hasattr(config, "vision_config"):
+        raise CheckpointError(
+            f"{label} {source}: {config.model_type} is a language model and sees no images or "
+            "videos; name a model that does (LongVILA, Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision, "
+            "InternVL)"
+        )
+
+
+def check_source(source: str, *, label: str = "checkpoint") -> None:
+    """Make sure that a name can be a checkpoint's before anything is loaded.
+
+    Args:
+        source: Folder or hub id.
+        label: What the source is called in messages.
+
+    Raises:
+        CheckpointError: If it is a file, a folder without a configuration, or neither a folder nor
+            a repository that the Hub knows.
+    """
+    path = Path(source)
+    if path.is_dir():
+        names = ("config.json", "adapter_config.json")
+        if not any((path / name).is_file() for name in names) and not is_vila(source):
+            raise CheckpointError(
+                f"{label} {source}: there is no config.json in this folder; expected a checkpoint, "
+                "as save_pretrained writes it or in the original's layout"
+            )
+        return
+    if path.exists():
+        raise CheckpointError(f"{label} {source}: is a file; expected the folder of a checkpoint")
+    if not _HUB_ID.fullmatch(source):
+        raise CheckpointError(f"{label} {source}: there is no such folder")
+    if isinstance(try_to_load_from_cache(source, "config.json"), str):
+        return
+    unknown = f"{label} {source}: there is no such folder"
+    try:
+        get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=_ASK_S)
+    except (RepositoryNotFoundError, EntryNotFoundError) as fault:
+        raise CheckpointError(f"{unknown}, and the Hub has no such model") from fault
+    except HfHubHTTPError:
+        return  # Forbidden, or busy: loading says which, and tries again where that helps.
+    except Exception as fault:  # Each HTTP library has its own; all mean that nobody answered.
+        reason = str(fault).partition("\n")[0] or type(fault).__name__
+        raise CheckpointError(f"{unknown}, and the Hub cannot be asked: {reason}") from fault
+
+
+def check_whole(found: dict[str, Any], what: str) -> None:
+    """Refuse a model some of whose weights did not come from its checkpoint.
+
+    Args:
+        found: What ``from_pretrained`` returns for ``output_loading_info``.
+        what: The checkpoint, for the message.
+
+    Raises:
+        CheckpointError: If weights are missing or have another shape; the message names them.
+    """
+    mismatched = sorted(found.get("mismatched_keys", ()))
+    if mismatched:
+        shown = [f"{name} {tuple(has)}, not {tuple(wants)}" for name, has, wants in mismatched]
+        raise CheckpointError(
+            f"{what}: {_count(shown)} another shape than config.json says: {_list(shown)}; "
+            "do weights and configuration belong together?"
+        )
+    missing = sorted(found.get("missing_keys", ()))
+    if missing:
+        raise CheckpointError(
+            f"{what}: {_count(missing)} no weights in the files: {_list(missing)}; is the "
+            "checkpoint whole, and does config.json belong to it?"
+        )
+
+
+def _count(names: Sequence[str]) -> str:
+    return "1 tensor has" if len(names) == 1 else f"{len(names)} tensors have"
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _first_words(fault: Exception) -> str:
+    """A message without the list of every configuration that transformers knows."""
+    return str(fault).partition("\nModel type should be one of")[0]

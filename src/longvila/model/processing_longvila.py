@@ -340,11 +340,15 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
             if return_metadata:
                 data["video_metadata"] = sampled
         if prompts is not None:
-            plain = [[t.replace(CUT, "") for t in texts] for texts in (image_texts, video_texts)]
-            _, offsets = self.get_text_with_replacements(list(prompts), *plain)
+            if return_text_replacement_offsets:
+                plain = [[t.replace(CUT, "") for t in ts] for ts in (image_texts, video_texts)]
+                _, offsets = self.get_text_with_replacements(list(prompts), *plain)
             marked, _ = self.get_text_with_replacements(list(prompts), image_texts, video_texts)
             kwargs.setdefault("padding_side", "left")
-            encoded = tokenize_pieces(self.tokenizer, marked, self.image_token, **kwargs)
+            encoded = tokenize_pieces(
+                self.tokenizer, marked, self.image_token,
+                placeholders=(self.image_token, self.video_token), **kwargs,
+            )  # fmt: skip
             encoded.pop("token_type_ids", None)
             if return_mm_token_type_ids:
                 encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])

@@ -19,7 +19,8 @@
    ``plain_layers``, or all where checkpointing is off, keep what their backward needs, on the host
    where there is an offload. MLPs run in tiles, and they, norms and projections through
    ``torch.compile``, where the plan says so; both are attributes of the instances, as the forward
-   is.
+   is. The compiled MLP of a layer that is recomputed ends before its last projection, whose product
+   the second run then leaves out.
 4. **FSDP2**: each text layer is one group over all ranks (data and sequence parallel alike), and
    everything else (embedding, norm, head, tower, projector) is the root group, which stays gathered
    for the step. So ranks may call the tower as often as they have frames, and the head's weight is
@@ -51,7 +52,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longvila.memory.checkpoint import checkpoint, store
 from longvila.memory.offload import Offload
-from longvila.memory.tiled import tiled_apply
+from longvila.memory.tiled import linear_unless_unwanted, tiled_apply
 from longvila.parallel.families import Family, find_family
 from longvila.parallel.hf_attention import NAME, cut_compiled_layers_here
 from longvila.parallel.mmsp import TwoStageForward, TwoStageOptions
@@ -273,19 +274,76 @@ def _set_forward(base: PreTrainedModel, state: _State) -> None:
 def _set_modules(base: PreTrainedModel, state: _State) -> None:
     """Compile norms and MLPs of the text model, and cut MLPs into tiles."""
     plan, mlps = state.plan, _mlps(base, state)
+    if plan.mlp_tile_rows is not None:
+        for mlp in mlps:
+            _spare_last(mlp, state)
     if plan.compile_modules:
         cut_compiled_layers_here()
         for module in state.family.text_model(base).modules():
-            if _is_norm(module) or module in mlps or _is_attention(module):
+            if _is_norm(module) or _is_attention(module):
                 _override(module, _Compiled(module.forward), state)
+        plain = _plain_from(plan, len(list(state.family.layers(base))))
+        for index, layer in enumerate(state.family.layers(base)):
+            own = getattr(layer, "mlp", None)
+            if not isinstance(own, nn.Module):
+                continue
+            if index < plain or plan.mlp_tile_rows is not None:
+                _compile_but_last(own, state)
+            else:
+                _override(own, _Compiled(_as_one_graph(own.forward)), state)
     if plan.mlp_tile_rows is not None:
         if plan.mlp_tile_rows < 1:
             raise ValueError(f"mlp_tile_rows must be at least 1, got {plan.mlp_tile_rows}")
         if not mlps:
-            layer = type(next(iter(state.family.layers(base)))).__name__
-            raise ValueError(f"{layer} has no module 'mlp' to cut; pass mlp_tile_rows=None")
+            name = type(next(iter(state.family.layers(base)))).__name__
+            raise ValueError(f"{name} has no module 'mlp' to cut; pass mlp_tile_rows=None")
         for mlp in mlps:
             _override(mlp, _Tiled(mlp, mlp.forward, plan.mlp_tile_rows), state)
+
+
+def _plain_from(plan: ParallelPlan, layers: int) -> int:
+    """The first layer that is not recomputed."""
+    return layers - plan.plain_layers if plan.activation_checkpointing else 0
+
+
+def _compile_but_last(mlp: nn.Module, state: _State) -> None:
+    """Compile an MLP up to its last projection.
+
+    When a layer runs again for its backward pass, nobody wants its result, and torch's checkpoint
+    ends that run where the last tensor is saved: at the input of the last projection, whose product
+    is then left out; a tile that runs again leaves it out by itself. Inside a compiled graph it
+    would be computed.
+    """
+    last = _last_projection(mlp)
+    if last is not None:
+        _override(last, torch.compiler.disable(last.forward), state)
+    _override(mlp, _Compiled(mlp.forward), state)
+
+
+def _last_projection(mlp: nn.Module) -> nn.Module | None:
+    projections = [child for child in mlp.children() if any(True for _ in child.parameters())]
+    return projections[-1] if projections else None
+
+
+def _spare_last(mlp: nn.Module, state: _State) -> None:
+    """Let tiles that run again leave out an MLP's last product, where it is a plain linear map."""
+    last = _last_projection(mlp)
+    if type(last) is nn.Linear and "forward" not in vars(last):
+        _override(last, functools.partial(_linear, last), state)
+
+
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    # Read at the call: a sharding wrapper gathers and swaps parameters around it.
+    return linear_unless_unwanted(x, module.weight, module.bias)
+
+
+def _as_one_graph(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    # Code of its own: the compiler finds graphs by a function's code, and would take one that
+    # ends before the last projection for this module, too.
+    def whole(x: Tensor) -> Tensor:
+        return forward(x)
+
+    return whole
 
 
 def _mlps(base: PreTrainedModel, state: _State) -> list[nn.Module]:
@@ -341,7 +399,7 @@ def _set_checkpointing(base: PreTrainedModel, state: _State) -> None:
     plan, layers = state.plan, list(state.family.layers(base))
     if not 0 <= plan.plain_layers <= len(layers):
         raise ValueError(f"plain_layers must be 0 to {len(layers)}, got {plan.plain_layers}")
-    first_plain = len(layers) - plan.plain_layers if plan.activation_checkpointing else 0
+    first_plain = _plain_from(plan, len(layers))
     for index, layer in enumerate(layers):
         if index < first_plain:
             run: Callable[..., Any] = functools.partial(checkpoint, offload=plan.offload)

@@ -122,6 +122,8 @@ class _Recomputed(torch.autograd.Function):
                     sums[index] = each.to(wide, copy=True)
                 else:
                     total += each
+            # Before the next micro-batch runs.
+            del rows, grads, each
         narrow = (
             None if total is None else total.to(parameter.dtype)
             for total, parameter in zip(sums, ctx.parameters, strict=True)

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from longvila.memory.sizes import ModelSize, PlanError, TextSize, TowerSize, preset
+from longvila.model.vila.loading import is_vila
 from longvila.parallel.families import Family, find_family
 from longvila.parallel.families.base import patches_per_tile
 
@@ -171,21 +172,28 @@ def load_size(name: str, *, frame_side: int = FRAME_SIDE) -> ModelSize:
     """Return the size of a model by its folder, or of a preset.
 
     Args:
-        name: Folder with a ``config.json``, or a preset's name.
+        name: Folder of a checkpoint, ours or in the original's layout, or a preset's name.
         frame_side: As for `size_of`.
 
     Raises:
         PlanError: If there is neither.
     """
     folder = Path(name)
-    if not (folder / "config.json").is_file():
+    original = is_vila(folder)
+    if not original and not (folder / "config.json").is_file():
         return preset(name)
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     import longvila.model.auto as auto
 
     auto.load_models()
-    config: Any = AutoConfig.from_pretrained(folder)
+    config: Any
+    if original:
+        from longvila.model.vila.plan import plan_conversion  # reads headers, no weights
+
+        config = plan_conversion(folder).config
+    else:
+        config = AutoConfig.from_pretrained(folder)
     media = hasattr(config, "vision_config")
     kind: Any = AutoModelForImageTextToText if media else AutoModelForCausalLM
     with torch.device("meta"):

@@ -239,8 +239,24 @@ def _split(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     return tuned, {name: value for name, value in whole.items() if name not in tuned}
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say of a disk that is full, or of one that fails, what it means for the run."""
+    try:
+        yield
+    except (dcp.CheckpointException, OSError, RuntimeError) as fault:
+        failures = getattr(fault, "failures", None)
+        cause = next(iter(failures.values()))[0] if failures else fault
+        reason = str(cause).partition("\n")[0]
+        free = shutil.disk_usage(path.parent).free
+        raise CheckpointError(
+            f"the save {path} cannot be written ({reason}); that disk has {free / 2**20:,.0f} MiB "
+            "left. Earlier saves are whole: make room, and the same command goes on from the newest"
+        ) from fault
+
+
 def _write(state: dict[str, Any], path: Path) -> None:
-    with _one_process():
+    with _writing(path), _one_process():
         dcp.save(state, checkpoint_id=path, no_dist=not dist.is_initialized())
 
 
@@ -302,6 +318,9 @@ def save(
     Returns:
         The folder of the save.
 
+    Raises:
+        CheckpointError: If it cannot be written, for instance because the disk is full.
+
     Comm: Barriers, a broadcast, and the plan of torch.distributed.checkpoint.
     """
     partial, final = folder / f"{_PARTIAL}{step}", folder / f"step-{step}"
@@ -314,8 +333,9 @@ def save(
     name = _save_frozen(folder, frozen)
     _write({"model": tuned, "optimizer": get_optimizer_state_dict(model, optimizer)}, partial)
     own = partial / f"rank-{_rank()}.pt"
-    torch.save({"random": _random_state(), "data": json.dumps(data)}, own)
-    _flush(own)
+    with _writing(partial):
+        torch.save({"random": _random_state(), "data": json.dumps(data)}, own)
+        _flush(own)
     _together()
     if _rank() == 0:
         written = {

@@ -8,6 +8,7 @@
 2. **SIGTERM** to the command, as Slurm sends it before it takes a machine away, goes on to the
    ranks and to nobody else: they finish the step, save, and end. The agent would kill them after
    half a minute, which a long step does not keep to, so it is told to leave that signal alone.
+   **Ctrl-C** ends the ranks at once; what was saved stays.
 3. **SIGKILL** of the command leaves nobody to stop the ranks, which run in sessions of their own.
    Each watches the process that began it and ends when that is gone (`end_with_parent`), so that a
    run which is begun again does not meet its own ghost.
@@ -49,7 +50,9 @@ def launch(number: int, module: str, argv: Sequence[str]) -> int:
 
     Raises:
         RankError: If a rank fails; says which, and how it ended.
+        KeyboardInterrupt: On Ctrl-C, once the ranks have ended.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -66,6 +69,10 @@ def launch(number: int, module: str, argv: Sequence[str]) -> int:
         except ChildFailedError as fault:
             if not terminated:
                 raise RankError(_describe(fault)) from fault
+        except SignalException as fault:
+            if fault.sigval != signal.SIGINT:
+                raise
+            raise KeyboardInterrupt from fault
     return TERMINATED if terminated else 0
 
 

@@ -49,6 +49,7 @@ from longvila.log import get_logger
 from longvila.memory.offload import Offload
 from longvila.model.configuration_longvila import LongVILAConfig
 from longvila.model.convert_vila import convert_to_vila
+from longvila.model.opening import check_whole
 from longvila.parallel.apply import ParallelPlan, parallelize
 from longvila.parallel.families import find_family
 from longvila.parallel.mmsp import plan_media
@@ -177,7 +178,10 @@ def _load_model(name: str) -> PreTrainedModel:
     loader: Any = AutoModelForCausalLM
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         loader = AutoModelForImageTextToText
-    model = loader.from_pretrained(name, dtype="auto")
+    model, found = loader.from_pretrained(
+        name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    check_whole(found, f"--model {name}")  # nothing is drawn at random, nor accepted in part
     if not isinstance(model, PreTrainedModel):
         raise CheckpointError(
             f"{name} holds a {type(model).__name__}, which cannot be trained here"

@@ -16,6 +16,7 @@ from benchmarks._attempt import OUT_OF_MEMORY
 from benchmarks._results import Report, Row
 from benchmarks.family_shapes import SHAPES, operations, windows
 from benchmarks.peers import stock_trainer
+from benchmarks.render import RENDERERS
 from transformers import Trainer
 
 from longvila.testing import Rank, ranks
@@ -55,7 +56,13 @@ def test_families_are_checked_and_timed(rank: Rank, tmp_path: Path) -> None:
         assert line["rate_of_longvila"] > 0
     if rank.rank == 0:
         (path,) = tmp_path.glob("*_family_step_*_x.json")
-        assert len(json.loads(path.read_text())["rows"]) == 6
+        content = json.loads(path.read_text())
+        assert len(content["rows"]) == 6
+        content["rows"][-1] |= {"metrics": {}, "about": {"failed": OUT_OF_MEMORY}}
+        lines = RENDERERS["family_step"](content)
+        assert any(line.startswith("| qwen3-vl-8b | **`longvila`** | ") for line in lines)
+        assert any(OUT_OF_MEMORY in line for line in lines)
+        assert lines[-1].startswith("Against one GPU at 150 tokens")
 
 
 class ShardedOnCPU(Trainer):

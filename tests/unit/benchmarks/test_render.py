@@ -150,6 +150,39 @@ def test_full_step_tables() -> None:
     assert drawn.endswith("at 1K tokens, relative, at most: loss 1.0e-06, gradient norm 2.0e-05.")
 
 
+def test_settings_and_parts_of_a_videos_step() -> None:
+    content = result("train_step", "2026-03-01", 1.0)
+    parts = ("vision_forward", "text_forward", "loss_forward", "text_backward", "vision_backward")
+    figures = {f"{part}_s": number / 4 for number, part in enumerate(parts, 1)}
+    figures |= {"norm_clip_s": 2.0, "update_s": 3.0, "step_s": 9.0, "peak_gib": 104.04}
+    about = {"recompute": True, "plain_layers": 3, "mlp_tile_rows": 512, "planned_gib": 103.1,
+             "offload_used_gib": 37.5}  # fmt: skip
+    content["rows"] = [{
+        **content["rows"][0], "kind": "ours", "tokens": 4096, "metrics": figures, "about": about,
+        "shape": {"sequence_parallel": 2, "layers": 28, "frames": 20}, "samples": [9.0],
+    }]  # fmt: skip
+    drawn = "\n".join(render.train_step(content))
+    assert "| vision forward | text forward | loss forward | text backward | vision back" in drawn
+    assert "| 4K | 0.250 | 0.500 | 0.750 | 1.000 | 1.250 | 2.000 | 3.000 |" in drawn
+    assert "| 4K | 2,048 | 3 | 512 | 37.5 | 103.1 | 104.0 |" in drawn
+    about["recompute"] = False
+    assert "| 4K | 2,048 | 28 |" in "\n".join(render.train_step(content))
+
+
+def test_parity_table() -> None:
+    content = result("parity", "2026-03-01", 1.0)
+    metrics = {"cells": 1320, "ran": 1300, "failed": 1, "errors_of_cells": 20,
+               "float64_error": 3.25e-15}  # fmt: skip
+    content["rows"] = [{
+        **content["rows"][0], "method": "model, 2 ranks", "metrics": metrics,
+        "shape": {"meshes": ["(1, 1)", "(2, 1)"]},
+    }]  # fmt: skip
+    content["notes"] = {"cells_by_commit": {"abc": 1000, "def": 300}}
+    drawn = "\n".join(render.parity(content))
+    assert "| model, 2 ranks | (1,1) (2,1) | 1,320 | 1,300 | 1 | 3.2e-15 |  |" in drawn
+    assert "1,320 cells: 1,000 at `abc`, 300 at `def`. Errors are relative, and of 20" in drawn
+
+
 def test_attention_tables(root: Path) -> None:
     folder = root / "results"
     for name, content in {

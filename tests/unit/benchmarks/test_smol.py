@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ PAGE = "".join(
     f"<!-- bench:{name} -->\n<!-- /bench -->\n"
     for name in (
         "smol_losses", "smol_heat", "smol_lengths", "smol_tiers", "smol_ablations",
-        "smol_two_gpus", "smol_shipped", "smol_summary",
+        "smol_two_gpus", "smol_shipped", "smol_summary", "smol_views",
     )
 )  # fmt: skip
 
@@ -128,7 +129,7 @@ def test_a_page_of_a_whole_run(root: Path, collect: Callable[..., Any]) -> None:
     assert "| stage 3, short videos | 4 | 1,000 | 30 | 4.000 | 1.000 | 0.50 |  | 10% |" in heading
     assert "no result of half-long, half-extend" in text
     assert "| stage 3, short videos | 2 GPUs | 4 | 0.0e+00 | 2.5e-04 | 1.0e-03 |" in text
-    assert "no result of `needle method=smol-stages shipped`" in text
+    assert "no result of `needle method=smol-shipped`" in text
 
     summary = text.partition("<!-- bench:smol_summary -->")[2]
     assert "| unseen pictures of trained names; likeliest name | 6 | 100 [61, 100] | 5 |" in summary
@@ -173,8 +174,47 @@ def test_a_run_that_was_cut_off_says_so(root: Path, collect: Callable[..., Any])
     folder.mkdir(parents=True)
     lines = [{"settings": {}, "key": ""}, *records("b", lambda frames, ask: True)[:7]]
     (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (path,) = collect(root / "work", root / "out", two_gpus=None, about=ABOUT)
+    lines = [{"step": 1, "loss": 2.5, "tokens": 8, "frames": 8638, "step_s": 0.5}]
+    folder = root / "work" / "stages" / "pretrain"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path, training = collect(root / "work", root / "out", two_gpus=None, about=ABOUT)
+    assert json.loads(training.read_text())["rows"][0]["samples"] == [[1, 2.5]]
+    assert "| stage 2, pretrain | 1 | 8,638 | 8,638 | 2 |" in run(root)
     assert path.name == "2026-01-02_needle_smol_half-long_b.json"
     result = json.loads(path.read_text())
     assert result["notes"]["cut_off"] == "The run was cut off after 7 answers."
     assert "stages 3, 4, 5" in run(root)
+
+
+def test_another_protocol_joins_its_tier(root: Path, collect: Callable[..., Any]) -> None:
+    work = root / "work"
+    keep(work, "longest", "a", lambda frames, ask: False)
+    found = [row for row in records("a", lambda frames, ask: True) if not row["shape"]["control"]]
+    found = [{**row, "task": "paper", "ask": "forced"} for row in found if row["ask"] == "free"]
+    folder = work / "needle" / "longest-a-paper"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(
+        json.dumps(
+            {
+                "benchmark": "needle",
+                "question": "?",
+                "rows": result_rows("x", summarise(found)),
+                "command": "/p/__main__.py needle --model /tmp/w/models/longest",
+                "grids": grid_rows(found, summarise(found)),
+            }
+        )
+    )
+    names = [path.name for path in collect(work, root / "out", two_gpus=None, about=ABOUT)]
+    assert names == [f"2026-01-02_needle_smol_longest_a{end}.json" for end in ("", "_paper")]
+    assert json.loads((root / "out" / names[1]).read_text())["commit"] == "abc"
+    # The shipped model, measured on another machine, is no stage of the run.
+    shutil.copytree(folder, root / "cpu" / "needle" / "shipped-a")
+    other = {**ABOUT, "hardware": {"gpu": "CPU", "count": 1, "link": None}}
+    collect(root / "cpu", root / "out", two_gpus=None, about=other)
+    text = run(root)
+    stages, _, shipped = text.partition("<!-- bench:smol_shipped -->")
+    assert "1 x CPU" not in stages.partition("<!-- bench:smol_tiers -->")[2]
+    assert "The model as shipped" in shipped
+    assert f"| {smol.WAYS['paper', 'forced']} | 6 | 100 [61, 100] | 5 | 100 | 100 |" in text
+    assert "](smol/heat-longest-forced.svg)" in text

@@ -61,6 +61,20 @@ def test_vision_balance(rank: Rank, tmp_path: Path) -> None:
 
 
 @ranks(2)
+def test_controls_of_the_vision_stage(rank: Rank) -> None:
+    flags = TOWER + "--frames 8 --vision-layers 3 --model-dim 32 --check-frames 5 --controls"
+    rows = {
+        row.method: row.metrics
+        for row in vision_balance.run(vision_balance.parse(flags.split()), _cluster.start()).rows
+    }
+    assert set(rows) == {f"tower/{name}" for name in vision_balance.KINDS | vision_balance.CONTROLS}
+    assert rows["tower/all_reduce_with_gradients"]["error_gradient"] < 1e-5
+    # The same rows lose their gradients as in the all-reduce that it is compared with.
+    lost = rows["tower/exchange_losing_gradients"]["error_gradient"]
+    assert abs(lost - rows["tower/all_reduce_reshard"]["error_gradient"]) < 1e-5
+
+
+@ranks(2)
 def test_mmsp_step(rank: Rank, fsdp: str) -> None:
     options = mmsp_step.parse(
         (

@@ -33,9 +33,33 @@ def test_every_memory_setting_is_checked_and_timed(rank: Rank, tmp_path: Path) -
         assert 0 < parts < 2 * row.metrics["step_s"]
     assert [row.about["plain_layers"] for row in report.rows] == [3, 1, 0]
     assert report.rows[2].about["moments_on_host"]
+    assert all(row.about["planned_gib"] >= 0 for row in report.rows)
     if rank.rank == 0:
         (path,) = tmp_path.glob("*_train_step_*_x.json")
         assert len(json.loads(path.read_text())["rows"]) == 3
+
+
+@ranks(2)
+def test_a_video_is_timed_by_part(rank: Rank) -> None:
+    flags = "--tiny --video --no-compile --lengths 96 --plain-layers 0:1 --image-size 56"
+    options = train_step.parse(flags.split())
+    (row,) = train_step.run(options, _cluster.start()).rows
+    assert row.metrics["check_loss_error"] < 1e-5
+    assert row.metrics["check_gradient_norm_error"] < 1e-4
+    assert all(row.metrics[f"{part}_s"] > 0 for part in train_step.VIDEO_PARTS)
+    assert row.shape["frames"] == 16
+
+
+def test_a_document_of_one_video() -> None:
+    options = train_step.parse(["--video"])
+    tokens = 20 + 2 * 197 + 256
+    ids = train_step.document(options, tokens, ALONE)
+    given = train_step.arguments(options, ids)
+    assert given["pixel_values_videos"].shape == (2, 3, 384, 384)
+    assert given["video_num_frames"].tolist() == [2]
+    assert int((ids == options.vocab - 1).sum()) == 2 * 196
+    assert (given["labels"] != -100).sum() == 256
+    assert (ids[:, -256:] < options.vocab - 2).all() and (ids[:, :20] < options.vocab - 2).all()
 
 
 def test_settings_go_by_length() -> None:

@@ -243,3 +243,31 @@ def test_a_very_long_question_is_a_question() -> None:
     assert ask.split_inputs(("a.mp4", "why " * 2000), chat=False)[1] == "why " * 2000
     assert ask.split_inputs(("no such",), chat=True) == ([], "no such")
     assert ask.split_inputs((), chat=True) == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--frames 0", "--frames must be at least 1, got 0"),
+        ("--fps nan", "--fps must be a number above 0, got nan"),
+        ("--gpus 0", "--gpus must be at least 1, got 0"),
+        ("--kv-offload -1", "--kv-offload must be 0 GiB or more, got -1.0"),
+        ("--max-new-tokens 0", "--max-new-tokens must be at least 1, got 0"),
+        ("--temperature -1", "--temperature must be 0 or more, got -1.0"),
+        ("--temperature 1 --top-p 0", "--top-p must be above 0 and at most 1, got 0.0"),
+        ("--device toaster", "--device toaster: torch knows no such device"),
+        ("--device cuda:77", "--device cuda:77: torch sees"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused_before_loading(
+    given: str, said: str, media: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, media["film"], "What?", "--model", "no/model", *given.split())
+    assert status == 1
+    assert said in err
+
+
+def test_a_file_that_is_not_there_is_no_question(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "gone.mp4")
+    assert status == 1
+    assert "gone.mp4: no such file, and no question follows it" in err

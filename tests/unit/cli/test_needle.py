@@ -115,7 +115,7 @@ def test_beyond_the_context_only_if_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "status", "message"),
     [
-        (KeyboardInterrupt(), 130, "longvila needle: stopped"),
+        (KeyboardInterrupt(), 130, "longvila needle: interrupted"),
         (PermissionError(13, "Permission denied", "film.mp4"), 1, "Permission denied: 'film.mp4'"),
     ],
 )

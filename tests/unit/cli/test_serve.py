@@ -17,10 +17,11 @@ import openai
 import pytest
 import torch
 import tyro
+from transformers import Qwen2Config
 
 from longvila.cli import serve as serve_cli
 from longvila.cli import ui as ui_cli
-from longvila.errors import CheckpointError, LongVILAError
+from longvila.errors import CheckpointError, LongVILAError, ModelError
 from longvila.media import synthetic
 from longvila.testing import tiny
 
@@ -95,10 +96,15 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(
         serve_cli.main(["--model", str(checkpoint)])
 
 
-def test_models_of_other_families_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_see_nothing_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Qwen2Config(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="qwen2 is a language model and sees no images or"):
+        serve_cli.build(options("--model", str(tmp_path)), page=False)
     model = tiny.tiny_model()
     monkeypatch.setattr(serve_cli, "load_model", lambda options: (model, object()))
-    with pytest.raises(LongVILAError, match="LongVILA checkpoints only"):
+    with pytest.raises(ModelError, match="object has no video processor"):
         serve_cli.build(options(), page=False)
 
 

@@ -17,6 +17,7 @@ from data_cases import Listed, text_sample, video_sample
 
 from longvila.data.agreement import Agreement
 from longvila.data.collate import Collator
+from longvila.data.datasets import open_dataset
 from longvila.data.encode import Encoder
 from longvila.data.loader import DataError, PackedLoader
 from longvila.data.mixture import Mixture
@@ -167,6 +168,18 @@ def test_broken_files_are_left_out_counted_and_listed(
     groups = Agreement(dp_rank=1, dp_size=2)
     other = loader(processor, mixture(tmp_path), agreement=groups, report=path)
     assert other.report.path == tmp_path / "out" / "report.dp1.json"
+
+
+def test_lines_that_are_no_records_are_left_out(processor: Any, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Ada."}]
+    lines = [json.dumps({"id": str(n), "conversations": turns}) for n in range(6)]
+    lines[2:2] = ['{"id": "cut', "[]"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    source = loader(processor, Mixture([open_dataset("llava", tmp_path / "rows.jsonl")]), epochs=1)
+    assert sum(len(batch["document_lengths"]) for batch in source) == 6
+    reasons = {event.id: event.reason for event in source.report.events}
+    assert reasons.keys() == {"llava/record 2", "llava/record 3"}
+    assert "expected an object, got list" in reasons["llava/record 3"]
 
 
 def late(folder: Path) -> Path:

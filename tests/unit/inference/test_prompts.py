@@ -54,6 +54,21 @@ def test_runs_of_placeholders_are_tokenised_as_if_written_out() -> None:
         assert prompts._tokenise(text) == expected
 
 
+def test_a_question_that_begins_with_a_newline_is_the_processor_s(film: Path) -> None:
+    model = tiny_model()
+    processor = tiny_processor(model.config)
+    content = [{"type": "video", "path": str(film)}, {"type": "text", "text": "\nWhat?"}]
+    expected = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, num_frames=3,
+        add_generation_prompt=True,
+    )["input_ids"]  # fmt: skip
+    with Engine(model) as engine:
+        prompts = LongVILAPrompts(model, processor, engine.family)
+    video = prompts.load_video(str(film), num_frames=3)
+    rendered = prompts.render([said("user", "\nWhat?", [video])], [video])
+    assert rendered.ids == list(expected[0] if isinstance(expected[0], list) else expected)
+
+
 def test_the_common_prefix_of_long_lists() -> None:
     long = list(range(1000))
     for cut in (0, 1, 7, 500, 999):

@@ -107,7 +107,7 @@ def test_each_switch_takes_what_it_is_for() -> None:
     assert all_of_it.host_bytes == pytest.approx(27 / 28 * before)
     tiles = [planned(load, ranks, loss_tile_rows=n).moments["loss"] for n in (1024, 4096)]
     assert sum(tiles[1].values()) - sum(tiles[0].values()) == pytest.approx(
-        3072 * SEVEN.text.vocabulary * 10
+        3072 * SEVEN.text.vocabulary * 8
     )
 
 
@@ -204,8 +204,42 @@ def test_peaks_on_a_gpu_are_within_one_percent() -> None:
             ),
             tuned=Tuned(tower="t" in shape["tuned"]),
         )  # fmt: skip
-        measured = row["metrics"]["peak_gib"]
-        assert peak.bytes / GIB == pytest.approx(measured, rel=0.01), row["method"]
+        measured = row["metrics"]["peak_gib"] * GIB
+        # A tile's gradient, and a micro-batch's, were held until the next one's when it was
+        # measured; at most that much less is planned now.
+        freed = 2.0 * 4096 * text.vocabulary * (shape["targets"] > 4096)
+        freed += 2.0 * tower.parameters * (shape["frames"] > 0)
+        assert 0.99 * measured - freed <= peak.bytes <= 1.01 * measured, row["method"]
+
+
+def test_peaks_of_full_steps_on_two_gpus_are_within_three_percent() -> None:
+    """Compiled layers, some of them not recomputed, AdamW included."""
+    checked = 0
+    for path in sorted(RESULTS.glob("*_train_step_2xh200*.json")):
+        content = json.loads(path.read_text())
+        for row in content["rows"]:
+            about = row["about"]
+            if row["kind"] != "ours" or not row["metrics"] or row["shape"].get("frames"):
+                continue
+            peak = training_peak(
+                SEVEN,
+                Load(tokens=row["tokens"], targets=row["tokens"]),
+                ranks=Ranks(ulysses=2),
+                settings=Settings(
+                    plain_layers=about["plain_layers"], mlp_tile_rows=about["mlp_tile_rows"],
+                    compiled=about["compiled_norms_and_mlps"],
+                    offload_bytes=int(about["offload_gib"] * GIB),
+                    optimizer="adamw-host" if about["moments_on_host"] else "adamw",
+                ),
+            )  # fmt: skip
+            planned = peak.bytes
+            if content["commit"] == "887ba0c118dc":
+                # Compiled MLPs kept their gated product then.
+                planned += about["plain_layers"] * 2.0 * 18944 * row["tokens"] // 2
+            measured = row["metrics"]["peak_gib"] * GIB
+            assert planned == pytest.approx(measured, rel=0.03), (path.name, row["tokens"])
+            checked += 1
+    assert checked >= 3
 
 
 # ---- the original paper's lengths ----------------------------------------------------------------

@@ -23,6 +23,22 @@ def test_tensors_move_once_keep_last_regions_have_begun_and_come_back_exact() ->
     assert torch.equal(first.fetch(), big())
 
 
+def test_memory_locked_ahead_is_what_tensors_of_its_size_take() -> None:
+    offload = Offload(budget_bytes=3 * 128 + 100, keep_last=0, min_bytes=0)
+    offload.reserve(128, 5, pinned=False)
+    reserved = {buffer.data.data_ptr() for buffer in offload._free[128]}
+    assert len(reserved) == 3 and offload.used_bytes == 0, "as far as the budget goes"
+    region = offload.region()
+    stored = [region.put(big(seed)) for seed in range(2)]
+    offload.region()
+    assert {each._buffer.data.data_ptr() for each in stored if each._buffer} < reserved
+    assert offload.used_bytes == 2 * 128
+    # Another size pushes out what is idle, and no more of it than the budget asks for.
+    other = region.put(big(rows=12))
+    assert other.tensor is None and not offload._free[128]
+    assert all(torch.equal(each.fetch(), big(seed)) for seed, each in enumerate(stored))
+
+
 def test_layout_and_dtype_survive() -> None:
     offload = Offload(budget_bytes=10_000, keep_last=1, min_bytes=0)
     region = offload.region()

@@ -48,7 +48,11 @@ def test_causal_attention_by_hand() -> None:
     assert counts.forward["attention"] == 2 * 4 * 2 * 4 * 13
     assert counts.backward["attention"] == 2.5 * counts.forward["attention"]
     assert counts.recompute["attention"] == counts.forward["attention"]
-    assert counts.recompute["text_matrices"] == counts.forward["text_matrices"]
+    # All of a layer's products but the last: q, k, v; the output; the MLP's three.
+    share = 1 - 16 * 8 / (8 * 16 + 8 * 8 + 3 * 8 * 16)
+    assert counts.recompute["text_matrices"] == pytest.approx(
+        share * counts.forward["text_matrices"]
+    )
 
 
 def test_what_runs_again() -> None:
@@ -59,14 +63,14 @@ def test_what_runs_again() -> None:
     none = training_operations(size, load, checkpointing=False, keep_attention=True)
     assert none.total == none.needed == kept.needed
     half = training_operations(size, load, checkpointing=True, keep_attention=True, plain_layers=14)
-    assert half.recompute["text_matrices"] == pytest.approx(kept.forward["text_matrices"] / 2)
+    assert half.recompute["text_matrices"] == pytest.approx(kept.recompute["text_matrices"] / 2)
     # Tiles take the place of a second run, or are one where there is none.
     tiled = training_operations(size, load, checkpointing=True, keep_attention=True, tiled_mlp=True)
     assert tiled.recompute == kept.recompute
     alone = training_operations(
         size, load, checkpointing=False, keep_attention=True, tiled_mlp=True
     )
-    share = size.text.mlp_matrices / size.text.layer_matrices
+    share = 2 / 3 * size.text.mlp_matrices / size.text.layer_matrices
     assert alone.recompute["text_matrices"] == pytest.approx(share * alone.forward["text_matrices"])
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from longvila.memory.checkpoint import checkpoint
-from longvila.memory.tiled import tiled_apply
+from longvila.memory.tiled import linear_unless_unwanted, tiled_apply
 from longvila.testing.asserts import assert_close
 
 
@@ -47,6 +47,47 @@ def test_tiles_of_any_size_with_a_ragged_last_one(tokens: int, tile_rows: int) -
     plain = mlp(x)
     assert_close(tiled, plain)
     for a, b in zip(gradients(tiled, *inputs), gradients(plain, *inputs), strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_the_last_product_is_left_out_of_the_second_run(
+    monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    """Unless something comes after it, which is then found out and computed."""
+    mlp = Mlp()
+    products: list[int] = []
+    linear = nn.functional.linear
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        products.append(weight.shape[1])
+        return linear(x, weight, bias)
+
+    def last(x: Tensor) -> Tensor:
+        y = linear_unless_unwanted(x, mlp.down.weight, mlp.down.bias)
+        return y.sigmoid() if after else y
+
+    x = torch.randn(2, 9, 6, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *mlp.parameters())
+    monkeypatch.setattr(mlp.down, "forward", last)
+    expected = gradients(mlp(x), *inputs)
+    monkeypatch.setattr(nn.functional, "linear", counted)
+    tiled = tiled_apply(mlp, x, tile_rows=4)
+    actual = gradients(tiled, *inputs)
+    for a, b in zip(actual, expected, strict=True):
+        assert_close(a, b)
+    assert products.count(13) == (6 if after else 3), "three tiles, forward and at times again"
+
+
+def test_frozen_weights_of_a_product_left_out() -> None:
+    mlp = Mlp()
+    mlp.down.weight.requires_grad_(False)
+    x = torch.randn(2, 9, 6, dtype=torch.float64, requires_grad=True)
+    inputs = (x, mlp.gate.weight, mlp.down.bias)
+    expected = gradients(mlp(x), *inputs)
+    vars(mlp.down)["forward"] = lambda h: linear_unless_unwanted(h, mlp.down.weight, mlp.down.bias)
+    actual = gradients(tiled_apply(mlp, x, tile_rows=4), *inputs)
+    for a, b in zip(actual, expected, strict=True):
         assert_close(a, b)
 
 

@@ -76,7 +76,8 @@ def test_parts_follow_the_rates() -> None:
     time = training_time(SEVEN, load, gpu=gpu, ranks=Ranks(ulysses=2))
     counts = time.operations
     forward, backward = gpu.matrices
-    matrices = counts.forward["text_matrices"] / 2 * (1 / forward + 3 / backward)
+    again = 1 - SEVEN.text.mlp_matrices / 3 / SEVEN.text.layer_matrices
+    matrices = counts.forward["text_matrices"] / 2 * (1 / forward + (2 + again) / backward)
     assert time.parts["text matrices"] == pytest.approx(matrices)
     assert time.parts["tower and projector"] > 0 and time.parts["media rows exchanged"] > 0
     one = training_time(
@@ -113,7 +114,8 @@ def test_steps_on_a_gpu_take_at_least_what_is_predicted() -> None:
             load, gpu=GPUS["h200"], settings=settings, tuned=Tuned(tower="t" in shape["tuned"]),
         )  # fmt: skip
         ratio = time.seconds / row["metrics"]["step_s"]
-        low = 0.95 if row["tokens"] >= 65536 else 0.85
+        # Tiles that ran again computed their last product when this was measured.
+        low = 0.92 if row["tokens"] >= 65536 else 0.85
         assert low < ratio < 1.03, (row["method"], ratio)
 
 
@@ -144,8 +146,9 @@ def test_what_is_frozen_takes_no_backward() -> None:
     )
     assert align.parts["tower and projector"] < 0.35 * whole.parts["tower and projector"]
     assert align.parts["optimizer"] < 0.01 * whole.parts["optimizer"]
+    again = 1 - SEVEN.text.mlp_matrices / 3 / SEVEN.text.layer_matrices
     assert align.parts["text matrices"] == pytest.approx(
-        0.75 * whole.parts["text matrices"], rel=0.01
+        (2 + again) / (3 + again) * whole.parts["text matrices"], rel=0.01
     )
 
 

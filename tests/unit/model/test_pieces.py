@@ -1,13 +1,19 @@
-"""Pieces of a text that must not merge when it is tokenised."""
+"""Pieces of a text that must not merge when it is tokenised, and runs that are tokenised as one."""
 
 from __future__ import annotations
 
+import time
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from longvila.model.pieces import CUT, tokenize_pieces
-from longvila.testing.tiny import tiny_tokenizer
+from longvila.testing.tiny import tiny_processor, tiny_tokenizer
 
 MARK = "<image>"
+VIDEO = "<vila/video>"
+TOKENIZER = tiny_tokenizer()
 
 
 def test_pieces_are_tokenised_apart() -> None:
@@ -47,3 +53,45 @@ def test_offsets_and_padding(side: str) -> None:
 def test_marked_texts_are_not_truncated() -> None:
     with pytest.raises(ValueError, match="cannot be truncated"):
         tokenize_pieces(tiny_tokenizer(), [f"a{CUT}"], MARK, truncation=True, max_length=1)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(
+        st.lists(
+            st.sampled_from([CUT, MARK, MARK * 3, VIDEO, VIDEO * 4, "\n", "\n\n", " x", "the"]),
+            max_size=9,
+        ).map("".join),
+        min_size=1,
+        max_size=3,
+    ),
+    st.booleans(),
+)
+def test_runs_change_nothing(texts: list[str], offsets: bool) -> None:
+    options = {"padding": True, "padding_side": "left", "return_offsets_mapping": offsets}
+    want = tokenize_pieces(TOKENIZER, texts, MARK, **options)
+    got = tokenize_pieces(TOKENIZER, texts, MARK, placeholders=(MARK, VIDEO), **options)
+    assert list(got) == list(want)
+    for name, rows in want.items():
+        assert [[tuple(x) if offsets and name == "offset_mapping" else x for x in row]
+                for row in got[name]] == [
+            [tuple(x) if offsets and name == "offset_mapping" else x for x in row] for row in rows
+        ]  # fmt: skip
+
+
+def test_an_hour_of_video_is_tokenised_at_once() -> None:
+    processor = tiny_processor()
+    processor.frame_grid = [14, 14]
+    text = "Hi " + processor.video_text(6000, separator="\n", cut=CUT) + "\nWhat?"
+    start = time.perf_counter()
+    ids = tokenize_pieces(TOKENIZER, [text], MARK, placeholders=(MARK, VIDEO))["input_ids"][0]
+    spent = time.perf_counter() - start
+    assert ids.count(processor.video_token_id) == 6000 * 196
+    ends = TOKENIZER("Hi ").input_ids, TOKENIZER("\nWhat?").input_ids
+    assert ids[: len(ends[0])] == ends[0] and ids[-len(ends[1]) :] == ends[1]
+    assert spent < 5  # half a second on a core that is free, where token by token is fourteen
+
+
+def test_a_placeholder_that_is_not_kept_whole_is_an_error() -> None:
+    with pytest.raises(ValueError, match="does not keep placeholders whole"):
+        tokenize_pieces(TOKENIZER, ["a <vila> b"], MARK, placeholders=("<vila>",))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 
+from longvila.memory import tiled as tiled_module
 from longvila.memory.offload import Offload
 from longvila.parallel.apply import (
     ParallelPlan,
@@ -203,6 +206,66 @@ def test_tiles_and_the_compiler_change_rounding_only(monkeypatch: pytest.MonkeyP
         actual = _gradients(**options)
         assert_close(actual[0], expected[0])
         assert_close(*(torch.cat([g.flatten() for g in each]) for each in (actual, expected)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize(("plain_layers", "tile"), [(0, None), (1, None), (0, 4)])
+def test_a_second_run_leaves_out_the_last_product(
+    monkeypatch: pytest.MonkeyPatch, plain_layers: int, tile: int | None
+) -> None:
+    """The compiled MLP ends before it where the layer is recomputed, and holds it elsewhere."""
+    linear, whole = nn.functional.linear, Counter[str]()
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight.shape == (32, 48):
+            whole["products"] += 1
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(tiled_module.torch.nn.functional, "linear", counted)
+    products: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        names = [str(node.target) for node in graph.graph.nodes]
+        if any("silu" in name for name in names):
+            products.append(sum("linear" in name for name in names))
+        return aot_eager(graph, inputs)
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    model = tiny_model().train()
+    layers = model.model.language_model.layers
+    calls = [Counter[str]() for _ in layers]
+    for layer, seen in zip(layers, calls, strict=True):
+        if tile is None:
+            monkeypatch.setattr(layer.mlp.down_proj, "forward", _counted(layer.mlp.down_proj, seen))
+    plan = replace(PLAN, compile_modules=True, plain_layers=plain_layers, mlp_tile_rows=tile)
+    parallelize(model, SPMesh(), plan)
+    ids = torch.arange(9)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    if tile is not None:
+        assert whole["products"] == len(layers) * 3, "three tiles, forward only"
+        assert set(products) == {2}
+        return
+    recomputed = len(layers) - plain_layers
+    for seen in calls[:recomputed]:
+        # Twice begun, once ended: the second run ends where the product's input is saved.
+        assert seen == {"begun": 2, "ended": 1}
+    assert sorted(products) == ([2, 3] if plain_layers else [2])
+    unparallelize(model)
+
+
+def _counted(module: nn.Module, seen: Counter[str]) -> Any:
+    forward = module.forward
+
+    def counted(x: Tensor) -> Any:
+        if not torch.compiler.is_compiling():
+            seen["begun"] += 1
+        y = forward(x)
+        if not torch.compiler.is_compiling():
+            seen["ended"] += 1
+        return y
+
+    return counted
 
 
 def test_undoing_memory_settings_leaves_no_trace() -> None:

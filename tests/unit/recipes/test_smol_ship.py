@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
+from longvila.cli import ask
+from longvila.media.synthetic import clip
 from longvila.model.assemble import assemble
 from longvila.model.delta import apply_delta, difference, read_delta_metadata, save_delta
 from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
@@ -81,7 +83,11 @@ def _trained(init: dict[str, Any], path: Path, **notes: str) -> Path:
 
 
 def test_a_fresh_default_model_is_base_plus_delta(
-    ship: Any, init: dict[str, Any], tmp_path: Path
+    ship: Any,
+    init: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = _trained(init, tmp_path / "run.safetensors", context=json.dumps(CONTEXT))
     shipped = tmp_path / "shipped.safetensors"
@@ -109,8 +115,15 @@ def test_a_fresh_default_model_is_base_plus_delta(
 
     processor = LongVILAProcessor.from_pretrained(folder)
     video = processor.video_processor
-    assert (video.short, video.fps, video.num_frames) == ("all", 1.0, 6000)
+    assert (video.short, video.fps, video.num_frames) == ("all", 1.0, 512)
     assert processor.tokenizer.model_max_length == CONTEXT["max_position_embeddings"]
+
+    # ``longvila ask`` without --model sees a frame a second.
+    monkeypatch.setattr(ask, "default_model", lambda: folder)
+    film = clip(tmp_path / "film.mp4", 24 * 9, height=32, width=64)
+    assert ask.main([str(film), "What is it?", "--json", "--max-new-tokens", "1"]) == 0
+    (medium,) = json.loads(capsys.readouterr().out)["media"]
+    assert medium["timestamps_s"] == pytest.approx(range(9), abs=0.05)
 
 
 def test_a_delta_without_context_leaves_videos_as_they_were(

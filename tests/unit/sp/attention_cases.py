@@ -191,11 +191,12 @@ def run_case(case: Case) -> list[Tensor]:
     return [out.detach(), *(x.grad for x in leaves)]
 
 
-def check_case(case: Case) -> None:
-    """Compare this rank's results with its part of the oracle's."""
+def check_case(case: Case) -> dict[str, float]:
+    """Compare this rank's results with its part of the oracle's; return the relative errors."""
     context = context_of(case)
     limit = {"float64": 1e-10, "float32": 2e-5}[case.dtype]
     actual = run_case(case)
+    errors = {}
     for name, got, whole in zip(("out", "dq", "dk", "dv"), actual, oracle(case), strict=True):
         expected = context.layout.shard(whole, context.sp_rank, 1)
         assert got.shape == expected.shape, (case, name, got.shape, expected.shape)
@@ -203,3 +204,5 @@ def check_case(case: Case) -> None:
         # Against the norm of the whole: a rank's own gradient may be zero.
         error = (got.double() - expected).norm() / whole.norm()
         assert error <= limit, f"{context.mesh.describe_rank()} {name} {error:.2e} in {case}"
+        errors[name] = float(error)
+    return errors

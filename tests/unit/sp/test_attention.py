@@ -38,9 +38,15 @@ SUBSET = grid.pairwise_cases()
 SIZES = sorted({case.world_size for case in SUBSET})
 
 
-def check_all(rank: Rank, chosen: Sequence[dict[str, Any]]) -> None:
+def check_all(rank: Rank, chosen: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Check cases on the same ranks; return the largest errors by precision."""
+    worst: dict[str, dict[str, float]] = {}
     for values in chosen:
-        grid.check_case(grid.Case(**values))
+        case = grid.Case(**values)
+        seen = worst.setdefault(case.dtype, {})
+        for name, error in grid.check_case(case).items():
+            seen[name] = max(seen.get(name, 0.0), error)
+    return worst
 
 
 def run_all(world_size: int, chosen: Sequence[Any]) -> None:

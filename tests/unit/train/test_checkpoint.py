@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from longvila.errors import CheckpointError
 from longvila.testing import Rank
 from longvila.testing.ranks import run_ranks
-from longvila.train.checkpoint import held
+from longvila.train.checkpoint import find_saves, held, save
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
@@ -26,6 +30,27 @@ def refused_everywhere(_: Rank, output: str) -> str:
             return "held"
     except CheckpointError as fault:
         return str(fault)
+
+
+def test_a_disk_that_is_full_is_a_sentence_and_earlier_saves_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def write(step: int) -> None:
+        save(tmp_path, step, model, optimizer, run={}, data={}, keep=2)
+
+    def full(*given: Any, **named: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write(1)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        CheckpointError, match=r"No space left on device.* MiB left\. Earlier saves"
+    ):
+        write(2)
+    assert [each.path.name for each in find_saves(tmp_path)] == ["step-1"]
 
 
 def test_all_ranks_are_refused(tmp_path: Path) -> None:

@@ -97,10 +97,18 @@ def read_file(path: str | Path) -> DataFile:
         The datasets, opened, and the mixtures.
 
     Raises:
-        ValueError: If a key is unknown or one that is needed is missing.
+        ValueError: If it is no YAML, a key is unknown or one that is needed is missing.
     """
     path = Path(path)
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+        raise ValueError(f"{path}: is not a YAML file: {fault}") from fault
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path}: expected the keys datasets and (optional) mixtures, got a "
+            f"{type(content).__name__}"
+        )
     unknown = set(content) - {"datasets", "mixtures"}
     if unknown or not content.get("datasets"):
         raise ValueError(
@@ -108,6 +116,10 @@ def read_file(path: str | Path) -> DataFile:
         )
     datasets = {}
     for name, entry in content["datasets"].items():
+        if not isinstance(entry, dict):
+            raise ValueError(
+                f"{path}, dataset {name!r}: expected {{adapter: ..., path: ...}}, got {entry!r}"
+            )
         unknown = set(entry) - _KEYS
         if unknown or not {"adapter", "path"} <= set(entry):
             raise ValueError(

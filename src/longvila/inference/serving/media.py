@@ -38,6 +38,7 @@ from longvila.inference.serving.formats import (
 )
 from longvila.inference.serving.lru import WeightedLRU
 from longvila.inference.serving.settings import Limits
+from longvila.inference.sight import sampler_of, tiles_of
 from longvila.media.reader import VideoMetadata
 from longvila.media.sources import Limits as SourceLimits
 from longvila.media.video import SampledVideo, open_video
@@ -75,7 +76,8 @@ class Medium:
         digests: Of each frame, or one for each tile of an image; negative.
         whole: A digest of all frames together; negative.
         video: The sampled video.
-        tiles: Pixel values of an image's tiles.
+        tiles: Pixel values of an image's tiles; None where the processor makes them later.
+        picture: The image where it has no tiles yet.
         tiled: Whether the image went through tiling.
     """
 
@@ -85,6 +87,7 @@ class Medium:
     whole: int
     video: SampledVideo | None = None
     tiles: Tensor | None = None
+    picture: Any = None
     tiled: bool = False
 
     @property
@@ -92,7 +95,8 @@ class Medium:
         """Bytes of what is held."""
         if self.video is not None:
             return int(self.video.frames.nbytes)
-        assert self.tiles is not None
+        if self.tiles is None:
+            return 3 * int(self.picture.width) * int(self.picture.height)
         return self.tiles.numel() * self.tiles.element_size()
 
     @property
@@ -116,6 +120,7 @@ class MediaLoader:
         self, processor: Any, gate: Gate, limits: Limits, *, frames: int | None, cache_bytes: int
     ) -> None:
         self.processor, self.gate, self.limits, self.frames = processor, gate, limits, frames
+        self.sampler = sampler_of(processor)
         self.kept: WeightedLRU[tuple[Any, ...], Medium] = WeightedLRU(cache_bytes)
         self._secret = secrets.token_bytes(32)
 
@@ -181,7 +186,7 @@ class MediaLoader:
     def _digest(self, data: Any = b"") -> Any:
         return hashlib.blake2b(data, digest_size=16, key=self._secret)
 
-    def _number(self, *data: Any) -> int:
+    def number(self, *data: Any) -> int:
         """A negative number that stands for some pixels."""
         whole = self._digest()
         for part in data:
@@ -192,9 +197,12 @@ class MediaLoader:
 
     def _image(self, opened: Opened, wanted: Wanted) -> Medium:
         picture = open_picture(opened.source, opened.name, self.limits)
-        out = self.processor.image_processor([picture], dynamic=[wanted.tiled], return_tensors="pt")
-        tiles: Tensor = out["pixel_values"]
-        number = self._number(np.ascontiguousarray(tiles.float().numpy()))
+        tiles = tiles_of(self.processor, picture, tiled=wanted.tiled)
+        if tiles is None:
+            picture = picture.convert("RGB")
+            number = self.number(repr(picture.size).encode(), np.asarray(picture))
+            return Medium("image", 1, np.array([number], np.int64), number, picture=picture)
+        number = self.number(np.ascontiguousarray(tiles.float().numpy()))
         return Medium(
             "image",
             tiles.shape[0],
@@ -212,7 +220,7 @@ class MediaLoader:
         check_video(opened.source, opened.name, self.limits)
         report(0, 1)
         num_frames, fps = wanted.num_frames, wanted.fps
-        part = self.processor.video_processor
+        part = self.sampler
         if num_frames is None and fps is None:
             num_frames, fps = self.frames, None
             if num_frames is None:
@@ -235,9 +243,9 @@ class MediaLoader:
             if isinstance(opened.source, Path):
                 message = message.replace(str(opened.source), opened.name)
             raise RequestError(message, code="invalid_media") from fault
-        each = [self._number(np.ascontiguousarray(frame)) for frame in video.frames]
+        each = [self.number(np.ascontiguousarray(frame)) for frame in video.frames]
         digests = np.array(each, np.int64)
-        return Medium("video", len(digests), digests, self._number(digests), video=video)
+        return Medium("video", len(digests), digests, self.number(digests), video=video)
 
     def _check_frames(self, count: int, left: int, duration_s: float | None) -> None:
         if count > left:

@@ -84,6 +84,24 @@ class Prompt:
             return before
         return next(block.stop for block in self.blocks if block.start < end < block.stop)
 
+    def read(
+        self, engine: Any, start: int, stop: int, loader: MediaLoader, *, onto: Any = None
+    ) -> Any:
+        """Read a slice.
+
+        Args:
+            engine: The engine.
+            start: Its first token.
+            stop: One past its last; neither cuts a block.
+            loader: Makes pixel values.
+            onto: The cache of what comes before it.
+
+        Returns:
+            The cache.
+        """
+        options = {} if onto is None else {"onto": onto}
+        return engine.prefill(self.inputs(start, stop, loader), **options)
+
     def inputs(self, start: int, stop: int, loader: MediaLoader) -> dict[str, Any]:
         """Return what ``Engine.prefill`` takes of a slice."""
         inputs: dict[str, Any] = {"input_ids": torch.from_numpy(self.ids[start:stop].copy())[None]}
@@ -162,7 +180,8 @@ def build_prompt(
         (marked,), _ = processor.get_text_with_replacements(
             [rendered], texts["image"], texts["video"]
         )
-        encoded = tokenize_pieces(processor.tokenizer, [marked], processor.image_token)
+        marks = (processor.image_token, processor.video_token)
+        encoded = tokenize_pieces(processor.tokenizer, [marked], marks[0], placeholders=marks)
     return _index(processor, np.asarray(encoded["input_ids"][0], np.int64), tuple(media))
 
 

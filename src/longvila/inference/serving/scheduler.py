@@ -37,11 +37,12 @@ import numpy as np
 import torch
 
 from longvila.inference.serving.errors import Cancelled, RequestError
+from longvila.inference.serving.family_prompt import prompt_builder
 from longvila.inference.serving.jobs import Done, Event, Failed, Job, Piece, Question, Seen, Stage
 from longvila.inference.serving.media import MediaLoader, Medium
 from longvila.inference.serving.metrics import Metrics
 from longvila.inference.serving.prefix import PrefixCache, shared_bytes, shared_length, trim
-from longvila.inference.serving.prompt import Prompt, build_prompt
+from longvila.inference.serving.prompt import Prompt
 from longvila.inference.serving.sampling import (
     Sampler,
     TextStream,
@@ -80,6 +81,7 @@ class Scheduler:
         self.engine, self.processor, self.loader = engine, processor, loader
         self.settings, self.limits = settings, settings.limits
         check_generation_config(engine.model.generation_config)
+        self._build = prompt_builder(engine, processor, loader)
         self.stops = stop_tokens(engine.model, processor.tokenizer)
         self.device: torch.device = engine.model.get_output_embeddings().weight.device
         self.context = _context(engine)
@@ -280,7 +282,7 @@ class Scheduler:
             if medium.kind == "video":
                 left -= medium.count
             media.append(medium)
-        prompt = build_prompt(self.processor, job.question.messages, media)
+        prompt = self._build(job.question.messages, media)
         job.most_new = self._check_length(len(prompt), job.question.sampling.max_new_tokens)
         return prompt
 
@@ -436,9 +438,7 @@ class Scheduler:
         self._borrow(job)
         tokens = max(self.settings.slice_tokens, -(-len(prompt) // _MOST_SLICES))
         end = prompt.slice_end(job.read, tokens)
-        inputs = prompt.inputs(job.read, end, self.loader)
-        options = {} if job.cache is None else {"onto": job.cache}
-        job.cache = self.engine.prefill(inputs, **options)
+        job.cache = prompt.read(self.engine, job.read, end, self.loader, onto=job.cache)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # or the time would be another client's
         self.metrics.add("read_tokens_total", end - job.read)

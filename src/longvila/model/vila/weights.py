@@ -11,6 +11,7 @@ size of the model; bits are copied, not converted.
 from __future__ import annotations
 
 import json
+import pickle
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from longvila.errors import CheckpointError
@@ -106,7 +107,12 @@ class WeightFiles:
     def _handle(self, file: Path) -> Any:
         if file not in self._open:
             if file.suffix == ".safetensors":
-                self._open[file] = safe_open(file, framework="pt", device="cpu")
+                try:
+                    self._open[file] = safe_open(file, framework="pt", device="cpu")
+                except SafetensorError as fault:
+                    raise CheckpointError(
+                        f"{file}: damaged or cut off ({fault}); fetch or copy it again"
+                    ) from fault
             else:
                 self._open[file] = load_bin(file)
         return self._open[file]
@@ -132,11 +138,15 @@ def load_bin(file: Path) -> dict[str, Tensor]:
         Tensors by name.
 
     Raises:
-        CheckpointError: If it holds anything but tensors.
+        CheckpointError: If it is damaged or holds anything but tensors.
     """
     with file.open("rb") as stream:
         mapped = stream.read(2) == b"PK"
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as fault:
+        reason = str(fault).partition("\n")[0]
+        raise CheckpointError(f"{file}: cannot be read as named tensors ({reason})") from fault
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise CheckpointError(f"{file} holds something other than named tensors")
     return state

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from longvila.errors import ModelError
 from longvila.parallel.families.base import Family, MediaKind, MediaUnits
 from longvila.parallel.families.causal_lm import CAUSAL_LM
 from longvila.parallel.families.internvl import INTERNVL
@@ -77,7 +78,7 @@ def family_of(config: Any) -> Family:
         config: A model's configuration.
 
     Raises:
-        TypeError: If no family covers its model type.
+        ModelError: If no family covers its model type.
     """
     for family in FAMILIES:
         if config.model_type in family.model_types:
@@ -88,7 +89,7 @@ def family_of(config: Any) -> Family:
         ids = [f"{kind}_token_id", f"{kind}_token_index"]
         if any(getattr(config, name, None) is not None for name in ids):
             parts.append(f"for each {kind} its placeholders, units, costs and encoder")
-    raise TypeError(
+    raise ModelError(
         f"model_type {config.model_type!r} is of no known family ({known}); missing is an entry "
         f"that names {', and '.join(parts)}: write one and pass it to "
         "longvila.parallel.families.register_family"

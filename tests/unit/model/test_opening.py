@@ -1,0 +1,92 @@
+"""A checkpoint that is not whole, or not there, is refused in a sentence that names what lacks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from safetensors.torch import load_file, save_file
+
+from longvila.errors import CheckpointError
+from longvila.model import opening
+from longvila.model.opening import open_checkpoint
+from longvila.testing.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("whole") / "model")
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def refused(source: Any) -> str:
+    with pytest.raises(CheckpointError) as found:
+        open_checkpoint(str(source), device="cpu", label="--model")
+    message = str(found.value)
+    assert message.startswith(f"--model {source}: ")
+    return message
+
+
+def test_a_whole_one_opens_in_evaluation_mode(whole: Path) -> None:
+    model, processor = open_checkpoint(str(whole), device="cpu", dtype="bfloat16")
+    assert not model.training
+    assert str(model.dtype) == "torch.bfloat16"
+    assert processor.tokenizer is not None
+
+
+def test_tensors_that_lack_are_named(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = sorted(weights)[3]
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert f"1 tensor has no weights in the files: {name}" in refused(folder)
+
+
+def test_tensors_of_another_shape_are_named(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] += 8
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "another shape than config.json says" in (message := refused(folder))
+    assert "mlp.down_proj.weight (32, 48), not (32, 56)" in message
+
+
+def test_a_file_cut_off(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "damaged or cut off" in refused(folder)
+
+
+def test_names_that_are_no_checkpoint(tmp_path: Path) -> None:
+    assert "there is no config.json in this folder" in refused(tmp_path)
+    (tmp_path / "film.mp4").touch()
+    assert "is a file; expected the folder" in refused(tmp_path / "film.mp4")
+    assert "there is no such folder" in refused(tmp_path / "gone")
+
+
+def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def offline(url: str, **options: Any) -> None:
+        asked.append(url)
+        raise huggingface_hub.errors.OfflineModeIsEnabled("nobody answers")
+
+    monkeypatch.setattr(opening, "get_hf_file_metadata", offline)
+    message = refused("somebody/nothing-of-this-name")
+    assert message.endswith("no such folder, and the Hub cannot be asked: nobody answers")
+    assert len(asked) == 1
+
+
+def test_a_model_of_another_kind_is_named_without_the_list_of_all(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    message = refused(folder)
+    assert "BertConfig" in message
+    assert "Model type should be one of" not in message
