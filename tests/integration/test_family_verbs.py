@@ -321,6 +321,38 @@ def test_needle(
     assert "kept for LongVILA only" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_of_a_scene_are_known_before_it_is_decoded(
+    name: str, folders: dict[str, Path]
+) -> None:
+    from longvila.evaluation.families import FamilyAnswerer, WholeReader
+    from longvila.evaluation.needle_sets import open_haystack
+    from longvila.evaluation.task import Scene
+
+    model, processor = opened(folders[name])
+    with Engine(model) as engine:
+        answerer = FamilyAnswerer(engine, processor)
+        film = open_haystack("synthetic", num_frames=9, fps=1.0, processor=answerer.sampler)
+        reader = WholeReader(answerer, film.book)
+        for frames in (range(9), (0, 3, 8, 5)):
+            scene = Scene("s", tuple(frames), 1.0, ())
+            tokens = reader.tokens_of(scene)
+            assert tokens == reader.watch(scene).tokens > len(frames)
+
+
+def test_scenes_beyond_the_context_are_refused_before_any_is_asked(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Engine, "context_length", 40)
+    arguments = ["needle", "--model", str(folders["qwen3_vl"]), "--out", str(tmp_path / "out")]
+    arguments += ["--lengths", "4", "64", "--depth-interval", "1", "--protocol", "paper"]
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "the longest scene, 65 frames" in said and "context of 40" in said
+    assert not (tmp_path / "out" / "records.jsonl").exists()
+
+
 def test_bench(folders: dict[str, Path], tmp_path: Path) -> None:
     arguments = ["--model", str(folders["internvl"]), "--out", str(tmp_path), "--small"]
     options = ["--captions", "2", "--no-control", "--beyond-context"]

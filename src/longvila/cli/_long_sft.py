@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from longvila.cli._options import parse
-from longvila.datagen.caller import EndpointCaller, LocalCaller
 from longvila.datagen.caption import CaptionOptions
 from longvila.datagen.dataset import find_videos, read_decisions
 from longvila.datagen.long_sft import LongSFT, LongSFTOptions
@@ -19,6 +18,7 @@ from longvila.datagen.prompts import Prompts
 from longvila.datagen.qa import QuestionOptions
 from longvila.datagen.review import save_decisions, server, write_page
 from longvila.datagen.segment import SegmentOptions
+from longvila.inference.caller import EndpointCaller, LocalCaller
 
 
 @dataclass(frozen=True)

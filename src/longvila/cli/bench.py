@@ -15,8 +15,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from longvila.cli._measuring import Measuring, check, shared, shipped, show
 from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 from longvila.packaged import default_model, fetch
@@ -26,12 +27,10 @@ HELD_OUT = (2 / 3, 1.0)
 SMALL_LENGTHS = (16, 32)
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(Measuring):
     """Measure a model offline, with film and pictures out of Python packages."""
 
-    model: str | None = None
-    """Folder or hub id of the checkpoint; the small model of this package if absent."""
     out: Path = Path("out/bench")
     """Folder for answers and pages."""
     lengths: tuple[int, ...] = (32, 128, 512, 2048, 6000)
@@ -50,24 +49,8 @@ class Options:
     """Pictures in each."""
     captions: int = 40
     """Single pictures of each tier."""
-    control: bool = True
-    """Ask about films without pictures and grey ones, too."""
     small: bool = False
     """A film drawn in code, the shipped pictures, two short lengths: to try it out."""
-    seed: int = 0
-    """Decides all that is random."""
-    beyond_context: bool = False
-    """Measure also beyond the length the model's configuration allows."""
-    chunk_tokens: int = 8192
-    """Tokens that a rank reads at once."""
-    keep_rows: bool = False
-    """Keep the film's rows on disk, so that a run that goes on encodes nothing again."""
-    seq_parallel_size: int = -1
-    """Ranks that share a sequence under torchrun; -1 for all."""
-    device: str = "auto"
-    """Where the model runs; auto is this process's GPU, or the CPU."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Precision; auto is bfloat16 on a GPU and float32 on a CPU."""
 
 
 def main(argv: list[str]) -> int:
@@ -80,26 +63,24 @@ def main(argv: list[str]) -> int:
         The exit status.
     """
     options = parse(Options, argv, "bench", __doc__)
-    from longvila.cli.needle import load, progress_line
-    from longvila.evaluation.builtin import run_bench
-    from longvila.evaluation.page import text_table
+    from longvila.cli.needle import load
+    from longvila.evaluation.builtin import check_bench, run_bench
+    from longvila.evaluation.needle_sets import check_haystack
 
+    check(options)
     plan = plan_of(options)
-    if options.film not in (None, "synthetic") and not Path(options.film).exists():
-        raise LongVILAError(f"--film {options.film}: no such file or folder")
+    pictures = pictures_of(options)
+    check_bench(plan, pictures)
+    if options.film is not None:
+        check_haystack(options.film, part=options.part or (0.0, 1.0))
     source = options.model or str(default_model())
     model, processor, mesh = load(source, options)
-    material = material_of(options, plan, processor)
-    first = mesh is None or mesh.rank == 0
+    material = material_of(options, plan, processor, pictures)
     groups = run_bench(
-        model, processor, plan, material, out=options.out, name=Path(source).name, mesh=mesh,
-        chunk_tokens=options.chunk_tokens, keep_rows=options.keep_rows,
-        past_limit=options.beyond_context,
-        progress=progress_line() if first else None,
+        model, processor, plan, material, out=options.out, name=Path(source).name,
+        **shared(options, mesh),
     )  # fmt: skip
-    if first:
-        print(text_table(groups))
-        print(f"\n{options.out / 'page.html'}")
+    show(groups, options.out, mesh)
     return 0
 
 
@@ -125,33 +106,44 @@ def plan_of(options: Options) -> Any:
     )
 
 
-def material_of(options: Options, plan: Any, processor: Any) -> Any:
+def pictures_of(options: Options) -> list[Any]:
+    """Fetch or read the pictures.
+
+    Args:
+        options: The command line.
+
+    Raises:
+        LongVILAError: If they cannot be had.
+    """
+    import numpy as np
+
+    from longvila.evaluation.builtin import emoji_needles
+    from longvila.evaluation.needle_sets import load_needles
+
+    if options.small or options.pictures is not None:
+        return load_needles(options.pictures or shipped())
+    rng = np.random.default_rng(options.seed)
+    return emoji_needles(fetch("openmoji-font"), per_tier=options.per_tier, rng=rng)
+
+
+def material_of(options: Options, plan: Any, processor: Any, pictures: list[Any]) -> Any:
     """Fetch and open what is shown.
 
     Args:
         options: The command line.
         plan: How many frames are needed.
         processor: The model's.
+        pictures: The drawings.
 
     Raises:
-        LongVILAError: If a film or pictures cannot be had.
+        LongVILAError: If a film cannot be had.
     """
-    import numpy as np
-
-    from longvila.cli.needle import shipped
-    from longvila.evaluation.builtin import Material, emoji_needles, load_events
-    from longvila.evaluation.needle_sets import SYNTHETIC, load_needles, open_haystack
+    from longvila.evaluation.builtin import Material, load_events
+    from longvila.evaluation.needle_sets import SYNTHETIC, open_haystack
     from longvila.inference.sight import sampler_of
     from longvila.media.video import open_video
 
     frames = max(plan.lengths)
-    if options.small or options.pictures is not None:
-        pictures = load_needles(options.pictures or shipped())
-    else:
-        pictures = emoji_needles(
-            fetch("openmoji-font"), per_tier=options.per_tier,
-            rng=np.random.default_rng(options.seed),
-        )  # fmt: skip
     part = sampler_of(processor)
     if options.film == SYNTHETIC or (options.small and options.film is None):
         film = open_haystack(SYNTHETIC, num_frames=frames, fps=1.0, processor=part)

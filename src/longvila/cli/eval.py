@@ -26,6 +26,7 @@ import tyro
 
 from longvila.cli._options import parse
 from longvila.errors import LongVILAError
+from longvila.evaluation.columns import aligned
 from longvila.evaluation.presets import PRESETS, Preset, find_preset
 
 
@@ -125,11 +126,7 @@ def listing() -> str:
         rows.append(
             (preset.name, str(preset.frames), preset.task, ", ".join(preset.aliases) + note)
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip()
-        for row in rows
-    )
+    return aligned(rows)
 
 
 def chosen(tasks: str) -> tuple[Preset, ...]:
@@ -190,9 +187,12 @@ def require_lmms_eval() -> None:
 
 
 def quieten() -> None:
-    """Keep lmms-eval's notes about its own task files off the terminal."""
+    """Keep lmms-eval's notes about its own task files off the terminal, and bars out of files."""
     from loguru import logger
 
+    from longvila.cli._measuring import quieten_loading
+
+    quieten_loading()
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
 

@@ -15,20 +15,22 @@ Without --out the grades go into the run's folder, and its page shows them.
 
 from __future__ import annotations
 
-import json
-import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from longvila.cli._measuring import quieten_loading
 from longvila.cli._options import parse
 from longvila.errors import LongVILAError
-from longvila.evaluation.answers import Answers, write_lines
+from longvila.evaluation.answers import Answers, write_json, write_lines
+from longvila.evaluation.columns import aligned
 from longvila.evaluation.judge import AxisScore, axis_scores, grade_all, read_items
-from longvila.evaluation.judge_models import EndpointJudge, Judge, LocalJudge, Recording
+from longvila.evaluation.judge_models import CallerJudge, Judge, Recording
 from longvila.evaluation.runs import refresh
+from longvila.inference.caller import EndpointCaller, LocalCaller
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class Options:
     """Replies to ask for, at most, until one has the form."""
     parallel: int = 1
     """Requests at once."""
-    device: str = "cpu"
-    """Where a local judge runs."""
+    device: str = "auto"
+    """Where a local judge runs; auto is the GPU, or the CPU."""
     limit: int | None = None
     """Answers to grade, for a trial; all if absent."""
 
@@ -77,12 +79,12 @@ def main(argv: list[str]) -> int:
         raise LongVILAError("--attempts and --parallel must be at least 1")
     axes = tuple(axis.strip() for axis in options.axes.split(",") if axis.strip())
     items = read_items(options.answers)[: options.limit]
-    judge = judge_of(options)
     out = options.out
     if out is None:
         if not options.answers.is_dir():
             raise LongVILAError("--out is needed: the folder of the grades")
         out = options.answers / "judged"
+    judge = judge_of(options)
     kept = Answers(out / "answers", "grades")
     records = grade_all(
         items,
@@ -92,16 +94,26 @@ def main(argv: list[str]) -> int:
         prompts=options.prompts,
         attempts=options.attempts,
         parallel=options.parallel,
+        progress=_tell if options.replay is None else None,
     )
     write_lines(out / "judged.jsonl", records)
     scores = axis_scores(records)
     content = {axis: asdict(score) for axis, score in scores.items()}
-    (out / "scores.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(out / "scores.json", content)
     print(table(scores, judge.name))
+    failed = sum("error" in record for record in records)
+    if failed:
+        print(f"{failed} could not be asked about; the same command again tries them again")
     if options.out is None:
         refresh(options.answers)
         print(f"\nwrote {options.answers / 'report.html'}")
     return 0
+
+
+def _tell(done: int, total: int) -> None:
+    """Say on standard error how far things are, now and then."""
+    if done == total or done % 20 == 0:
+        print(f"[{done}/{total}] graded", file=sys.stderr)
 
 
 def judge_of(options: Options) -> Judge:
@@ -121,16 +133,14 @@ def judge_of(options: Options) -> Judge:
     if options.local is not None:
         if options.parallel > 1:
             raise LongVILAError("a local judge is asked one thing at a time; leave --parallel out")
-        return LocalJudge.load(options.local, device=options.device)
+        quieten_loading()
+        return CallerJudge(LocalCaller.load(options.local, device=options.device))
     assert options.endpoint is not None
     if options.judge_model is None:
         raise LongVILAError("--endpoint needs --judge-model, the model's name there")
-    key = None
-    if options.key_env is not None:
-        key = os.environ.get(options.key_env)
-        if not key:
-            raise LongVILAError(f"the environment variable {options.key_env} is not set")
-    return EndpointJudge(options.endpoint, options.judge_model, key=key)
+    return CallerJudge(
+        EndpointCaller(options.endpoint, options.judge_model, key_variable=options.key_env)
+    )
 
 
 def table(scores: dict[str, AxisScore], judge: str) -> str:
@@ -153,9 +163,4 @@ def table(scores: dict[str, AxisScore], judge: str) -> str:
                 "" if score.accuracy is None else f"{100 * score.accuracy:.1f} %",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join([*lines, f"judge: {judge}"])
+    return f"{aligned(rows)}\njudge: {judge}"

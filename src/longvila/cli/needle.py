@@ -15,18 +15,18 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from longvila.cli._measuring import Measuring, check, shared, shipped, show
 from longvila.cli._options import parse
 from longvila.errors import LongVILAError
-from longvila.packaged import asset, default_model
+from longvila.packaged import default_model
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(Measuring):
     """Hide pictures in a long film and measure whether a model finds them."""
 
     haystack: str = "synthetic"
@@ -35,8 +35,6 @@ class Options:
     """A folder, a file, or a data set's name; the pictures of this package if absent."""
     tier: str | None = None
     """Use the needles of this tier only ("seen" or "unseen" for the package's own)."""
-    model: str | None = None
-    """Folder or hub id of the checkpoint; the small model of this package if absent."""
     out: Path = Path("out/needle")
     """Folder for answers and pages."""
     preset: Literal["paper-6000", "paper-1400"] | None = None
@@ -67,8 +65,6 @@ class Options:
     """Films in each cell of the stricter test."""
     per_film: int = 4
     """Needles in each of them."""
-    control: bool = True
-    """Ask the stricter test's questions about films without needles and grey ones, too."""
     fps: float = 1.0
     """Frames taken from the film each second."""
     step_s: float | None = None
@@ -79,20 +75,6 @@ class Options:
     """Show a film again that is too short."""
     words: Path | None = None
     """JSON file with other words for the questions."""
-    seed: int = 0
-    """Decides which needles, where, and in which words they are offered."""
-    beyond_context: bool = False
-    """Measure also beyond the length the model's configuration allows."""
-    chunk_tokens: int = 8192
-    """Tokens that a rank reads at once."""
-    keep_rows: bool = False
-    """Keep the film's rows on disk, so that a run that goes on encodes nothing again."""
-    seq_parallel_size: int = -1
-    """Ranks that share a sequence under torchrun; -1 for all."""
-    device: str = "auto"
-    """Where the model runs; auto is this process's GPU, or the CPU."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Precision; auto is bfloat16 on a GPU and float32 on a CPU."""
 
 
 def main(argv: list[str]) -> int:
@@ -105,14 +87,15 @@ def main(argv: list[str]) -> int:
         The exit status.
     """
     options = parse(Options, argv, "needle", __doc__)
-    from longvila.evaluation.needle import run_needle
-    from longvila.evaluation.needle_sets import load_needles, open_haystack
-    from longvila.evaluation.page import text_table
+    from longvila.evaluation.needle import check_plan, run_needle
+    from longvila.evaluation.needle_sets import check_haystack, load_needles, open_haystack
     from longvila.inference.sight import sampler_of
 
+    check(options)
     plan = plan_of(options)
-    plan.grid  # wrong steps are told before anything is loaded  # noqa: B018
     needles = load_needles(options.needles or shipped(), tier=options.tier)
+    check_plan(plan, needles)
+    check_haystack(options.haystack, fps=options.fps, part=options.part)
     source = options.model or str(default_model())
     model, processor, mesh = load(source, options)
     haystack = open_haystack(
@@ -123,16 +106,11 @@ def main(argv: list[str]) -> int:
         repeat=options.repeat,
         part=options.part,
     )
-    first = mesh is None or mesh.rank == 0
     groups = run_needle(
         model, processor, plan, haystack, needles, out=options.out, name=Path(source).name,
-        mesh=mesh, chunk_tokens=options.chunk_tokens, keep_rows=options.keep_rows,
-        past_limit=options.beyond_context,
-        progress=progress_line() if first else None,
+        **shared(options, mesh),
     )  # fmt: skip
-    if first:
-        print(text_table(groups))
-        print(f"\n{options.out / 'page.html'}")
+    show(groups, options.out, mesh)
     return 0
 
 
@@ -147,28 +125,22 @@ def plan_of(options: Options) -> Any:
 
     words = Words()
     if options.words is not None:
-        given = json.loads(options.words.read_text(encoding="utf-8"))
+        try:
+            given = json.loads(options.words.read_text(encoding="utf-8"))
+        except ValueError as fault:
+            raise LongVILAError(f"--words {options.words} is no JSON: {fault}") from fault
         known = {each.name for each in fields(Words)}
-        if not isinstance(given, dict) or not set(given) <= known:
+        texts = isinstance(given, dict) and all(isinstance(x, str) for x in given.values())
+        if not texts or not set(given) <= known:
             raise LongVILAError(f"{options.words} must map some of {sorted(known)} to texts")
         words = Words(**given)
     names = {each.name for each in fields(Plan)} - {"words"}
     values = {name: getattr(options, name) for name in names}
     if options.preset is not None:
+        if options.lengths:
+            raise LongVILAError("--preset and --lengths both say how many frames: give one")
         values.update(PRESETS[options.preset])
     return Plan(**values, words=words)
-
-
-def shipped() -> Path:
-    """Return the folder of this package's pictures.
-
-    Raises:
-        LongVILAError: If this build has none.
-    """
-    folder = asset("needles")
-    if folder is None:
-        raise LongVILAError("this build of longvila has no pictures (longvila/assets): --needles")
-    return folder
 
 
 def load(source: str, options: Any) -> tuple[Any, Any, Any]:
@@ -212,19 +184,6 @@ def load(source: str, options: Any) -> tuple[Any, Any, Any]:
             device_type=kind,
         )
     return model, processor, mesh
-
-
-def progress_line() -> Any:
-    """Return a progress function that says on standard error what is done and left."""
-    began = time.monotonic()
-
-    def tell(done: int, total: int, scene: Any) -> None:
-        spent = time.monotonic() - began
-        left = spent / done * (total - done)
-        print(f"[{done}/{total}] {scene.id}  {spent:.0f} s, about {left:.0f} s left",
-              file=sys.stderr)  # fmt: skip
-
-    return tell
 
 
 if __name__ == "__main__":

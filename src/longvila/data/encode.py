@@ -293,6 +293,7 @@ class Encoder:
                 processor.tokenizer,
                 marked,
                 processor.image_token,
+                placeholders=(processor.image_token, processor.video_token),
                 # The template writes all special tokens itself.
                 add_special_tokens=False,
                 return_offsets_mapping=True,

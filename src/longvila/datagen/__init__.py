@@ -4,8 +4,8 @@
     -> dataset.jsonl, in LLaVA's format, which `longvila train` reads
 
 Import from the modules: `longvila.datagen.long_sft` (all of it), `longvila.datagen.segment`,
-`longvila.datagen.caption`, `longvila.datagen.qa`, `longvila.datagen.caller` (who is asked),
-`longvila.datagen.journal` (what is kept), `longvila.datagen.review`.
+`longvila.datagen.caption`, `longvila.datagen.qa`, `longvila.datagen.journal` (what is kept),
+`longvila.datagen.review`. Who is asked is `longvila.inference.caller`.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from longvila.datagen.caller import Caller, Picture, Prompt, Reply, ask_until, cut_words
 from longvila.datagen.prompts import Prompts
 from longvila.errors import LongVILAError
+from longvila.inference.caller import Caller, Picture, Prompt, Reply, ask_until
 from longvila.media.sampling import uniform_indices
 from longvila.media.video import open_video
 
@@ -252,3 +252,22 @@ def compose(
             found: str = texts[0]
             return found
         name, bounds = "merge", ends
+
+
+def cut_words(texts: Sequence[str], budget: int) -> list[list[str]]:
+    """Group texts in order so that no group has more words than a budget, unless one text alone.
+
+    Args:
+        texts: The texts.
+        budget: Words of a group.
+    """
+    groups: list[list[str]] = []
+    words = 0
+    for text in texts:
+        number = len(text.split())
+        if not groups or words + number > budget:
+            groups.append([])
+            words = 0
+        groups[-1].append(text)
+        words += number
+    return groups

@@ -39,7 +39,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from longvila.datagen.caller import Caller, CallError
 from longvila.datagen.caption import CaptionOptions, caption_segment, compose, segment_pictures
 from longvila.datagen.dataset import STEPS, Video, captions_of, part_of, write_dataset
 from longvila.datagen.journal import (
@@ -60,6 +59,7 @@ from longvila.datagen.qa import (
 )
 from longvila.datagen.segment import SegmentOptions, cut_video
 from longvila.errors import LongVILAError
+from longvila.inference.caller import Caller, CallError
 from longvila.log import get_logger
 
 _LOG = get_logger(__name__)

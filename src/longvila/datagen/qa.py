@@ -28,10 +28,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from longvila.datagen.caller import Caller, Prompt, Reply, ask_until, cut_words
-from longvila.datagen.caption import clock, timed
+from longvila.datagen.caption import clock, cut_words, timed
 from longvila.datagen.prompts import Prompts
 from longvila.errors import LongVILAError
+from longvila.inference.caller import Caller, Prompt, Reply, ask_until
 
 _FENCE = re.compile(r"\A```(?:json)?\s*\n(.*)\n```\Z", re.DOTALL)
 _KEYS = {"type", "question", "answer", "parts"}

@@ -26,7 +26,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from longvila.datagen.caller import as_jpeg
 from longvila.datagen.caption import clock, segment_pictures
 from longvila.datagen.dataset import (
     Video,
@@ -40,6 +39,7 @@ from longvila.datagen.dataset import (
 from longvila.datagen.journal import Journal, write_whole
 from longvila.datagen.qa import Question
 from longvila.errors import LongVILAError
+from longvila.inference.caller import as_jpeg
 from longvila.log import get_logger
 from longvila.media.sampling import uniform_indices
 

@@ -150,9 +150,11 @@ class Answerer:
         (marked,), _ = self.processor.get_text_with_replacements(
             [before], texts["image"], texts["video"]
         )
+        marks = (self.processor.image_token, self.processor.video_token)
         encoded = tokenize_pieces(
-            self.processor.tokenizer, [marked], self.processor.image_token, add_special_tokens=False
-        )
+            self.processor.tokenizer, [marked], marks[0], placeholders=marks,
+            add_special_tokens=False,
+        )  # fmt: skip
         inputs["input_ids"] = torch.tensor(encoded["input_ids"])
         cache = self.engine.prefill(inputs)
         return Watched(cache, inputs["input_ids"].shape[1], tuple(kinds), rest)

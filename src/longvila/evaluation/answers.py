@@ -21,7 +21,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from longvila.errors import LongVILAError
+
 Record = dict[str, Any]
+
+
+class AnswersError(LongVILAError, ValueError):
+    """A file of answers is damaged."""
 
 
 def digest(value: Any) -> str:
@@ -41,7 +47,7 @@ def read_lines(file: Path) -> list[Record]:
         file: The file; it need not exist.
 
     Raises:
-        ValueError: If a line that is not the last is no JSON object.
+        AnswersError: If a line that is not the last is no JSON object.
     """
     if not file.exists():
         return []
@@ -51,9 +57,9 @@ def read_lines(file: Path) -> list[Record]:
         try:
             record = json.loads(line)
         except ValueError as fault:
-            raise ValueError(f"{file}, line {number} is no JSON: {fault}") from fault
+            raise AnswersError(f"{file}, line {number} is no JSON: {fault}") from fault
         if not isinstance(record, dict):
-            raise ValueError(f"{file}, line {number} is no JSON object")
+            raise AnswersError(f"{file}, line {number} is no JSON object")
         records.append(record)
     del rest  # Behind the last newline there is nothing, or a line that was cut short.
     return records
@@ -77,6 +83,19 @@ def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
     part.replace(file)
 
 
+def write_json(file: Path, value: Any) -> None:
+    """Write a JSON file at once, so that nobody ever reads half of one.
+
+    Args:
+        file: The file; its folder is made.
+        value: What it holds.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
 class Answers:
     """The answers of a run.
 
@@ -96,7 +115,7 @@ class Answers:
                         self._known[record["key"]] = record
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            _drop_cut_line(self.file)
+            drop_cut_line(self.file)
 
     def find(self, key: str) -> Record | None:
         """Return the answer to a question that was answered before, or None.
@@ -136,8 +155,12 @@ class Answers:
         )
 
 
-def _drop_cut_line(file: Path) -> None:
-    """Cut a file behind its last newline, so that the next line begins at the start of one."""
+def drop_cut_line(file: Path) -> None:
+    """Cut a file behind its last newline, so that the next line begins at the start of one.
+
+    Args:
+        file: The file; it need not exist.
+    """
     if not file.exists():
         return
     whole = file.read_bytes()

@@ -10,9 +10,10 @@
    sampled, the prompt, the answer as it came, what was read out of it.
 4. All ranks tell each other the answers.
 
-A video that is missing or cannot be read fails its questions: their answer is empty, they count as
-wrong, are reported apart and tried again by the next run. If every question fails, that is an
-error, and nothing is written. Nothing else is forgiven.
+A video that is missing or cannot be read fails its questions, and so does a prompt that is longer
+than the model's context: their answer is empty, they count as wrong, are reported apart and tried
+again by the next run. If every question fails, that is an error, and nothing is written. Nothing
+else is forgiven.
 
 Answers depend on the question, the model and the seed, not on the number of ranks that share the
 work, except through the order in which floating-point sums are made.
@@ -28,7 +29,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from longvila.errors import VideoError
+from longvila.errors import ContextLengthError, VideoError
 from longvila.evaluation.answerer import Answerer, Watched
 from longvila.evaluation.answers import Answers, Record, digest
 from longvila.evaluation.lmms_deal import by_medium, deal, gather
@@ -199,7 +200,9 @@ class Asking:
             everywhere.update(answered[0])
         if everywhere and all(record["error"] for record in everywhere.values()):
             first = everywhere[next(iter(union))]["error"]
-            raise VideoError(f"none of {len(everywhere)} questions shows what can be read: {first}")
+            raise VideoError(
+                f"none of {len(everywhere)} questions can be asked; the first: {first}"
+            )
         if place.leads:
             for record in failed:
                 self.answers.add(record)
@@ -259,13 +262,19 @@ class Asking:
         """Yield the records of questions that show the same."""
         watched: Watched | None = None
         for key, question in questions:
-            text = ""
-            if not error and leads(question.messages):
-                watched = watched or self.answerer.watch(shown)
-                text = self._say(key, question, watched)
-            elif not error:
-                text = self._say_whole(key, question, shown)
-            yield self._record(key, question, shown, _cut(text, question.until), error)
+            text, long = "", ""
+            try:
+                if not error and leads(question.messages):
+                    watched = watched or self.answerer.watch(shown)
+                    text = self._say(key, question, watched)
+                elif not error:
+                    text = self._say_whole(key, question, shown)
+            except ContextLengthError as fault:
+                # Every rank counts the same tokens before anything is read, so all come here.
+                long = f"{type(fault).__name__}: {fault}"
+                if watched is None and leads(question.messages):
+                    error = long
+            yield self._record(key, question, shown, _cut(text, question.until), error or long)
 
     def _say(self, key: str, question: Question, watched: Watched) -> str:
         options, more = self._options(key, question)

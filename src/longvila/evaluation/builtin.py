@@ -24,7 +24,7 @@ with fixed material.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import partial
@@ -34,22 +34,20 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from longvila.evaluation.families import open_rows
-from longvila.evaluation.measure import (
-    About,
-    Part,
-    Progress,
-    beyond_context,
-    identity,
-    measure,
-    rows_folder,
+from longvila.evaluation.measure import About, Part, measure_model
+from longvila.evaluation.needle_plan import (
+    WAYS,
+    Grid,
+    Stage,
+    Words,
+    check_strict,
+    merged,
+    strict_scenes,
 )
-from longvila.evaluation.needle_plan import Grid, Stage, Words, merged, strict_scenes
 from longvila.evaluation.needle_read import reading_order
 from longvila.evaluation.needle_sets import Haystack, Needle, NeedleError
 from longvila.evaluation.summary import Group
 from longvila.evaluation.task import Question, Scene
-from longvila.inference.engine import Engine
 from longvila.inference.sight import sampler_of
 
 #: Options of a choice among captions.
@@ -137,14 +135,31 @@ def bench_scenes(material: Material, plan: BenchPlan, processor: Any) -> list[Sc
             times=getattr(processor, "timestamps", False), seed=plan.seed, words=Words(),
             step_s=max(1.0, material.duration_s / length), stride=book.num_frames // length,
         )  # fmt: skip
-        depths = tuple(Fraction(depth).limit_denominator(1000) for depth in plan.depths)
         films, controls = strict_scenes(
-            stage, Grid((length,), depths), trials=plan.trials, per_film=plan.per_film
+            stage, _grid(plan, length), trials=plan.trials, per_film=plan.per_film
         )
         scenes += [*films, *(controls if plan.control else [])]
         scenes += event_scenes(stage, material, length)
     scenes += caption_scenes(stage, plan.captions)
     return reading_order(merged(scenes), book.num_frames)
+
+
+def _grid(plan: BenchPlan, length: int) -> Grid:
+    return Grid((length,), tuple(Fraction(depth).limit_denominator(1000) for depth in plan.depths))
+
+
+def check_bench(plan: BenchPlan, pictures: Sequence[Needle]) -> None:
+    """Refuse what cannot be asked, before a model is loaded for it.
+
+    Args:
+        plan: What is to be asked.
+        pictures: Drawings with names.
+
+    Raises:
+        NeedleError: As `longvila.evaluation.needle_plan.check_strict`.
+    """
+    grid = _grid(plan, min(plan.lengths))
+    check_strict(pictures, grid, per_film=plan.per_film, trials=plan.trials, ways=WAYS)
 
 
 def event_scenes(stage: Stage, material: Material, length: int) -> list[Scene]:
@@ -243,11 +258,7 @@ def run_bench(
     *,
     out: Path,
     name: str,
-    mesh: Any = None,
-    chunk_tokens: int = 8192,
-    keep_rows: bool = False,
-    past_limit: bool = False,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> list[Group]:
     """Measure a model; goes on where an interrupted run stopped.
 
@@ -258,11 +269,7 @@ def run_bench(
         material: What is shown.
         out: Folder for records, result and pages.
         name: What results call the model.
-        mesh: Ranks that share a sequence, or several groups of them; None for one process.
-        chunk_tokens: Tokens that a rank reads at once.
-        keep_rows: Whether the film's rows are kept in ``out``, for when the run goes on.
-        past_limit: Whether lengths that the model's configuration does not allow are measured.
-        progress: As for `longvila.evaluation.runner.run`.
+        **options: Of `longvila.evaluation.measure.measure_model`: mesh, progress and so on.
 
     Returns:
         The summary.
@@ -271,36 +278,23 @@ def run_bench(
         RecordsError: If ``out`` holds answers of other settings.
         ContextLengthError: If the longest scene does not fit the model's context.
     """
-    who = identity(model, processor)
-    rows = open_rows(
-        model, processor, material.haystack.book,
-        folder=rows_folder(out, who, material.haystack.key) if keep_rows else None,
-    )  # fmt: skip
     parts = [Part("model", bench_scenes(material, plan, processor))]
-    with (
-        beyond_context(model, past_limit),
-        Engine(model, mesh, chunk_tokens=chunk_tokens, family=rows.family) as engine,
-    ):
-        return measure(
-            engine, processor, parts, settings_of(plan, material, name, who), rows,
-            about=about(material, name), out=out, mesh=mesh, progress=progress,
-        )  # fmt: skip
+    return measure_model(
+        model, processor, material.haystack, parts, settings_of(plan, material, name),
+        about=about(material, name), out=out, **options,
+    )  # fmt: skip
 
 
-def settings_of(
-    plan: BenchPlan, material: Material, model: str, who: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def settings_of(plan: BenchPlan, material: Material, model: str) -> dict[str, Any]:
     """Return what answers depend on.
 
     Args:
         plan: What is asked.
         material: What is shown.
         model: What results call the model.
-        who: What tells it from another (`longvila.evaluation.measure.identity`).
     """
     return {
         "model": model,
-        "identity": dict(who or {}),
         "film": material.haystack.key,
         "haystack": material.haystack.label,
         "repeats": material.haystack.repeats,

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from longvila.evaluation.answerer import Answerer, Watched
@@ -76,6 +77,22 @@ class FamilyAnswerer(Answerer):
             return Watched(None, 0, ())
         shown = self._media(items)
         kinds = tuple(medium.kind for medium in shown)
+        rendered, stop, apart = self._begun(shown)
+        return WatchedMedia(
+            self._read(rendered, stop), stop, kinds, media=tuple(shown), text_only=apart
+        )
+
+    def tokens_of(self, media: Sequence[Any]) -> int:
+        """Count the tokens that `watch` would read; the processor prepares all frames for it.
+
+        Args:
+            media: As for `watch`, at least one.
+        """
+        return self._begun(self._media(media))[1]
+
+    def _begun(self, shown: list[Medium]) -> tuple[Rendered, int, bool]:
+        """A prompt about media, where its question begins, and whether that is tokenised apart."""
+        kinds = [medium.kind for medium in shown]
         rendered = self.prompts.render([said("user", "A", shown)], shown)
         family, config = self.prompts.family, self.prompts.model.config
         behind = self.encode(self._around("A", kinds)[1])
@@ -87,9 +104,7 @@ class FamilyAnswerer(Answerer):
             # Words of the question may join what the processor writes behind the media.
             spans = rendered.spans(family, config).values()
             stop = max(end for each in spans for _, end in each)
-        return WatchedMedia(
-            self._read(rendered, stop), stop, kinds, media=tuple(shown), text_only=apart
-        )
+        return rendered, stop, apart
 
     def answer_turns(
         self, messages: Sequence[Mapping[str, Any]], shown: Sequence[Any], **options: Any
@@ -177,6 +192,16 @@ class WholeReader:
         """
         frames = np.stack([self.book.frame(number) for number in scene.frames])
         self.frames_read += len(frames)
+        return self.answerer.watch([self._video(scene, frames)])
+
+    def tokens_of(self, scene: Scene) -> int:
+        """Return how many tokens a scene has before its questions; nothing is decoded for it."""
+        # How many tokens frames become depends on their size and number, not on what they show.
+        blank = np.broadcast_to(np.uint8(0), (len(scene.frames), *self.book.size, 3))
+        return self.answerer.tokens_of([self._video(scene, blank)])
+
+    def _video(self, scene: Scene, frames: NDArray[np.uint8]) -> SampledVideo:
+        """A scene as a video that was sampled already."""
         step_s = scene.step_s or 1.0
         times = np.arange(len(frames), dtype=np.float64) * np.float64(step_s)
         height, width = frames.shape[1:3]
@@ -184,11 +209,10 @@ class WholeReader:
             scene.id, len(frames), 1 / step_s, width, height, len(frames) * step_s, 0, times,
             "pictures", "none",
         )  # fmt: skip
-        video = SampledVideo(
+        return SampledVideo(
             frames=frames, indices=np.arange(len(frames)), timestamps_s=times, metadata=metadata,
             missing=(), stats=ReadStats(),
         )  # fmt: skip
-        return self.answerer.watch([video])
 
 
 @dataclass

@@ -10,7 +10,9 @@
    request for the form, a bounded number of times; then the answer stays *ungraded*. Replies are
    parsed, never evaluated.
 3. Every grade is written as it is given, with all exchanges: a run that stops goes on, and the file
-   is what `longvila.evaluation.judge_models.Recording` replays.
+   is what `longvila.evaluation.judge_models.Recording` replays. An answer for which the judge could
+   not be reached, or which it refuses, is ungraded too, says why, and is tried again by the next
+   run. Where a whole row of them fails, the judge is down and the run ends.
 4. Means have standard errors clustered by video. Ungraded answers are counted apart, and the mean
    they could have moved is given as a range: all of them 0, all of them 5.
 
@@ -31,9 +33,10 @@ from typing import Any
 
 from longvila.errors import LongVILAError
 from longvila.evaluation.answers import Answers, Record, digest, read_lines
-from longvila.evaluation.judge_models import Judge, Message
+from longvila.evaluation.judge_models import Judge, JudgeError, Message
 from longvila.evaluation.metrics import clustered_mean
 from longvila.evaluation.presets import find_preset
+from longvila.inference.caller import CallError
 
 PROMPTS_FOLDER = Path(__file__).parent / "prompts"
 AXES = ("correctness", "detail", "context", "temporal", "consistency")
@@ -185,15 +188,19 @@ def grade(item: Item, prompt: Prompt, judge: Judge, *, attempts: int) -> Record:
         attempts: Replies to ask for, at most, until one has the form.
 
     Returns:
-        A record: the grade, or None, and every exchange.
+        A record: the grade, or None, and every exchange; ``error`` if the judge gave no answer.
     """
     messages: list[Message] = prompt.messages(item)
     key = digest([judge.name, prompt.axis, item.id, [dict(message) for message in messages]])
     exchanges = []
-    found = None
+    found, error = None, None
     for _ in range(attempts):
         asked = digest([dict(message) for message in messages])
-        reply = judge.reply(messages)
+        try:
+            reply = judge.reply(messages)
+        except CallError as fault:
+            error = str(fault)
+            break
         exchanges.append({"asked": asked, "reply": reply})
         found = parse_grade(reply, prompt.axis)
         if found is not None:
@@ -210,6 +217,7 @@ def grade(item: Item, prompt: Prompt, judge: Judge, *, attempts: int) -> Record:
         "video": item.video,
         "grade": found,
         "exchanges": exchanges,
+        **({} if error is None else {"error": error}),
     }
 
 
@@ -240,7 +248,7 @@ def grade_all(
         A record an answer and axis, in the order of the items.
 
     Raises:
-        JudgeError: If the judge cannot be asked; what was graded is kept.
+        JudgeError: If the judge cannot be asked any more; what was graded is kept.
         LongVILAError: If two answers have one id, or an axis does not fit an answer.
     """
     if len({item.id for item in items}) != len(items):
@@ -257,16 +265,26 @@ def grade_all(
     def one(pair: tuple[Item, Prompt]) -> Record:
         return grade(pair[0], pair[1], judge, attempts=attempts)
 
+    failed: dict[str, Record] = {}
     with ThreadPoolExecutor(max_workers=parallel) as pool:
         # In small pieces, so that a judge that fails is not asked thousands of times more.
         for start in range(0, len(todo), 4 * parallel):
-            for record in pool.map(one, todo[start : start + 4 * parallel]):
+            piece = todo[start : start + 4 * parallel]
+            errors = []
+            for record in pool.map(one, piece):
                 answers.add(record)
+                if "error" in record:
+                    failed[record["key"]] = record
+                    errors.append(record["error"])
                 done += 1
                 if progress is not None:
                     progress(done, len(wanted))
-    records = [answers.find(key) for key in keys]
-    return [record for record in records if record is not None]
+            if len(errors) == len(piece):
+                raise JudgeError(
+                    f"the judge gave no answer {len(errors)} times in a row; the last: {errors[-1]}"
+                )
+    given = (answers.find(key) or failed.get(key) for key in keys)
+    return [each for each in given if each is not None]
 
 
 @dataclass(frozen=True)
@@ -361,9 +379,16 @@ def read_items(source: Path) -> list[Item]:
     if source.suffix == ".jsonl":
         rows: Any = read_lines(source)
     else:
-        rows = json.loads(source.read_text(encoding="utf-8"))
-    if isinstance(rows, Mapping):
+        try:
+            rows = json.loads(source.read_text(encoding="utf-8"))
+        except ValueError as fault:
+            raise LongVILAError(f"{source} is no JSON: {fault}") from fault
+    if isinstance(rows, Mapping) and all(isinstance(row, Mapping) for row in rows.values()):
         rows = [{"id": key, **row} for key, row in rows.items()]
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise LongVILAError(f"{source} must hold objects with question, answer and prediction")
+    if not rows:
+        raise LongVILAError(f"{source} holds no answers")
     return [_item(row, f"{number:06d}", source) for number, row in enumerate(rows)]
 
 

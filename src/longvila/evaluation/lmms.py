@@ -171,7 +171,7 @@ class LongVILA(lmms):  # type: ignore[misc]
             options=generation,
             until=until,
             benchmark=None if preset is None else preset.name,
-            sample=None if preset is None else preset.sample(doc),
+            sample=None if preset is None else preset.read(doc),
             fps=None if self.fps is None else float(self.fps),
         )
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import yaml
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
+from tenacity import RetryError
 
 from longvila.errors import LongVILAError
 from longvila.evaluation.answers import Answers, Record
@@ -147,6 +149,8 @@ def run(plan: Plan) -> dict[str, Summary]:
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     os.environ["HF_HOME"] = str(home)
     check_settings(plan.out, plan.settings())
+    for preset in plan.presets:  # A folder without questions is told before a model is loaded.
+        task_changes(preset, frames=plan.frames, data=plan.data.get(preset.name))
     model = LongVILA(
         plan.model,
         num_frames="paper" if plan.frames is None else plan.frames,
@@ -174,26 +178,47 @@ def run(plan: Plan) -> dict[str, Summary]:
             chosen = [preset for preset in plan.presets if preset.official == scored]
             if not chosen:
                 continue
-            out = simple_evaluate(
-                model=model,
-                tasks=[preset.task for preset in chosen],
-                task_manager=manager,
-                limit=plan.limit,
-                predict_only=not scored,
-                log_samples=True,
-                random_seed=plan.seed,
-                numpy_random_seed=plan.seed,
-                torch_random_seed=plan.seed,
-                fewshot_random_seed=plan.seed,
-                bootstrap_iters=0,
-                distributed_executor_backend="torchrun" if model.world_size > 1 else "accelerate",
-            )
+            with _loading(chosen):
+                out = simple_evaluate(
+                    model=model,
+                    tasks=[preset.task for preset in chosen],
+                    task_manager=manager,
+                    limit=plan.limit,
+                    predict_only=not scored,
+                    log_samples=True,
+                    random_seed=plan.seed,
+                    numpy_random_seed=plan.seed,
+                    torch_random_seed=plan.seed,
+                    fewshot_random_seed=plan.seed,
+                    bootstrap_iters=0,
+                    distributed_executor_backend=(
+                        "torchrun" if model.world_size > 1 else "accelerate"
+                    ),
+                )
             if out is not None and scored:
                 for preset in chosen:
                     official[preset.name] = _numbers(out["results"].get(preset.task, {}))
     if not first:
         return {}
     return write_results(plan.out, _asked(model), official)
+
+
+@contextmanager
+def _loading(presets: Sequence[Preset]) -> Iterator[None]:
+    """Say in a line what lmms-eval could not fetch or import."""
+    names = ", ".join(preset.name for preset in presets)
+    try:
+        yield
+    except RetryError as fault:
+        cause = fault.last_attempt.exception()
+        raise LongVILAError(
+            f"lmms-eval cannot fetch {names}: {cause}; it needs the Hugging Face Hub, or what an "
+            f"earlier run left under HF_HOME ({os.environ['HF_HOME']})"
+        ) from fault
+    except ModuleNotFoundError as fault:
+        raise LongVILAError(
+            f"lmms-eval's tasks ({names}) need the package {fault.name}: pip install {fault.name}"
+        ) from fault
 
 
 def _asked(model: LongVILA) -> list[Record]:

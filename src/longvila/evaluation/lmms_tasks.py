@@ -177,7 +177,7 @@ def needle_text(doc: Mapping[str, Any], kwargs: Mapping[str, Any] | None = None)
 
 def target(name: str, doc: Mapping[str, Any]) -> str:
     """Return the right answer of a document."""
-    return find_preset(name).sample(doc).answer or ""
+    return find_preset(name).read(doc).answer or ""
 
 
 def results(name: str, doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def results(name: str, doc: Mapping[str, Any], answers: Sequence[str]) -> dict[s
         answers: The model's, one.
     """
     preset = find_preset(name)
-    sample = preset.sample(doc)
+    sample = preset.read(doc)
     grade = preset.grade(sample, answers[0])
     entry = {
         "score": float(bool(grade.correct)),

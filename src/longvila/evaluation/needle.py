@@ -18,27 +18,19 @@ the tower n * D times over.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from longvila.evaluation.families import layout_for, open_rows
-from longvila.evaluation.measure import (
-    About,
-    LayoutName,
-    Part,
-    Progress,
-    beyond_context,
-    identity,
-    measure,
-    rows_folder,
-)
+from longvila.evaluation.families import layout_for
+from longvila.evaluation.measure import About, LayoutName, Part, measure_model
 from longvila.evaluation.needle_plan import (
     WAYS,
     Grid,
     Stage,
     Words,
+    check_strict,
     make_grid,
     merged,
     paper_scenes,
@@ -48,7 +40,6 @@ from longvila.evaluation.needle_read import reading_order
 from longvila.evaluation.needle_sets import Haystack, Needle, NeedleError
 from longvila.evaluation.summary import Group
 from longvila.evaluation.task import Scene
-from longvila.inference.engine import Engine
 from longvila.inference.sight import sampler_of
 
 Protocol = Literal["paper", "strict", "both"]
@@ -105,7 +96,7 @@ class Plan:
         """Its lengths and depths."""
         if not self.lengths:
             return make_grid(self.max_frames, self.interval, self.depth_interval)
-        grid = make_grid(self.frames, min(self.lengths), self.depth_interval)
+        grid = make_grid(1, 1, self.depth_interval)
         return replace(grid, lengths=tuple(sorted(set(self.lengths))))
 
     @property
@@ -161,13 +152,38 @@ def make_parts(
     return [Part(layout, reading_order(merged(found), total)) for layout, found in scenes.items()]
 
 
+def check_plan(plan: Plan, needles: Sequence[Needle]) -> None:
+    """Refuse a plan that cannot be carried out, before a model is loaded for it.
+
+    Args:
+        plan: What is to be measured.
+        needles: The set.
+
+    Raises:
+        NeedleError: If steps, lengths, tasks or numbers are wrong, or the set is too small.
+    """
+    grid = plan.grid
+    if grid.lengths[0] < 1:
+        raise NeedleError(f"lengths must be positive numbers of frames, got {list(plan.lengths)}")
+    if plan.step_s is not None and not plan.step_s > 0:
+        raise NeedleError(f"seconds between frames must be above zero, got {plan.step_s:g}")
+    _check_tasks(plan.tasks)
+    if plan.protocol != "paper":
+        check_strict(needles, grid, per_film=plan.per_film, trials=plan.trials, ways=plan.ways)
+
+
+def _check_tasks(tasks: Sequence[str]) -> None:
+    absent = set(tasks) - set(TASKS)
+    if absent:
+        known = ", ".join(TASKS)
+        raise NeedleError(f"there is no task {', '.join(sorted(absent))}; there are {known}")
+
+
 def _asking(scenes: list[Scene], tasks: Sequence[str]) -> list[Scene]:
     """Return scenes with the questions of some tasks, without those that have none."""
     if not tasks:
         return scenes
-    absent = set(tasks) - set(TASKS)
-    if absent:
-        raise NeedleError(f"there is no task {', '.join(sorted(absent))}; there are {TASKS}")
+    _check_tasks(tasks)
     asked = [
         replace(scene, questions=tuple(q for q in scene.questions if q.task in tasks))
         for scene in scenes
@@ -180,7 +196,6 @@ def settings_of(
     haystack: Haystack,
     needles: Sequence[Needle],
     model: str,
-    who: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what answers depend on; records of another run do not mix with these.
 
@@ -189,11 +204,9 @@ def settings_of(
         haystack: The film.
         needles: The set.
         model: What results call the model.
-        who: What tells it from another (`longvila.evaluation.measure.identity`).
     """
     return {
         "model": model,
-        "identity": dict(who or {}),
         "haystack": haystack.label,
         "film": haystack.key,
         "repeats": haystack.repeats,
@@ -211,11 +224,7 @@ def run_needle(
     *,
     out: Path,
     name: str,
-    mesh: Any = None,
-    chunk_tokens: int = 8192,
-    keep_rows: bool = False,
-    past_limit: bool = False,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> list[Group]:
     """Measure a model; goes on where an interrupted run stopped.
 
@@ -227,11 +236,7 @@ def run_needle(
         needles: The set.
         out: Folder for records, result and pages.
         name: What results call the model.
-        mesh: Ranks that share a sequence, or several groups of them; None for one process.
-        chunk_tokens: Tokens that a rank reads at once.
-        keep_rows: Whether the film's rows are kept in ``out``, for when the run goes on.
-        past_limit: Whether lengths that the model's configuration does not allow are measured.
-        progress: As for `longvila.evaluation.runner.run`.
+        **options: Of `longvila.evaluation.measure.measure_model`: mesh, progress and so on.
 
     Returns:
         The summary, the same on every rank of a file system that all share.
@@ -240,25 +245,16 @@ def run_needle(
         RecordsError: If ``out`` holds answers of other settings.
         ContextLengthError: If the longest scene does not fit the model's context.
     """
+    # A family whose processor writes prompts itself has one layout, and settings say which.
     plan = replace(
         plan,
         layout=layout_for(processor, plan.layout),
         strict_layout=layout_for(processor, plan.strict_layout),
     )
-    who = identity(model, processor)
-    rows = open_rows(
-        model, processor, haystack.book,
-        folder=rows_folder(out, who, haystack.key) if keep_rows else None,
+    return measure_model(
+        model, processor, haystack, make_parts(plan, haystack, needles, processor),
+        settings_of(plan, haystack, needles, name), about=about(haystack, name), out=out, **options,
     )  # fmt: skip
-    with (
-        beyond_context(model, past_limit),
-        Engine(model, mesh, chunk_tokens=chunk_tokens, family=rows.family) as engine,
-    ):
-        return measure(
-            engine, processor, make_parts(plan, haystack, needles, processor),
-            settings_of(plan, haystack, needles, name, who), rows,
-            about=about(haystack, name), out=out, mesh=mesh, progress=progress,
-        )  # fmt: skip
 
 
 def about(haystack: Haystack, model: str) -> About:

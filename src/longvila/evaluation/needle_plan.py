@@ -275,23 +275,9 @@ def strict_scenes(
         per_film: Needles in each.
 
     Raises:
-        NeedleError: If there are fewer names than needles in a film and options, or a length has no
-            room for them.
+        NeedleError: As `check_strict`.
     """
-    names: dict[str, list[str]] = {}
-    for needle in stage.needles:
-        known = names.setdefault(needle.tier, [])
-        if needle.answer not in known:
-            known.append(needle.answer)
-    for tier, found in names.items():
-        wanted = max(per_film + 1, stage.ways)
-        if len(found) < wanted or per_film < 3:
-            raise NeedleError(
-                f"{per_film} needles a film (at least 3) need {wanted} different "
-                f"names, the set has {len(found)}" + (f" of tier {tier!r}" if tier else "")
-            )
-    if grid.lengths[0] < 4 * per_film:
-        raise NeedleError(f"{grid.lengths[0]} frames have no room for {per_film} needles")
+    names = check_strict(stage.needles, grid, per_film=per_film, trials=trials, ways=stage.ways)
     order = stage.rng("targets").permutation(len(stage.needles))
     scenes: list[Scene] = []
     controls: list[Scene] = []
@@ -303,6 +289,50 @@ def strict_scenes(
         controls += control_scenes(stage, film, length)
         scenes.append(_counting(stage, length, depth, trial, target))
     return scenes, controls
+
+
+def check_strict(
+    needles: Sequence[Needle], grid: Grid, *, per_film: int, trials: int, ways: int
+) -> dict[str, list[str]]:
+    """Refuse what the stricter protocol cannot be made of.
+
+    Args:
+        needles: The set.
+        grid: Lengths and depths.
+        per_film: Needles in each film.
+        trials: Films a cell.
+        ways: Names to choose from.
+
+    Returns:
+        The different names of each tier.
+
+    Raises:
+        NeedleError: If there is no room, or there are too few names; says what would do.
+    """
+    if trials < 1 or ways < 2 or not 3 <= per_film <= len(_ORDINALS):
+        raise NeedleError(
+            f"the strict test needs at least one film a cell, a choice of at least 2 and 3 to "
+            f"{len(_ORDINALS)} needles a film; got {trials}, {ways} and {per_film}"
+        )
+    names: dict[str, list[str]] = {}
+    for needle in needles:
+        known = names.setdefault(needle.tier, [])
+        if needle.answer not in known:
+            known.append(needle.answer)
+    wanted = max(per_film + 1, ways)
+    for tier, found in names.items():
+        if len(found) < wanted:
+            enough = "--per-film 3, " if per_film > 3 and len(found) >= max(4, ways) else ""
+            raise NeedleError(
+                f"films of {per_film} needles and a choice of {ways} need {wanted} different "
+                f"names, the set has {len(found)}" + (f" of tier {tier!r}" if tier else "")
+                + f": take {enough}more pictures, or the paper's test alone (--protocol paper)"
+            )  # fmt: skip
+    if grid.lengths[0] < 4 * per_film:
+        raise NeedleError(
+            f"{grid.lengths[0]} frames have no room for {per_film} needles: {4 * per_film} do"
+        )
+    return names
 
 
 def _film(

@@ -112,6 +112,14 @@ class SceneReader:
                 cache = self._read(scene.frames[cut:], cut, scene.step_s, onto=cache)
         return Watched(cache, int(cache.get_seq_length()), ("video",), self._rest(scene))
 
+    def tokens_of(self, scene: Scene) -> int:
+        """Return how many tokens a scene has before its questions."""
+        if self.pooled:
+            return len(self._pooled_ids(len(scene.frames), scene.step_s))
+        places = range(len(scene.frames))
+        frames = sum(len(self.answerer.frame_ids(place * scene.step_s)) for place in places)
+        return len(self._head) + frames
+
     def _forks(self, scene: Scene) -> bool:
         # One frame in common is what any sampling of a film has.
         return not self.pooled and self.cuts[scene.id] > 1
@@ -138,12 +146,11 @@ class SceneReader:
         return self.engine.prefill(inputs, **({} if onto is None else {"onto": onto}))
 
     def _pooled_ids(self, frames: int, step_s: float) -> list[int]:
-        head, _ = split_medium(self._pooled_text(frames, step_s), self.answerer.processor)
+        processor = self.answerer.processor
+        head, _ = split_medium(self._pooled_text(frames, step_s), processor)
+        marks = (processor.image_token, processor.video_token)
         tokens = tokenize_pieces(
-            self.answerer.processor.tokenizer,
-            [head],
-            self.answerer.processor.image_token,
-            add_special_tokens=False,
+            processor.tokenizer, [head], marks[0], placeholders=marks, add_special_tokens=False
         )
         return [*self._head, *tokens["input_ids"][0]]
 

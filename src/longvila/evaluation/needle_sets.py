@@ -2,7 +2,8 @@
 
 Needles are read from
 
-- a folder of pictures: a picture's name is its file's ("teddy-bear.png" is a teddy bear);
+- a folder of pictures: a picture's name is its file's ("teddy-bear.png" and "Teddy bear (2).JPG"
+  are two drawings of a teddy bear); other files in it are left alone;
 - a folder with ``needles.json``, or a ``.json``/``.jsonl`` file: entries with a picture (``file``,
   ``image`` or ``path``), an ``answer`` or ``name``, and, if wanted, ``question``, ``options`` and
   ``tier`` (or ``seen``);
@@ -11,7 +12,9 @@ Needles are read from
 
 A haystack is a video, a folder of videos (one after the other by name), a folder of pictures, or
 ``synthetic``: moving colours drawn in code, for trying things out, which results name as such. Its
-frames are taken at a fixed rate. One that is too short is an error, unless it may be repeated.
+frames are taken at a fixed rate. One that is too short is an error, unless it may be repeated. For
+a frame that cannot be decoded the nearest one of its block stands in, grey where there is none;
+which frames those are is kept (`Haystack.undecoded`) and said by every result.
 
 Cost: opening indexes a video once; frames are decoded when they are needed.
 """
@@ -21,7 +24,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,11 +34,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from longvila.errors import LongVILAError, VideoError
+from longvila.errors import LongVILAError
 from longvila.evaluation.needle_frames import FrameBook, Picture
+from longvila.evaluation.task import plain
 from longvila.inference.store import file_key
+from longvila.log import log_once
 from longvila.media.sampling import timestamp_indices
 from longvila.media.sources import IMAGE_SUFFIXES
 from longvila.media.video import open_video
@@ -41,6 +48,8 @@ from longvila.media.video import open_video
 #: The original's needles on the Hugging Face Hub.
 LONGVA_NEEDLES = "lmms-lab/v_niah_needles"
 SYNTHETIC = "synthetic"
+#: What file managers write behind the name of a second file of that name.
+_COPY = re.compile(r"\s*\(\d+\)$")
 
 
 class NeedleError(LongVILAError, ValueError):
@@ -85,7 +94,8 @@ def load_needles(source: str | Path, *, tier: str | None = None) -> list[Needle]
         The needles, in the order of the set.
 
     Raises:
-        NeedleError: If there is none, or entries are incomplete or share an id.
+        NeedleError: If there is none, entries are incomplete or share an id, or a picture cannot be
+            read as one.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -107,6 +117,8 @@ def load_needles(source: str | Path, *, tier: str | None = None) -> list[Needle]
     if len(set(ids)) < len(ids):
         twice = sorted({each for each in ids if ids.count(each) > 1})
         raise NeedleError(f"{source} has more than one needle called {', '.join(twice[:5])}")
+    for needle in needles:
+        needle.open()  # One that is no picture is told now, and not after hours.
     return needles
 
 
@@ -119,10 +131,14 @@ def _folder(folder: Path) -> Iterator[Needle]:
         yield from _parquet(table)
     if tables:
         return
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            name = path.stem.replace("-", " ").replace("_", " ").strip().lower()
-            yield Needle(path.stem, name, _opener(path))
+    pictures = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]
+    stems = [path.stem for path in pictures]
+    for path in pictures:
+        name = _COPY.sub("", path.stem).replace("-", " ").replace("_", " ").strip().lower()
+        if not plain(name):
+            raise NeedleError(f"{path}: the file's name must be the name of what it shows")
+        # Two files of one name are two pictures of one thing.
+        yield Needle(path.stem if stems.count(path.stem) == 1 else path.name, name, _opener(path))
 
 
 def _file(path: Path) -> Iterator[Needle]:
@@ -137,6 +153,8 @@ def _file(path: Path) -> Iterator[Needle]:
             entries = json.loads(text)
     except ValueError as fault:
         raise NeedleError(f"{path} is not JSON: {fault}") from fault
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise NeedleError(f"{path} must be a list of objects, one a needle")
     for number, entry in enumerate(entries):
         file = next((entry[key] for key in ("file", "image", "path") if key in entry), None)
         answer = entry.get("answer", entry.get("name"))
@@ -174,17 +192,26 @@ def _parquet(path: Path) -> Iterator[Needle]:
         yield Needle(
             f"{path.stem}-{number}",
             str(row["answer"]),
-            _decoder(row["image"]["bytes"]),
+            _decoder((row["image"] or {}).get("bytes"), f"{path}, row {number}"),
             str(row["question"]),
         )
 
 
-def _decoder(content: bytes) -> Callable[[], Image.Image]:
+def _decoder(content: bytes | None, name: str) -> Callable[[], Image.Image]:
     def open_picture() -> Image.Image:
-        with Image.open(io.BytesIO(content)) as picture:
-            return picture.convert("RGBA")
+        return _decoded(io.BytesIO(content or b""), name)
 
     return open_picture
+
+
+def _decoded(source: Any, name: str) -> Image.Image:
+    try:
+        with Image.open(source) as picture:
+            # Cameras say in a tag which side is up.
+            return ImageOps.exif_transpose(picture).convert("RGBA")
+    # Pillow says of a broken file whatever its reader of that format fell over.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
+        raise NeedleError(f"{name} cannot be read as a picture: {fault}") from fault
 
 
 def _hub(name: str) -> Path:
@@ -202,8 +229,7 @@ def _hub(name: str) -> Path:
 
 def _opener(path: Path) -> Callable[[], Image.Image]:
     def open_picture() -> Image.Image:
-        with Image.open(path) as picture:
-            return picture.convert("RGBA")
+        return _decoded(path, str(path))
 
     if not path.is_file():
         raise NeedleError(f"there is no picture {path}")
@@ -266,6 +292,7 @@ class Haystack:
         step_s: Seconds from a frame to the next.
         repeats: How often the film is shown to fill the frames.
         key: What tells it from another film, or another part or rate of this one.
+        reels: The videos it is made of.
     """
 
     book: FrameBook
@@ -273,6 +300,34 @@ class Haystack:
     step_s: float
     repeats: int
     key: Any = None
+    reels: tuple[_Reel, ...] = ()
+
+    def undecoded(self) -> list[str]:
+        """Return which frames could not be decoded so far, by video and number."""
+        return [f"{r.path.name}, frame {number}" for r in self.reels for number in sorted(r.bad)]
+
+
+def check_haystack(
+    source: str | Path, *, fps: float = 1.0, part: tuple[float, float] = (0.0, 1.0)
+) -> None:
+    """Refuse a haystack that is not there, or a part that is none, before anything is loaded.
+
+    Args:
+        source: As for `open_haystack`.
+        fps: Frames taken each second.
+        part: Where each film begins and ends, as shares of its length.
+
+    Raises:
+        NeedleError: If there is nothing, or a number is wrong.
+    """
+    if not 0 <= part[0] < part[1] <= 1:
+        raise NeedleError(
+            f"a part of a film is two shares of it in order, as 0.5 1; got {part[0]:g} {part[1]:g}"
+        )
+    if not fps > 0:
+        raise NeedleError(f"frames a second must be above zero, got {fps:g}")
+    if str(source) != SYNTHETIC:
+        _videos(Path(source).expanduser())
 
 
 def open_haystack(
@@ -300,9 +355,8 @@ def open_haystack(
         NeedleError: If the film is too short, or the part is none.
         VideoError: If it cannot be read.
     """
+    check_haystack(source, fps=fps, part=part)
     size: tuple[int, int] = processor.height_width
-    if not 0 <= part[0] < part[1] <= 1:
-        raise NeedleError(f"a part of a film is two shares of it in order, got {part}")
     if str(source) == SYNTHETIC:
         book = FrameBook(num_frames, lambda a, b: _drawn(a, b, size), size=size, block=block)
         return Haystack(book, "synthetic (drawn in code)", 1 / fps, 1)
@@ -311,8 +365,8 @@ def open_haystack(
     if total < num_frames and not repeat:
         raise NeedleError(
             f"{source} gives {total} frames at {fps:g} a second and {num_frames} are needed: take "
-            f"more frames a second (--fps {fps * num_frames / total:.3g}), allow repeating it, or "
-            "bring a longer film"
+            f"more frames a second (--fps {_rounded_up(fps * num_frames / total)}), show it again "
+            "(--repeat), or bring a longer film"
         )
 
     def read(start: int, stop: int) -> Picture:
@@ -334,7 +388,13 @@ def open_haystack(
         1 / fps,
         -(-num_frames // total),
         {"file": file_key(source), "part": list(part), "fps": fps, "frames": num_frames},
+        tuple(reels),
     )
+
+
+def _rounded_up(rate: float) -> str:
+    """A rate with one decimal that is not less."""
+    return f"{math.ceil(rate * 10 - 1e-9) / 10:g}"
 
 
 def _videos(path: Path) -> list[Path]:
@@ -361,6 +421,7 @@ class _Reel:
         times = start_s + np.arange(max(1, math.ceil((stop_s - start_s) * fps - 1e-6))) / fps
         self.indices = timestamp_indices(metadata.timestamps_s, times)
         self.num_frames = len(self.indices)
+        self.bad: set[int] = set()
         self._stack = ExitStack()
         self._reader: Any = None
 
@@ -379,11 +440,17 @@ class _Reel:
             else frame.image
             for frame in self._reader.frames(sorted(set(wanted)), size=size)
         }
-        missing = sorted(set(wanted) - set(found))
-        if missing:
-            raise VideoError(
-                f"{self.path}: frames {missing[:5]} cannot be decoded; a haystack must be whole"
-            )
+        missing = set(wanted) - set(found)
+        if missing - self.bad:
+            log_once(
+                __name__, logging.WARNING, f"{self.path}: some frames cannot be decoded; their "
+                "neighbours stand in, and the results name them",
+            )  # fmt: skip
+            self.bad |= missing
+        grey = np.full((*self.processor.height_width, 3), 128, np.uint8)
+        for index in missing:
+            near = min(set(found) - missing, key=lambda other: abs(other - index), default=None)
+            found[index] = grey if near is None else found[near]
         return np.stack([found[index] for index in wanted])
 
 

@@ -20,12 +20,18 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from longvila.evaluation.columns import aligned
 from longvila.evaluation.runner import Record
 from longvila.evaluation.summary import Group, Share, cells, share
 
 #: Of the paper's figure: 0, one half, 1.
 COLOURS = ((0xF0, 0x49, 0x6E), (0xEB, 0xB8, 0x39), (0x9A, 0xD5, 0xB3))
 _SHOWN = 40
+_LEGEND = (
+    "Guess: what choosing at random would get. Unread: answers in which nothing could be read, "
+    "which count as wrong. Score: with the standard error clustered by video. Controls show no "
+    "pictures: what is right there was not seen."
+)
 
 
 def colour(value: float) -> tuple[int, int, int]:
@@ -115,10 +121,7 @@ def text_table(groups: Sequence[Group]) -> str:
             (group.name, str(part.n), _percent(part), f"{part.chance:.1%}", str(part.unread),
              lengths)
         )  # fmt: skip
-    widths = [max(len(row[k]) for row in rows) for k in range(5)]
-    return "\n".join(
-        "  ".join([*(f"{row[k]:<{widths[k]}}" for k in range(5)), row[5]]).rstrip() for row in rows
-    )
+    return aligned(rows)
 
 
 def write_page(
@@ -145,7 +148,8 @@ def write_page(
     """
     written = [path]
     parts = [f"<h1>{_e(title)}</h1>", *(f"<p>{_e(note)}</p>" for note in notes)]
-    parts.append(_table(groups))
+    parts += [f"<p class=note>{_LEGEND}</p>", _table(groups)]
+    figures = []
     for group in groups:
         grid = cells(records, group)
         if not grid or group.control:
@@ -155,9 +159,14 @@ def write_page(
         image = heat_map(grid, title=group.name)
         image.save(picture)
         written.append(picture)
-        parts.append(f"<h2>{_e(group.name)}</h2>{_inline(image, group.name)}{_grid(grid)}")
-    parts += [_mistakes(records), "<h2>Settings</h2>"]
-    parts.append(f"<pre>{_e(json.dumps(settings, indent=1, sort_keys=True))}</pre>")
+        figures.append(f"<figure>{_inline(image, group.name)}{_grid(grid)}</figure>")
+    if figures:
+        maps = "".join(figures)
+        parts.append(f"<h2>By length and depth</h2><div class=maps>{maps}</div>")
+    parts.append(_mistakes(records))
+    whole = _e(json.dumps(settings, indent=1, sort_keys=True))
+    parts.append(f"<h2>Settings</h2><details><summary>all of them</summary><pre>{whole}</pre>")
+    parts.append("</details>")
     path.write_text(_PAGE.format(title=_e(title), body="\n".join(parts)), encoding="utf-8")
     return written
 
@@ -168,7 +177,7 @@ def _e(text: object) -> str:
 
 def _table(groups: Sequence[Group]) -> str:
     lengths = sorted({frames for group in groups for frames in group.by_frames})
-    head = "".join(f"<th>{_e(_short(frames))}</th>" for frames in lengths)
+    head = "".join(f"<th>{_e(_short(frames))} frame{'s' * (frames > 1)}</th>" for frames in lengths)
     rows = []
     for group in groups:
         cells_of = "".join(
@@ -176,7 +185,8 @@ def _table(groups: Sequence[Group]) -> str:
             for frames in lengths
         )
         part = group.all
-        error = "" if part.error != part.error else f" ± {part.error:.3f}"
+        # Where all answers are alike there is no spread to show; the interval says what is known.
+        error = f" ± {part.error:.3f}" if part.error > 0 else ""
         rows.append(
             f"<tr><th>{_e(group.name)}</th><td>{part.n}</td><td>{_e(_percent(part))}</td>"
             f"<td>{part.score:.3f}{error}</td><td>{part.chance:.1%}</td><td>{part.unread}</td>"
@@ -237,12 +247,15 @@ def overall(records: Sequence[Record]) -> Share:
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>
 <style>
 body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; }}
 table {{ border-collapse: collapse; margin: 1em 0; font-size: 13px; }}
 th, td {{ border: 1px solid #ddd; padding: 3px 7px; text-align: left; }}
 img {{ display: block; max-width: 100%; margin: 1em 0; }}
+.note {{ color: #555; }}
+.maps {{ display: flex; flex-wrap: wrap; gap: 1em; }} figure {{ margin: 0; }}
 pre {{ background: #f6f6f6; padding: 1em; overflow: auto; }}
 </style></head><body>
 {body}

@@ -14,12 +14,14 @@ Letters of options follow the order in which the task's own prompt lists them.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Literal
 
+from longvila.errors import LongVILAError
 from longvila.evaluation.parse import normal_words, parse_choice
 
 Doc = Mapping[str, Any]
@@ -30,6 +32,10 @@ TASKS_FOLDER = Path(__file__).parent / "tasks"
 
 #: Edges of the tables by duration where a benchmark names no groups, in seconds.
 _EDGES_S = ((0, 60), (60, 180), (180, 600), (600, 1800), (1800, 3600))
+
+
+class DocumentError(LongVILAError, ValueError):
+    """A question of a benchmark is not of its form."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,23 @@ class Preset:
     data: tuple[str, ...] = ()
     axes: tuple[str, ...] = ()
     note: str = field(default="", compare=False)
+
+    def read(self, doc: Doc) -> Sample:
+        """Read a document.
+
+        Args:
+            doc: The benchmark's.
+
+        Raises:
+            DocumentError: If it is not of the benchmark's form.
+        """
+        try:
+            return self.sample(doc)
+        except (KeyError, ValueError, IndexError, TypeError, AttributeError) as fault:
+            raise DocumentError(
+                f"{self.name}: a question is not of the benchmark's form "
+                f"({type(fault).__name__}: {fault}): {str(dict(doc))[:300]}"
+            ) from fault
 
     def grade(self, sample: Sample, answer: str) -> Grade:
         """Read and judge an answer.
@@ -435,7 +458,10 @@ def find_preset(name: str) -> Preset:
         KeyError: If there is none of that name.
     """
     if name not in _BY_NAME:
-        raise KeyError(f"there is no benchmark {name!r}; there are {', '.join(sorted(_BY_NAME))}")
+        near = difflib.get_close_matches(name, _BY_NAME, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        known = ", ".join(preset.name for preset in PRESETS)
+        raise KeyError(f"there is no benchmark {name!r}{hint}; there are {known}")
     return _BY_NAME[name]
 
 

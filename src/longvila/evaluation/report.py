@@ -27,6 +27,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from longvila.evaluation.columns import aligned
 from longvila.evaluation.judge import AxisScore
 from longvila.evaluation.metrics import clustered_mean, wilson_interval
 from longvila.evaluation.presets import PRESETS, duration_group, find_preset
@@ -76,6 +77,7 @@ class Summary:
         groups: Questions that count as one: how many, and the share of which all are right.
         official: lmms-eval's own numbers, if it computed some.
         judged: What a judge gave, by axis, if one was asked.
+        unparsable: Answers that choose nothing, also where the right ones are not known.
     """
 
     benchmark: str
@@ -90,6 +92,7 @@ class Summary:
     groups: tuple[int, float] | None = None
     official: Mapping[str, float] = field(default_factory=dict)
     judged: Mapping[str, AxisScore] = field(default_factory=dict)
+    unparsable: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,16 +121,19 @@ def score(records: Sequence[Record]) -> Score:
     values = [float(record["correct"]) for record in records]
     mean, error = clustered_mean(values, [record["video"] for record in records])
     failed = sum(bool(record["error"]) for record in records)
-    nothing = sum(record["parsed"] is None and not record["error"] for record in records)
     return Score(
         questions=len(values),
         videos=len({record["video"] for record in records}),
         right=int(sum(values)),
         accuracy=mean,
         error=None if math.isnan(error) else error,
-        unparsable=nothing,
+        unparsable=_chose_nothing(records),
         failed=failed,
     )
+
+
+def _chose_nothing(records: Sequence[Record]) -> int:
+    return sum(record["parsed"] is None and not record["error"] for record in records)
 
 
 def summarise(
@@ -188,6 +194,7 @@ def _summary(
         groups=(len(groups), sum(map(all, groups.values())) / len(groups)) if groups else None,
         official=dict(official),
         judged=dict(judged_by),
+        unparsable=_chose_nothing(records),
     )
 
 
@@ -319,25 +326,23 @@ def table(summaries: Mapping[str, Summary]) -> str:
                 percent(one.score),
                 str(one.answered),
                 str(one.videos),
-                "-" if one.score is None else str(one.score.unparsable),
+                str(one.unparsable),
                 str(one.failed),
                 str(high) if low == high else f"{low}-{high}",
             )
         )
         parts = [(f"  {part}", s) for part, s in one.by_duration.items()]
         for label, s in parts:
-            rows.append((label, percent(s), str(s.questions), "", str(s.unparsable), "", ""))
+            rows.append(
+                (label, percent(s), str(s.questions), "", str(s.unparsable), str(s.failed), "")
+            )
         for axis, given in one.judged.items():
             counted = (f"  {axis}", graded(given), str(given.graded + given.ungraded))
             rows.append((*counted, "", str(given.ungraded), "", ""))
         if one.groups is not None:
             share = f"{100 * one.groups[1]:.1f}"
             rows.append(("  all rotations right", share, str(one.groups[0]), "", "", "", ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return aligned(rows)
 
 
 # ---- the page
@@ -348,7 +353,7 @@ color:#1b1f24;background:#fff}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #d0d7de}
 table{border-collapse:collapse;margin:.8rem 0}th,td{padding:.25rem .8rem;text-align:right;
 border-bottom:1px solid #e3e7eb}th:first-child,td:first-child{text-align:left}
-td{white-space:nowrap}
+td{white-space:nowrap}.wide{overflow-x:auto}
 .track{display:inline-block;width:120px;margin-right:.5rem;text-align:left;background:#e3e7eb}
 .track,.bar{height:.55rem;vertical-align:middle}.bar{display:block;background:#4c8bf5}.note{color:#59636e;font-size:.9rem}
 .bad{color:#b3261e}pre{white-space:pre-wrap;background:#f3f5f7;padding:.5rem .7rem;margin:.3rem 0}
@@ -391,7 +396,7 @@ def _rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; cells are HTML."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div>"
 
 
 def _bar(part: Score | None) -> str:
@@ -428,7 +433,7 @@ def _benchmark(runs: Sequence[Run], name: str) -> str:
             percent(judged),
             str(one.answered),
             str(one.videos),
-            _warn(judged.unparsable) if judged is not None else "-",
+            _warn(one.unparsable),
             _warn(one.failed),
             str(high) if low == high else f"{low}-{high}",
             "" if one.mean_of_categories is None else f"{100 * one.mean_of_categories:.1f}",
@@ -511,7 +516,8 @@ def _unread(runs: Sequence[Run], name: str) -> str:
             f"{html.escape(r['error'] or r['answer'] or '(nothing)')}</pre>"
             for r in bad[:_SHOWN]
         )
-        title = f"{html.escape(run.name)}: {len(bad)} questions without a readable answer"
+        many = "s" * (len(bad) > 1)
+        title = f"{html.escape(run.name)}: {len(bad)} question{many} without a readable answer"
         parts.append(f"<details><summary>{title}</summary>{shown}</details>")
     return "\n".join(parts)
 

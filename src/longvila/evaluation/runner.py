@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from longvila.errors import LongVILAError
 from longvila.evaluation.answerer import Answerer, Watched
+from longvila.evaluation.answers import drop_cut_line
 from longvila.evaluation.task import Question, Scene, grade
 
 Record = dict[str, Any]
@@ -61,7 +62,7 @@ class Records:
         self._file: Any = None
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-            _cut_torn_line(self.path)
+            drop_cut_line(self.path)
         for path in sorted(folder.glob("records*.jsonl")):
             for row in read_records(path, self.settings):
                 self._take(row)
@@ -152,17 +153,6 @@ def read_records(path: Path, settings: Mapping[str, Any] | None = None) -> list[
             "another folder"
         )
     return rows
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Take the last line away if the process that wrote it died over it."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
 
 
 # ---- asking -----------------------------------------------------------------------------------

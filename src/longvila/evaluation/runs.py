@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from longvila.errors import LongVILAError
-from longvila.evaluation.answers import Record, read_lines, write_lines
+from longvila.evaluation.answers import Record, read_lines, write_json, write_lines
 from longvila.evaluation.judge import AxisScore, axis_scores
 from longvila.evaluation.presets import preset_of_task
 from longvila.evaluation.report import Run, Summary, page, summarise, table, write_submission
@@ -34,7 +34,7 @@ def begin(out: Path, settings: Mapping[str, Any], versions: Mapping[str, str]) -
         settings: What answers depend on.
         versions: Of the libraries.
     """
-    _write_json(out / "run.json", {**settings, "versions": dict(versions)})
+    write_json(out / "run.json", {**settings, "versions": dict(versions)})
 
 
 def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
@@ -73,7 +73,7 @@ def write_results(
     ordered = sorted(records, key=lambda r: (r["task"], r["split"], r["doc_id"], r["repeat"]))
     write_lines(out / "samples.jsonl", ordered)
     summaries = summarise(ordered, official, judged_scores(out))
-    _write_json(out / "results.json", {name: asdict(one) for name, one in summaries.items()})
+    write_json(out / "results.json", {name: asdict(one) for name, one in summaries.items()})
     for preset_name in summaries:
         mine = [record for record in ordered if record["benchmark"] == preset_name]
         if any(record["gold"] is None for record in mine):
@@ -130,10 +130,3 @@ def refresh(folder: Path) -> dict[str, Summary]:
     run = read_run(folder)
     official = {name: one.official for name, one in run.summaries.items()}
     return write_results(folder, run.records, official)
-
-
-def _write_json(file: Path, value: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(file)

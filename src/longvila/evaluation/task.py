@@ -127,7 +127,8 @@ def grade(question: Question, said: str) -> Grade:
 
 def plain(text: str) -> str:
     """Return a text in lower case, words only, without articles."""
-    words = re.findall(r"[a-z0-9]+(?:[':-][a-z0-9]+)*", text.lower().replace("\u2019", "'"))
+    # Letters of any script: a name may be in any language.
+    words = re.findall(r"[^\W_]+(?:[':-][^\W_]+)*", text.lower().replace("\u2019", "'"))
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
@@ -146,7 +147,7 @@ def mentions(text: str, names: Sequence[str]) -> list[str]:
     if not longest_first:
         return []
     either = "|".join(re.escape(name) for name in longest_first)
-    found = re.findall(rf"(?<![a-z0-9-])(?:{either})(?![a-z0-9-])", plain(text))
+    found = re.findall(rf"(?<![\w-])(?:{either})(?![\w-])", plain(text))
     return [by_words[name] for name in dict.fromkeys(found)]
 
 

@@ -37,7 +37,7 @@ def test_a_film_is_spread_over_the_frames(tmp_path: Path) -> None:
     )
     plan = bench.plan_of(options)
     processor = tiny_processor(size={"height": 48, "width": 64})
-    material = bench.material_of(options, plan, processor)
+    material = bench.material_of(options, plan, processor, bench.pictures_of(options))
     assert material.haystack.book.num_frames == 36 and material.events == []
     assert (material.start_s, material.duration_s) == pytest.approx((3.0, 6.0))
     from longvila.media.synthetic import read_number
@@ -47,7 +47,7 @@ def test_a_film_is_spread_over_the_frames(tmp_path: Path) -> None:
 
 
 def _pictures() -> Path:
-    from longvila.cli.needle import shipped
+    from longvila.cli._measuring import shipped
 
     return shipped()
 
@@ -55,3 +55,15 @@ def _pictures() -> Path:
 def test_bad_lengths_are_told_first() -> None:
     with pytest.raises(LongVILAError, match="--lengths: lengths must be positive"):
         bench.main(["--lengths", "0"])
+
+
+def test_what_is_wrong_is_told_before_a_model_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for arguments, message in (
+        (["--film", "none.mp4", "--pictures", str(_pictures())], "there is no haystack none.mp4"),
+        (["--pictures", "none"], "no needles at none"),
+        (["--pictures", str(_pictures()), "--trials", "0"], "at least one film a cell"),
+    ):
+        assert main(["bench", "--model", "no-such-model", *arguments]) == 1
+        assert message in capsys.readouterr().err

@@ -27,7 +27,10 @@ def test_names_count_once() -> None:
     ("arguments", "message"),
     [
         (["--out", "x"], "--tasks is needed"),
-        (["--tasks", "videome", "--out", "x"], "no benchmark 'videome'; there are"),
+        (
+            ["--tasks", "videome", "--out", "x"],
+            "no benchmark 'videome' (did you mean 'videomme'?); there are",
+        ),
         (["--tasks", "mlvu"], "--out is needed"),
         (["--tasks", "mlvu", "--out", "x", "--data", "mlvu"], "wants TASK=FOLDER, got 'mlvu'"),
         (["--tasks", "mlvu", "--out", "x", "--data", "vnbench=/"], "not among --tasks"),

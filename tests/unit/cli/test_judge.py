@@ -107,7 +107,7 @@ def test_a_file_of_answers_needs_a_folder_for_its_grades(
         (["--replay=x", "--attempts=0"], "must be at least 1"),
         (
             ["--endpoint=http://localhost/v1", "--judge-model=m", "--key-env=NO_SUCH_KEY_"],
-            "NO_SUCH_KEY_ is not set",
+            "NO_SUCH_KEY_ holds no key",
         ),
     ],
 )

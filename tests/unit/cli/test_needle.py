@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from longvila.cli import needle
 from longvila.cli.main import main
@@ -62,10 +63,69 @@ def test_options_become_the_plan(tmp_path: Path) -> None:
         needle.plan_of(needle.Options(words=words))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--haystack", "none.mp4"], "there is no haystack none.mp4"),
+        (["--haystack", "synthetic", "--fps", "0"], "frames a second must be above zero"),
+        (["--part", "0.5", "0.2"], "two shares of it in order"),
+        (["--lengths", "0", "16"], "lengths must be positive"),
+        (["--tasks", "foo"], "there is no task foo; there are retrieval, grounding"),
+        (["--trials", "0"], "at least one film a cell"),
+        (["--ways", "1"], "a choice of at least 2"),
+        (["--per-film", "9"], "3 to 8 needles a film"),
+        (["--lengths", "15"], "15 frames have no room for 4 needles: 16 do"),
+        (["--step-s", "0"], "seconds between frames must be above zero"),
+        (["--chunk-tokens", "0"], "--chunk-tokens must be at least 1"),
+        (["--preset", "paper-1400", "--lengths", "32"], "give one"),
+        (["--needles", "none"], "neither a file, a folder nor"),
+    ],
+)
+def test_what_is_wrong_is_told_before_a_model_is_loaded(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["needle", "--model", "no-such-model", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_few_pictures_get_to_know_what_would_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat", "dog", "fish", "bird"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    assert main(["needle", "--needles", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "take --per-film 3, more pictures, or the paper's test alone (--protocol paper)" in said
+    (tmp_path / "words.json").write_text("{")
+    assert main(["needle", "--words", str(tmp_path / "words.json")]) == 1
+    assert "is no JSON" in capsys.readouterr().err
+    assert main(["needle", "--out", str(tmp_path / "words.json")]) == 1
+    assert "is a file; give a folder" in capsys.readouterr().err
+
+
 def test_beyond_the_context_only_if_asked(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "short", text_config={"max_position_embeddings": 96})
     tiny_processor(tiny_config()).save_pretrained(folder)
     arguments = ["--model", str(folder), "--out", str(tmp_path / "o"), "--protocol", "paper", *GRID]
-    with pytest.raises(ContextLengthError, match="context of 96"):
+    with pytest.raises(ContextLengthError, match=r"the longest scene, 17 frames, .*context of 96"):
         needle.main(arguments)
     assert needle.main([*arguments, "--beyond-context"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "longvila needle: interrupted"),
+        (PermissionError(13, "Permission denied", "film.mp4"), 1, "Permission denied: 'film.mp4'"),
+    ],
+)
+def test_stopping_and_paths_that_cannot_be_used_leave_no_traceback(
+    fault: BaseException, status: int, message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fails(argv: list[str]) -> int:
+        raise fault
+
+    monkeypatch.setattr(needle, "main", fails)
+    assert main(["needle"]) == status
+    assert message in capsys.readouterr().err

@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longvila.datagen.caller import Prompt, Reply
 from longvila.datagen.caption import (
     CaptionOptions,
     caption_segment,
     clock,
     compose,
+    cut_words,
     segment_pictures,
     timed,
     usable,
 )
 from longvila.datagen.prompts import Prompts
 from longvila.errors import LongVILAError
+from longvila.inference.caller import Prompt, Reply
 from longvila.media._frames import FramesReader
 from longvila.media.sources import Limits, resolve
 from longvila.media.synthetic import clip, numbered_frame, read_number
@@ -156,3 +157,8 @@ def test_captions_that_fill_a_call_each_are_still_joined() -> None:
 def test_wrong_options_are_named() -> None:
     with pytest.raises(ValueError, match="got 0 and 3"):
         CaptionOptions(frames=0)
+
+
+def test_texts_are_grouped_by_words() -> None:
+    assert cut_words(["a b", "c", "d e f", "g"], 3) == [["a b", "c"], ["d e f"], ["g"]]
+    assert cut_words(["a b c d"], 3) == [["a b c d"]] and cut_words([], 3) == []

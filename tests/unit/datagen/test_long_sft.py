@@ -15,13 +15,13 @@ import pytest
 from endpoint import Endpoint, Says, describe, kind_of, text_of
 
 from longvila.data.datasets import open_dataset
-from longvila.datagen.caller import EndpointCaller
 from longvila.datagen.caption import CaptionOptions
 from longvila.datagen.dataset import Video, find_videos
 from longvila.datagen.journal import JournalError
 from longvila.datagen.long_sft import EndpointDown, LongSFT, LongSFTOptions
 from longvila.datagen.qa import QuestionOptions
 from longvila.datagen.segment import SegmentOptions
+from longvila.inference.caller import EndpointCaller
 
 OPTIONS = LongSFTOptions(
     segment=SegmentOptions(by="length", length_s=2, min_s=0.5),
@@ -200,7 +200,7 @@ import sys, json
 sys.path.insert(0, {here!r})
 from pathlib import Path
 from test_long_sft import OPTIONS
-from longvila.datagen.caller import EndpointCaller
+from longvila.inference.caller import EndpointCaller
 from longvila.datagen.dataset import find_videos
 from longvila.datagen.long_sft import LongSFT
 ask = EndpointCaller({url!r}, "m", tries=1)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from longvila.datagen.caller import Prompt, Reply
 from longvila.datagen.prompts import Prompts
 from longvila.datagen.qa import (
     Question,
@@ -21,6 +20,7 @@ from longvila.datagen.qa import (
     write_questions,
 )
 from longvila.errors import LongVILAError
+from longvila.inference.caller import Prompt, Reply
 
 KINDS = ("object", "action")
 

@@ -202,9 +202,23 @@ def test_a_missing_video_fails_its_questions_but_not_if_all_are_missing(tmp_path
     (kept, lost) = asking(tmp_path / "log").ask([questions(tmp_path)[0], gone])
     assert not kept["error"] and lost["error"] == "FileNotFoundError: no film"
     assert (lost["correct"], lost["answer"], lost["prompt"]) == (False, "", "Who?")
-    with pytest.raises(VideoError, match=r"none of 1 questions shows what can be read: .*no film"):
+    with pytest.raises(VideoError, match=r"none of 1 questions can be asked; the first: .*no film"):
         asking(tmp_path / "other").ask([gone])
     assert not (tmp_path / "other" / "group-0.jsonl").exists()
+
+
+def test_a_prompt_that_is_too_long_fails_alone(tmp_path: Path) -> None:
+    short, *_ = questions(tmp_path)
+    file = short.messages[0]["content"][0]["source"]
+    long = question(file, "word " * 5000, 1)
+    wide = question(file, "Question?", 2, frames=4000)
+    ask = asking(tmp_path / "log")
+    records = ask.ask([long, short, wide])
+    assert [bool(record["error"]) for record in records] == [True, False, True]
+    assert "context" in records[0]["error"] and records[0]["correct"] is False
+    assert records[1]["answer"] == asking(None).ask([short])[0]["answer"]
+    with pytest.raises(VideoError, match=r"none of 2 questions can be asked.*context"):
+        asking(None).ask([long, wide])
 
 
 def test_the_next_video_is_decoded_while_one_is_answered(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from longvila.evaluation.judge import (
     read_items,
 )
 from longvila.evaluation.judge_models import JudgeError, Recording
+from longvila.inference.caller import CallError
 
 ITEM = Item("a", "film", "Who?", "A man", "A {tall} man")
 
@@ -141,31 +142,50 @@ class Fair:
         self.count, self.breaks_after = 0, breaks_after
 
     def reply(self, messages: Sequence[Any]) -> str:
-        if self.count == self.breaks_after:
-            raise JudgeError("the line is dead")
+        if self.breaks_after is not None and self.count >= self.breaks_after:
+            raise CallError("the line is dead")
         self.count += 1
         text = messages[1]["content"]
         number = next(i for i in range(100) if f"said {i}\n" in text)
         return json.dumps({"score": number % 6})
 
 
+class Picky(Fair):
+    """Cannot be asked about one answer, as an endpoint that finds it too long."""
+
+    def reply(self, messages: Sequence[Any]) -> str:
+        if "said 2\n" in messages[1]["content"]:
+            raise CallError("status 400: too long")
+        return super().reply(messages)
+
+
+def test_an_answer_that_cannot_be_graded_stops_nobody_and_is_tried_again(tmp_path: Path) -> None:
+    axes = ("detail",)
+    records = grade_all(items(6), axes, Picky(), Answers(tmp_path, "grades"))
+    assert [record["grade"] is None for record in records] == [False] * 2 + [True] + [False] * 3
+    assert records[2]["error"] == "status 400: too long"
+    assert axis_scores(records)["detail"].ungraded == 1
+    again = Fair()
+    assert grade_all(items(6), axes, again, Answers(tmp_path, "grades"))[2]["grade"] == {"score": 2}
+    assert again.count == 1
+
+
 @pytest.mark.parametrize("parallel", [1, 3])
 def test_grades_survive_a_judge_that_breaks(tmp_path: Path, parallel: int) -> None:
     axes = ("correctness", "detail")
-    with pytest.raises(JudgeError, match="dead"):
-        grade_all(items(6), axes, Fair(7), Answers(tmp_path, "grades"), parallel=parallel)
-    kept = len(Answers(tmp_path, None))
-    # In parallel, grades behind the one that failed were not reached.
-    assert 4 <= kept <= 7
+    with pytest.raises(JudgeError, match=r"no answer \d+ times in a row; the last: .*dead"):
+        grade_all(items(30), axes, Fair(7), Answers(tmp_path, "grades"), parallel=parallel)
+    kept = sum("error" not in record for record in Answers(tmp_path, None).records())
+    assert 7 <= kept < 7 + parallel
     again = Fair()
-    records = grade_all(items(6), axes, again, Answers(tmp_path, "grades"), parallel=parallel)
-    assert again.count == 12 - kept
+    records = grade_all(items(30), axes, again, Answers(tmp_path, "grades"), parallel=parallel)
+    assert again.count == 60 - kept
     assert [(r["doc_id"], r["task"]) for r in records] == [
-        (item.id, axis) for item in items(6) for axis in axes
+        (item.id, axis) for item in items(30) for axis in axes
     ]
-    assert [r["grade"]["score"] for r in records[::2]] == [0, 1, 2, 3, 4, 5]
+    assert [r["grade"]["score"] for r in records[:14:2]] == [0, 1, 2, 3, 4, 5, 0]
     silent = Fair(0)
-    assert grade_all(items(6), axes, silent, Answers(tmp_path, "grades")) == records
+    assert grade_all(items(30), axes, silent, Answers(tmp_path, "grades")) == records
 
 
 def test_a_recording_replays_and_knows_what_it_lacks(tmp_path: Path) -> None:
@@ -225,6 +245,16 @@ def test_files_of_answers(tmp_path: Path) -> None:
         read_items(tmp_path / "b.jsonl")
     with pytest.raises(LongVILAError, match="there is no file"):
         read_items(tmp_path / "c.jsonl")
+    for content, message in (
+        ("{", "is no JSON"), ('["a"]', "must hold objects"), ('{"a": 1}', "must hold objects"),
+        ("[]", "holds no answers"),
+    ):  # fmt: skip
+        file.write_text(content)
+        with pytest.raises(LongVILAError, match=message):
+            read_items(file)
+    (tmp_path / "b.jsonl").write_text('{"question": \n{}\n')
+    with pytest.raises(LongVILAError, match=r"b.jsonl, line 1 is no JSON"):
+        read_items(tmp_path / "b.jsonl")
 
 
 def test_answers_of_a_run(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,13 @@ SMALL = {"max_frames": 40, "interval": 20, "depth_interval": 0.5, "trials": 2}
 
 
 def _measure(
-    out: Path, plan: Plan, *, timestamps: bool = True, blind: bool = False, stop_after: int = 0
+    out: Path,
+    plan: Plan,
+    *,
+    timestamps: bool = True,
+    blind: bool = False,
+    stop_after: int = 0,
+    undecoded: Sequence[str] = (),
 ) -> tuple[list[Group], ScriptedEngine]:
     processor = tiny_processor(timestamps=timestamps)
     haystack = film(processor, plan.max_frames)
@@ -43,9 +50,10 @@ def _measure(
     rows = FrameRows(LONGVILA, book, processor.video_processor.pixels)
     done = 0
 
-    def count(*_: Any) -> None:
+    def count(number: int, total: int, _: Any) -> None:
         nonlocal done
         done += 1
+        assert number == done <= total  # over both layouts
         if done == stop_after:
             raise KeyboardInterrupt
 
@@ -58,6 +66,7 @@ def _measure(
         about=about(haystack, "script"),
         out=out,
         progress=count,
+        undecoded=lambda: list(undecoded),
     )
     return groups, engine
 
@@ -77,6 +86,17 @@ def test_a_model_that_knows_is_right_everywhere(
     # The same questions without needles: what it says is what it sees.
     control = {group.control: group for group in groups if group.task == "retrieval"}
     assert control["no needle"].all.accuracy < 0.5 and control["grey"].all.accuracy < 0.5
+
+
+def test_frames_that_could_not_be_decoded_are_named_also_by_a_run_that_only_draws(
+    tmp_path: Path,
+) -> None:
+    plan = Plan(max_frames=16, interval=16, depth_interval=1.0, protocol="paper")
+    _measure(tmp_path, plan, undecoded=["film.mp4, frame 3"])
+    _measure(tmp_path, plan)
+    assert json.loads((tmp_path / "result.json").read_text())["undecoded"] == ["film.mp4, frame 3"]
+    page = (tmp_path / "page.html").read_text()
+    assert "1 frame could not be decoded, others stood in: film.mp4, frame 3" in page
 
 
 def test_a_blind_model_scores_what_a_guess_scores(tmp_path: Path) -> None:

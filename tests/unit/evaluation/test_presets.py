@@ -10,6 +10,7 @@ import yaml
 from longvila.evaluation.presets import (
     PRESETS,
     TASKS_FOLDER,
+    DocumentError,
     duration_group,
     find_preset,
     preset_of_task,
@@ -131,7 +132,10 @@ def test_frames_of_the_paper_and_names_of_the_original() -> None:
         "lmms-nextqa_mc_test": "nextqa_mc_test",
     }.items():
         assert find_preset(alias).name == name
-    with pytest.raises(KeyError, match=r"no benchmark 'videome'; there are .*videomme"):
+    with pytest.raises(
+        KeyError,
+        match=r"no benchmark 'videome' \(did you mean 'videomme'\?\); there are .*nextqa_mc",
+    ):
         find_preset("videome")
 
 
@@ -187,3 +191,17 @@ def test_groups_of_lengths() -> None:
         "600-1800 s",
         "3600 s and more",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "doc"),
+    [
+        ("vnbench", {"options": ["a", "b"], "gt_option": "D", "video": "v", "question": "q"}),
+        ("eventbench", {"candidates": ["a", "b"], "answer": "c", "video": "v"}),
+        ("videomme", {"options": ["a"]}),
+        ("nextqa_mc_test", {"a0": "x"}),
+    ],
+)
+def test_a_question_of_another_form_is_named(name: str, doc: dict[str, Any]) -> None:
+    with pytest.raises(DocumentError, match=rf"{name}: a question is not of the benchmark's form"):
+        find_preset(name).read(doc)

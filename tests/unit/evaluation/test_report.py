@@ -132,6 +132,11 @@ def test_a_file_to_hand_in_has_a_line_a_question(tmp_path: Path) -> None:
         record(1, None, video="y", parsed=None),
     ]
     assert write_submission(tmp_path / "deep" / "s.csv", answers) == 1
+    handed_in = [record(k, None, benchmark="egoschema_test", parsed=p) for k, p in enumerate("AB")]
+    handed_in.append(record(2, None, benchmark="egoschema_test", parsed=None, answer="Well"))
+    one = summarise(handed_in)["egoschema_test"]
+    assert one.score is None and one.unparsable == 1
+    assert table({"egoschema_test": one}).splitlines()[1].split()[-3:] == ["1", "0", "4"]
     assert (tmp_path / "deep" / "s.csv").read_text().split() == ["q_uid,answer", "x,2", "y,0"]
 
 

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from endpoint import Endpoint, Says, numbers_of, text_of
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "integration"))
+sys.path += [
+    str(Path(__file__).parents[1] / "datagen"),
+    str(Path(__file__).parents[2] / "integration"),
+]
+from endpoint import Endpoint, Says, numbers_of, text_of
 from family_files import needs_torchvision, save_family
 
-from longvila.datagen.caller import (
+from longvila.inference.caller import (
     CallError,
+    EmptyAnswer,
     EndpointCaller,
     LocalCaller,
     Prompt,
     Reply,
     ask_until,
-    cut_words,
 )
 from longvila.media.synthetic import numbered_frame
 from longvila.testing.tiny import tiny_model, tiny_processor, tiny_tokenizer
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    with Endpoint() as served:
+        yield served
 
 
 def caller(endpoint: Endpoint, **options: Any) -> tuple[EndpointCaller, list[float]]:
@@ -34,6 +44,14 @@ def caller(endpoint: Endpoint, **options: Any) -> tuple[EndpointCaller, list[flo
 def in_turn(endpoint: Endpoint, *says: Says) -> None:
     answers = iter(says)
     endpoint.script = lambda body: next(answers)
+
+
+def test_what_was_said_before_is_sent_in_order(endpoint: Endpoint) -> None:
+    caller(endpoint)[0](Prompt("Again?", system="Judge.", turns=(("Well?", "Four!"),)))
+    said = [(m["role"], m["content"]) for m in endpoint.bodies[0]["messages"]]
+    assert said == [
+        ("system", "Judge."), ("user", "Well?"), ("assistant", "Four!"), ("user", "Again?"),
+    ]  # fmt: skip
 
 
 def test_text_and_pictures_are_sent(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +111,13 @@ def test_tries_end(endpoint: Endpoint) -> None:
     assert len(pauses) == 2
 
 
+def test_saying_nothing_is_told_from_not_answering(endpoint: Endpoint) -> None:
+    ask, _ = caller(endpoint, tries=2)
+    endpoint.script = lambda body: Says(text="")
+    with pytest.raises(EmptyAnswer, match="no answer after 2 tries; the last: an answer without"):
+        ask(Prompt("Is it?"))
+
+
 def test_what_lasts_is_not_tried_again(endpoint: Endpoint) -> None:
     ask, pauses = caller(endpoint)
     endpoint.script = lambda body: Says(status=404, body=b"no model called name")
@@ -134,7 +159,9 @@ def test_a_local_model_sees_pictures() -> None:
     assert one == ask(Prompt("What?", (dark, dark), max_new_tokens=12))
     assert one != ask(Prompt("What?", (light, light), max_new_tokens=12))
     assert one != ask(Prompt("What?", max_new_tokens=12))
-    assert ask.used["calls"] == 4 and ask.used["new_tokens"] >= 4
+    ends = [ask(Prompt("What?", turns=(("Who?", x),), max_new_tokens=12)) for x in ("He", "She")]
+    assert ends[0] != ends[1]
+    assert ask.used["calls"] == 6 and ask.used["new_tokens"] >= 4
     with pytest.raises(CallError, match="tiny: the prompt has"):
         ask(Prompt("What?", max_new_tokens=5000))
 
@@ -186,8 +213,3 @@ def test_an_answer_that_cannot_be_used_is_asked_for_again() -> None:
     assert ask.prompts[1].startswith("How many?\n\nAn earlier answer could not be used: invalid")
     with pytest.raises(ValueError, match="after 2 answers, the last begins 'b'"):
         ask_until(Listed("a", "b"), Prompt("How many?"), number, attempts=2)
-
-
-def test_texts_are_grouped_by_words() -> None:
-    assert cut_words(["a b", "c", "d e f", "g"], 3) == [["a b", "c"], ["d e f"], ["g"]]
-    assert cut_words(["a b c d"], 3) == [["a b c d"]] and cut_words([], 3) == []

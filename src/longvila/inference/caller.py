@@ -4,8 +4,9 @@
     caller = LocalCaller.load("CHECKPOINT")
     reply = caller(Prompt("What is shown?", pictures=frames))
 
-A caller takes one prompt, with or without pictures, and returns text. It remembers nothing between
-calls. Endpoints may be called from several threads; a local model answers one after another.
+A caller takes one prompt, with or without pictures and turns before it, and returns text. It
+remembers nothing between calls. Endpoints may be called from several threads; a local model answers
+one after another. Whoever makes data or grades answers asks through here.
 
 What goes wrong at an endpoint falls in two kinds. Passing: no connection, a timeout, status 408,
 409, 429 or 5xx, an answer that is not what the protocol says. These are tried again after a pause
@@ -28,7 +29,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -47,12 +48,18 @@ class CallError(LongVILAError):
     """A model could not be asked, or gave no answer; the message says who and why."""
 
 
+class EmptyAnswer(CallError):
+    """A model was asked and said nothing."""
+
+
 class _Passing(Exception):
     """Worth another try, perhaps after a pause that the endpoint asked for."""
 
-    def __init__(self, reason: str, pause_s: float | None = None) -> None:
+    def __init__(
+        self, reason: str, pause_s: float | None = None, *, kind: type[CallError] = CallError
+    ) -> None:
         super().__init__(reason)
-        self.pause_s = pause_s
+        self.pause_s, self.kind = pause_s, kind
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,26 @@ class Prompt:
         pictures: RGB, uint8, shape (H, W, 3), in order; they come before the text.
         system: What the model is told about its task.
         max_new_tokens: Longest answer.
+        turns: What was asked before and answered, in words, oldest first.
     """
 
     text: str
     pictures: tuple[Picture, ...] = field(default=(), compare=False)
     system: str | None = None
     max_new_tokens: int = 512
+    turns: tuple[tuple[str, str], ...] = ()
+
+    def messages(self, content: Any) -> list[dict[str, Any]]:
+        """Return the conversation as chat completions and chat templates take it.
+
+        Args:
+            content: The last message's content: the text, or parts.
+        """
+        told = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for asked, answered in self.turns:
+            told.append({"role": "user", "content": asked})
+            told.append({"role": "assistant", "content": answered})
+        return [*told, {"role": "user", "content": content}]
 
 
 @dataclass(frozen=True)
@@ -178,20 +199,20 @@ class EndpointCaller:
     def __call__(self, prompt: Prompt) -> Reply:
         """Answer one prompt; see `Caller`."""
         body = json.dumps(self._body(prompt)).encode()
-        pause_s, reason = self.pause_s, ""
+        pause_s, last = self.pause_s, _Passing("")
         self._count(calls=1)
         for number in range(self.tries):
             try:
                 self._count(tries=1)
                 return self._once(body)
             except _Passing as fault:
-                reason = str(fault)
+                last = fault
                 if number + 1 < self.tries:
                     wait = pause_s if fault.pause_s is None else fault.pause_s
                     # Threads that failed together should not come back together.
                     self._sleep(min(wait, _LONGEST_PAUSE_S) * random.uniform(1.0, 1.25))
                     pause_s *= 2
-        raise CallError(f"{self.name}: no answer after {self.tries} tries; the last: {reason}")
+        raise last.kind(f"{self.name}: no answer after {self.tries} tries; the last: {last}")
 
     def _body(self, prompt: Prompt) -> dict[str, Any]:
         content: Any = prompt.text
@@ -201,12 +222,9 @@ class EndpointCaller:
                 for picture in prompt.pictures
             ]
             content.append({"type": "text", "text": prompt.text})
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if prompt.system is not None:
-            messages.insert(0, {"role": "system", "content": prompt.system})
         return {
             "model": self.model,
-            "messages": messages,
+            "messages": prompt.messages(content),
             "max_tokens": prompt.max_new_tokens,
             "temperature": self.temperature,
         }
@@ -245,7 +263,7 @@ class EndpointCaller:
             said = data[:200].decode(errors="replace")
             raise _Passing(f"an answer that is no chat completion: {said!r}") from fault
         if not isinstance(text, str) or not text.strip():
-            raise _Passing(f"an answer without text: {text!r}")
+            raise _Passing(f"an answer without text: {text!r}", kind=EmptyAnswer)
         return Reply(text.strip(), choice.get("finish_reason") != "length")
 
     def _count(self, **numbers: int) -> None:
@@ -289,30 +307,30 @@ class LocalCaller:
             CallError: If there is no such checkpoint.
         """
         import torch
-        from transformers import (
-            AutoConfig,
-            AutoModelForCausalLM,
-            AutoModelForImageTextToText,
-            AutoProcessor,
-            AutoTokenizer,
-        )
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+        from longvila.model.opening import open_checkpoint
+        from longvila.model.vila.loading import is_vila
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else "bfloat16"
-        loader: Any = AutoModelForCausalLM
-        reader: Any = AutoTokenizer
+        sees = is_vila(folder)
         try:
-            config = AutoConfig.from_pretrained(folder)
-            if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-                loader, reader = AutoModelForImageTextToText, AutoProcessor
-            model = loader.from_pretrained(folder, dtype=getattr(torch, dtype))
-            processor = reader.from_pretrained(folder)
-        except (OSError, ValueError) as fault:
+            if not sees:
+                config = type(AutoConfig.from_pretrained(folder))
+                sees = config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            if sees:
+                model, processor = open_checkpoint(folder, device=device, dtype=dtype)
+            else:
+                loader: Any = AutoModelForCausalLM
+                model = loader.from_pretrained(folder, dtype=getattr(torch, dtype))
+                model, processor = model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, LongVILAError) as fault:
             raise CallError(f"{folder}: {fault}") from fault
-        return cls(model.to(device).eval(), processor, name=folder)
+        return cls(model, processor, name=folder)
 
     def __call__(self, prompt: Prompt) -> Reply:
         """Answer one prompt; see `Caller`."""
@@ -324,10 +342,11 @@ class LocalCaller:
             except LongVILAError as fault:
                 raise CallError(f"{self.name}: {fault}") from fault
         if not reply.text:
-            raise CallError(f"{self.name}: an answer without text")
+            raise EmptyAnswer(f"{self.name}: an answer without text")
         return reply
 
     def _see(self, prompt: Prompt) -> Reply:
+        from longvila.inference.prompts import said
         from longvila.inference.session import Session
 
         session = Session(self.model, self.processor)
@@ -336,8 +355,13 @@ class LocalCaller:
             if prompt.pictures:
                 pictures = list(prompt.pictures)
                 media.append(session.load_video(pictures, num_frames=len(pictures)))
-            text = prompt.text if prompt.system is None else f"{prompt.system}\n\n{prompt.text}"
-            answer = session.ask(text, media, max_new_tokens=prompt.max_new_tokens)
+            # The system's words go into the first turn: not every template has a place for them.
+            asked = [*(question for question, _ in prompt.turns), prompt.text]
+            if prompt.system is not None:
+                asked[0] = f"{prompt.system}\n\n{asked[0]}"
+            for question, (_, answered) in zip(asked, prompt.turns, strict=False):
+                session.messages += [said("user", question), said("assistant", answered)]
+            answer = session.ask(asked[-1], media, max_new_tokens=prompt.max_new_tokens)
         finally:
             session.close()
         timings = answer.timings
@@ -349,11 +373,11 @@ class LocalCaller:
     def _say(self, prompt: Prompt) -> Reply:
         import torch
 
-        messages = [{"role": "user", "content": prompt.text}]
-        if prompt.system is not None:
-            messages.insert(0, {"role": "system", "content": prompt.system})
         inputs = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            prompt.messages(prompt.text),
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
         ).to(self.model.device)
         read = inputs["input_ids"].shape[1]
         limit = getattr(self.model.config, "max_position_embeddings", None)
@@ -404,22 +428,3 @@ def ask_until(
             prompt.pictures, prompt.system, prompt.max_new_tokens,
         )  # fmt: skip
     raise ValueError(f"{complaint}; after {attempts} answers, the last begins {said[:120]!r}")
-
-
-def cut_words(texts: Sequence[str], budget: int) -> list[list[str]]:
-    """Group texts in order so that no group has more words than a budget, unless one text alone.
-
-    Args:
-        texts: The texts.
-        budget: Words of a group.
-    """
-    groups: list[list[str]] = []
-    words = 0
-    for text in texts:
-        number = len(text.split())
-        if not groups or words + number > budget:
-            groups.append([])
-            words = 0
-        groups[-1].append(text)
-        words += number
-    return groups
