@@ -492,35 +492,6 @@ def memory_plan(result: dict[str, Any]) -> list[str]:
     return table(["step", "measured peak GiB", "planned GiB", "error %"], cells)
 
 
-TIERS = {
-    "a": "seen in training",
-    "b": "unseen drawing of a trained name",
-    "b, copies included": "unseen file of a trained name, copies of trained drawings among them",
-    "c": "unseen name",
-}
-
-
-def demo_model(result: dict[str, Any]) -> list[str]:
-    """What the small packaged model finds: tiers and controls, by likelihood and exactly."""
-    header = ["pictures pasted into unseen film", "frames", "asked", "right among 20 names %",
-              "95 % interval", "chance %", "named exactly %"]  # fmt: skip
-    cells = []
-    for row in result["rows"]:
-        m, shape = row["metrics"], row["shape"]
-        if "accuracy_20way" not in m:
-            continue
-        what = TIERS.get(shape["tier"], f"tier {shape['tier']}")
-        if shape.get("control"):
-            what += f"; control: {shape['control']} frames"
-        low, high = m["accuracy_20way_interval"]
-        cells.append(
-            [what, str(shape["frames_max"]), str(shape["n"]), f"{100 * m['accuracy_20way']:.0f}",
-             f"{100 * low:.0f} to {100 * high:.0f}", f"{100 * m['chance_20way']:.0f}",
-             f"{100 * m['accuracy']:.0f}"]
-        )  # fmt: skip
-    return table(header, cells)
-
-
 RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "ask": ask,
     "attention": attention,
@@ -537,11 +508,6 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 #: Tables drawn from another benchmark's file: its name and conditions, and what draws it.
 VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] = {
     "links": (["attention"], lambda result, folder: links(result)),
-    "demo_model": (["needle", "method=longvila-smol"], lambda result, folder: demo_model(result)),
-    "demo_unseen": (
-        ["needle", "method=unseen-longvila"],
-        lambda result, folder: demo_model(result),
-    ),
     "smol_tiers": (["needle", "method=smol-stages"], lambda result, folder: smol.tiers(folder)),
     "smol_summary": (["needle", "method=smol-stages"], lambda result, folder: smol.summary(folder)),
     "smol_shipped": (

@@ -9,7 +9,7 @@
    processor does, and stored as JPEG in ``frames.zip``: its first two thirds for training, its
    last third for evaluation. A camera clip of Debian's opencv-doc joins each part.
 
-About two minutes on two cores, some 25 MB. Not done here: augmentation (``synth.py``, on the fly).
+About two minutes on two cores, some 25 MB. Not done here: pasting pictures into film (``draw.py``).
 """
 
 from __future__ import annotations

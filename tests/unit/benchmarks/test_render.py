@@ -213,24 +213,6 @@ def test_attention_summary() -> None:
     assert "| 480 `peer_fa4` | 1.25 |" in render.attention_summary(content)[2]
 
 
-def test_the_small_model_by_tier_and_control(root: Path) -> None:
-    content = result("needle", "2026-04-01", 1.0, link=None)
-    row = {**content["rows"][0], "method": "longvila-smol"}
-    figures = {"accuracy": 0.25, "accuracy_20way": 0.5, "accuracy_20way_interval": [0.4, 0.6]}
-    shape = {"tier": "c", "frames_max": 16, "n": 8, "control": "blank"}
-    content["rows"] = [
-        {**row, "shape": shape, "metrics": {**figures, "chance_20way": 0.05}},
-        {**row, "shape": {**shape, "question": "at"}, "metrics": {"accuracy": 0.9}},
-    ]
-    folder = root / "results"
-    (folder / "2026-04-01_needle_1xgpu.json").write_text(json.dumps(content))
-    other = result("needle", "2026-05-01", 1.0)
-    (folder / "2026-05-01_needle_1xgpu.json").write_text(json.dumps(other))
-    drawn = render.render_block("demo_model", folder)
-    assert "| unseen name; control: blank frames | 16 | 8 | 50 | 40 to 60 | 5 | 25 |" in drawn
-    assert "90" not in drawn and "2 x GPU, torch 2; 2026-04-01" in drawn
-
-
 def test_this_repository_is_fresh() -> None:
     stale = render.render(render.ROOT, render.RESULTS, check=True)
     assert not stale, f"run `python -m benchmarks.render`: {stale}"
