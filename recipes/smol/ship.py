@@ -1,6 +1,6 @@
 """Put what the demo needs into the package: needle pictures, names, the trained delta.
 
-    python recipes/smol/ship.py --delta WORK/deltas/longest.safetensors
+    python recipes/smol/ship.py --delta WORK/deltas/sft.safetensors
     python recipes/smol/ship.py SOURCES
 
 The pictures are listed in ``splits/shipped.tsv``; all are openclipart's, released to the public
@@ -27,8 +27,7 @@ from longvila.model.delta import read_delta, read_delta_metadata, save_delta
 HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "src" / "longvila" / "assets"
 LIMIT_MB = 20.0
-#: How the model is shown videos where nobody says otherwise. It was trained on up to 6,000 frames,
-#: but without being asked nobody should wait for so many on a CPU.
+#: How the model is shown videos where nobody says otherwise: as many frames as stage 3 showed it.
 VIDEO = {"short": "all", "fps": 1.0, "num_frames": 32}
 
 

@@ -69,9 +69,7 @@ class Goal:
 
 
 #: For the delta that ships: it saw no video of more than 32 frames.
-GOAL = Goal(
-    seen=10, unseen=5, right=8, by="free", videos=3, grid=(12, 20, 32), depth_interval=0.5
-)
+GOAL = Goal(seen=10, unseen=5, right=8, by="free", videos=3, grid=(12, 20, 32), depth_interval=0.5)
 
 
 @dataclass(frozen=True)

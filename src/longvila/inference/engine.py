@@ -45,12 +45,7 @@ from longvila.inference.frames import FrameSource
 from longvila.inference.inputs import append_ids, pad_rows, whole_row
 from longvila.inference.paging import Pager
 from longvila.inference.positions import TextRuns
-from longvila.inference.prefill import (
-    ReadTimes,
-    media_mask,
-    prefill_chunks,
-    prefill_ranks,
-)
+from longvila.inference.prefill import ReadTimes, media_mask, prefill_chunks, prefill_ranks
 from longvila.inference.ranks import prefill_rank_chunks
 from longvila.inference.static_step import Mode, StaticSteps
 from longvila.inference.store import load_cache, model_key, save_cache
