@@ -30,12 +30,13 @@ def root(tmp_path: Path) -> Path:
     results = tmp_path / "results"
     results.mkdir()
     (tmp_path / "docs").mkdir()
+    name = "video_decode"  # has no drawing of its own
     for file, content in {
-        "2026-01-02_decode_2xgpu.json": result("decode", "2026-01-02", 1.25),
-        "2026-01-01_decode_2xgpu_z.json": result("decode", "2026-01-01", 9.0, "sockets"),
+        f"2026-01-02_{name}_2xgpu.json": result(name, "2026-01-02", 1.25),
+        f"2026-01-01_{name}_2xgpu_z.json": result(name, "2026-01-01", 9.0, "sockets"),
     }.items():
         (results / file).write_text(json.dumps(content))
-    text = "before\n<!-- bench:decode -->\nold\n<!-- /bench -->\nafter\n"
+    text = "before\n<!-- bench:video_decode -->\nold\n<!-- /bench -->\nafter\n"
     (tmp_path / "README.md").write_text(text)
     (tmp_path / "docs" / "plain.md").write_text("no table\n")
     return tmp_path
@@ -59,17 +60,17 @@ def test_check_fails_until_rendered(root: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_new_result_makes_it_stale(root: Path) -> None:
     assert run(root) == 0
-    newer = result("decode", "2026-02-01", 1.125)
-    (root / "results" / "2026-02-01_decode_2xgpu.json").write_text(json.dumps(newer))
+    newer = result("video_decode", "2026-02-01", 1.125)
+    (root / "results" / "2026-02-01_video_decode_2xgpu.json").write_text(json.dumps(newer))
     assert run(root, "--check") == 1
 
 
 def test_conditions_pick_a_result(root: Path) -> None:
     folder = root / "results"
-    assert "9.000" in render.render_block("decode link=sockets", folder)
-    assert "9.000" in render.render_block("decode suffix=z", folder)
+    assert "9.000" in render.render_block("video_decode link=sockets", folder)
+    assert "9.000" in render.render_block("video_decode suffix=z", folder)
     with pytest.raises(ValueError, match="a result's hardware has"):
-        render.render_block("decode colour=red", folder)
+        render.render_block("video_decode colour=red", folder)
 
 
 def test_a_marker_without_result_says_so_and_a_wrong_name_is_an_error(root: Path) -> None:
