@@ -32,7 +32,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -105,9 +105,14 @@ def chunk_tokens(tokens: int, kv_heads: int, multiprocessors: int) -> int:
     return tokens // chunks
 
 
-def _chunk(tokens: int, kv_heads: int, device: torch.device, split_tokens: int | None) -> int:
+#: How few queries read a long segment: in chunks of so many tokens, in chunks chosen by device
+#: (None), or by the kernel that splits the keys where it can be used.
+Split = int | Literal["kernel"] | None
+
+
+def _chunk(tokens: int, kv_heads: int, device: torch.device, split_tokens: Split) -> int:
     """Tokens of the chunks that a segment is viewed as; all of them for no chunks."""
-    if split_tokens is not None:
+    if isinstance(split_tokens, int):
         return split_tokens
     if device.type != "cuda":
         return tokens
@@ -121,7 +126,7 @@ def attend_segment(
     *,
     causal: bool,
     softmax_scale: float | None,
-    split_tokens: int | None = None,
+    split_tokens: Split = None,
     piece_tokens: int = _PIECE_TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """Return attention of new queries over one segment.
@@ -132,7 +137,7 @@ def attend_segment(
         v: As ``k``.
         causal: Whether the segment ends with the tokens of the queries.
         softmax_scale: Factor on the scores.
-        split_tokens: Tokens of a chunk for few queries; None to choose by device.
+        split_tokens: How few queries read, see `Split`.
         piece_tokens: Tokens of the pieces that many queries read a long segment in.
 
     Returns:
@@ -151,7 +156,7 @@ def attend_segment(
     shared = k.shape[0] == 1 and batch > 1
     if causal and shared:
         raise ValueError("rows with tokens of their own cannot share the segment they end in")
-    if split_tokens is None and new <= MAX_NEW_TOKENS and batch * new <= _FEW_QUERIES:
+    if split_tokens == "kernel" and new <= MAX_NEW_TOKENS and batch * new <= _FEW_QUERIES:
         reason = decode_refusal(q.dtype, dim, q.device)
         if reason is None and k.shape[1]:
             return decode_attention(q, k, v, causal=causal, softmax_scale=softmax_scale)
@@ -243,7 +248,7 @@ def _attend_pieces(
 
 
 def _attend_chunks(
-    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], split_tokens: int | None
+    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], split_tokens: Split
 ) -> tuple[Tensor, Tensor]:
     tokens = k.shape[1]
     chunk = _chunk(tokens, k.shape[2], k.device, split_tokens)
@@ -288,7 +293,7 @@ def attend_paged(
     q: Tensor,
     *,
     softmax_scale: float | None,
-    split_tokens: int | None = None,
+    split_tokens: Split = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Return attention over what a layer has on the host; None if it has nothing there.
 
@@ -324,9 +329,7 @@ class ReadStep(AttentionStep):
         split_tokens: As for `attend_segment`.
     """
 
-    def __init__(
-        self, cache: ShardedCache, tokens: int, owner: int, split_tokens: int | None
-    ) -> None:
+    def __init__(self, cache: ShardedCache, tokens: int, owner: int, split_tokens: Split) -> None:
         super().__init__(cache.get_seq_length() + tokens)
         self.cache, self.owner, self.split_tokens = cache, owner, split_tokens
         self.walk = cache.walk()
@@ -380,7 +383,7 @@ def read_embeds(
     embeds: Tensor,
     *,
     position_ids: Tensor | None = None,
-    split_tokens: int | None = None,
+    split_tokens: Split = None,
     further: Mapping[str, Any] | None = None,
     pads: tuple[int, ...] | None = None,
 ) -> Tensor:
@@ -523,9 +526,13 @@ class CacheForward:
         if logits is None:
             if ids is not None:
                 embeds = self.family.embed(self.model, ids.flatten()).view(*ids.shape, -1)
+            # The kernel belongs to steps of fixed shapes: it is used where they are switched on.
+            split: Split = self.split_tokens
+            if split is None and self.static.mode != "off":
+                split = "kernel"
             hidden = read_embeds(
                 self.model, self.family, cache, embeds,
-                position_ids=positions, split_tokens=self.split_tokens, pads=pads,
+                position_ids=positions, split_tokens=split, pads=pads,
             )  # fmt: skip
             kept = hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
             logits = shared_logits(self.model.get_output_embeddings()(kept), cache)

@@ -90,7 +90,8 @@ class Engine:
         kv_offload: Bytes of keys and values that stay on each rank's device, older ones being
             paged to the host; a number, a `longvila.inference.paging.Pager`, or None for all.
         decode_graphs: How steps of few tokens run (`longvila.inference.static_step.StaticSteps`):
-            ``"auto"`` captures them on a GPU, ``"uncaptured"`` and ``"off"`` do not.
+            ``"auto"`` captures them on a GPU, ``"uncaptured"`` launches the same step anew,
+            ``"off"`` leaves all to the general way. Not measured on a GPU yet, so not the default.
 
     Raises:
         TypeError: If the model is of no known family.
@@ -109,7 +110,7 @@ class Engine:
         split_tokens: int | None = None,
         family: Family | None = None,
         kv_offload: int | Pager | None = None,
-        decode_graphs: Mode = "auto",
+        decode_graphs: Mode = "off",
     ) -> None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
