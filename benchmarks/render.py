@@ -509,7 +509,10 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] = {
     "links": (["attention"], lambda result, folder: links(result)),
     "smol_tiers": (["needle", "method=smol-stages"], lambda result, folder: smol.tiers(folder)),
-    "smol_summary": (["needle", "method=smol-stages"], lambda result, folder: smol.summary(folder)),
+    "smol_summary": (
+        ["needle", "method=smol-shipped"],
+        lambda result, folder: smol.summary(folder, "shipped"),
+    ),
     "smol_shipped": (
         ["needle", "method=smol-shipped"],
         lambda result, folder: smol.tiers(folder, "shipped"),

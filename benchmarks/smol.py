@@ -186,10 +186,10 @@ def tiers(folder: Path, part: str | None = None) -> list[str]:
     return lines[:-1]
 
 
-def summary(folder: Path) -> list[str]:
-    """A line a tier and way of asking: the finished model in short."""
+def summary(folder: Path, part: str | None = None) -> list[str]:
+    """A line a tier and way of asking: one model in short, by default that of the last part."""
     found = read(folder)
-    part = last_part(found)
+    part = part or last_part(found)
     lengths = sorted(
         {row["shape"]["frames"] for (p, _), one in found.items() if p == part for row in one.rows}
         - {None}
