@@ -47,7 +47,7 @@ SIZES = {
     "short": (9000, 60),
     "text": (400, 10),
     "long": (900, 6),
-    "longest": (64, 1),
+    "longest": (45, 1),
 }
 ALBUM = 20
 HAYSTACK = 6000
