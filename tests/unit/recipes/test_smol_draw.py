@@ -229,3 +229,64 @@ def test_needle_depths_are_exact(recipe: Any) -> None:
     grid = Plan(lengths=recipe("run").LENGTHS, depth_interval=0.5).grid
     assert grid.lengths == (32, 256, 1024, 2048, 6000)
     assert grid.depths == (Fraction(0), Fraction(1, 2), Fraction(1))
+
+
+def test_the_delta_has_room_for_all_that_the_stages_train(recipe: Any) -> None:
+    module = recipe("run")
+    main = [part for part in module.TRAINING if not part.half]
+    stages = [
+        overlay(get_stage(part.stage), read_yaml(RECIPE / "stages" / f"{part.config}.yaml"))
+        for part in main
+    ]
+    adapters = [stage.adapter for stage in stages if stage.rates.language_model is not None]
+    assert all(adapter is not None for adapter in adapters)
+    text = sum(adapter.rank for adapter in adapters if adapter)
+    tower = sum(adapter.rank for adapter in adapters if adapter and adapter.tower_targets)
+    assert text <= module.RANKS["model.language_model."]
+    assert tower <= module.RANKS["model.vision_tower."]
+
+
+def test_parts_hand_over_the_trained_model_and_measure_what_is_shipped(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = recipe("run")
+    work = tmp_path / "work"
+    runner = module.Runner(module.arguments(["--prepared", str(tmp_path), "--work", str(work)]))
+    stage, shipped = work / "stages" / "longest", work / "models" / "longest"
+    stage.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="longest has not run"):
+        runner.trained("longest")
+    (stage / "config.json").touch()
+    assert runner.trained("longest") == runner.measured("longest") == stage
+    shipped.mkdir(parents=True)
+    (shipped / "config.json").touch()
+    runner.deltas.mkdir()
+    (runner.deltas / "longest.safetensors").touch()
+    assert (runner.trained("longest"), runner.measured("longest")) == (stage, shipped)
+    # On another machine there is the delta alone.
+    (stage / "config.json").unlink()
+    assert runner.trained("longest") == shipped
+
+    # A part that has run and has no delta yet is not trained again.
+    (stage / "config.json").touch()
+    written = []
+    monkeypatch.setattr(runner, "write_delta", lambda *paths: written.append(paths))
+    (runner.deltas / "longest.safetensors").unlink()
+    runner.run("longest")
+    assert written == [(stage, runner.deltas / "longest.safetensors")]
+
+
+def test_a_look_changes_colours_and_leaves_what_is_transparent(recipe: Any) -> None:
+    module = recipe("draw")
+    levels = np.full((40, 60, 4), (90, 160, 60, 255), np.uint8)
+    levels[:, :30, 3] = 0
+    picture = Image.fromarray(levels)
+    how = module.Look((0.5, 0.0, 0.0, 0.25), (1.2, 1.0, 0.5), 1.0, 1.0, 0.0)
+    seen = np.asarray(module.look(picture, how))
+    assert seen.shape == (30, 30, 4) and (seen[..., 3] == 255).all()
+    np.testing.assert_allclose(seen[0, 0, :3], (108, 160, 30), atol=1)
+    grey = module.look(picture, module.Look((0.0,) * 4, (1.0,) * 3, 0.0, 1.0, 0.0))
+    assert len(set(np.asarray(grey)[0, 40, :3].tolist())) == 1
+    assert (np.asarray(grey)[:, :30, 3] == 0).all()
+    looks = [module.draw_look(np.random.default_rng(k), strong=True) for k in range(64)]
+    assert len(set(looks)) == 64 and any(each.blur for each in looks)
