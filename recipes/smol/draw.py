@@ -53,6 +53,12 @@ ALBUM = 20
 HAYSTACK = 6000
 #: Root mean square difference of thumbnails, in [0, 1], below which two pictures are twins.
 TWIN = 0.08
+#: Names that say a colour or a side; pictures of these keep theirs.
+COLOURS = {
+    "black", "blue", "brown", "golden", "green", "grey", "mandarin", "orange", "pink", "purple",
+    "red", "silver", "white", "yellow",
+}  # fmt: skip
+SIDES = {"left", "right"}
 Rng = np.random.Generator
 
 
@@ -167,20 +173,23 @@ class Look:
     blur: float
 
 
-def draw_look(rng: Rng, *, strong: bool) -> Look:
+def draw_look(rng: Rng, *, strong: bool, coloured: bool = False) -> Look:
     """Choose a look.
 
     Args:
         rng: Chance.
         strong: As single pictures are shown; gentler in videos, where times are to be learnt.
+        coloured: Its colours are in its name, and stay.
     """
     edge, spread = (0.2, 0.35) if strong else (0.1, 0.15)
     cut = rng.uniform(0, edge, 4) * (rng.random(4) < 0.5)
     colour = float(rng.uniform(0.4, 1.7) if strong else rng.uniform(0.8, 1.3))
+    gains = tuple(float(g) for g in rng.uniform(1 - spread, 1 + spread, 3))
+    colour = 0.0 if strong and rng.random() < 0.12 else colour
     return Look(
         crop=tuple(float(c) for c in cut),  # type: ignore[arg-type]
-        gains=tuple(float(g) for g in rng.uniform(1 - spread, 1 + spread, 3)),  # type: ignore[arg-type]
-        colour=0.0 if strong and rng.random() < 0.12 else colour,
+        gains=(1.0, 1.0, 1.0) if coloured else gains,  # type: ignore[arg-type]
+        colour=1.0 if coloured else colour,
         contrast=float(rng.uniform(0.6, 1.4) if strong else rng.uniform(0.85, 1.2)),
         blur=float(rng.uniform(0.5, 1.6)) if strong and rng.random() < 0.2 else 0.0,
     )
@@ -221,13 +230,14 @@ class Paste:
 
 
 def draw_paste(
-    size: Sequence[int], rng: Rng, *, small: bool = False, strong: bool = False
+    size: Sequence[int], rng: Rng, *, name: str = "", small: bool = False, strong: bool = False
 ) -> Paste:
     """Choose how a picture lies on a frame.
 
     Args:
         size: Its height and width.
         rng: Chance.
+        name: What it shows; a colour or a side that is in its name stays.
         small: Leave room for others.
         strong: Change it more than videos do: turned further, in other colours, cut, blurred.
     """
@@ -238,7 +248,7 @@ def draw_paste(
     # A wide film is squeezed into the square input, and with it what was pasted on it.
     squeeze = 9 / 16 if rng.random() < 0.25 else float(rng.uniform(0.8, 1.1))
     width, height = min(1.0, w * scale * squeeze), min(1.0, h * scale)
-    white = rng.random() < 0.6
+    white, words = rng.random() < 0.6, set(name.split())
     # One in five is shown as it is, as needles are.
     kept = rng.random() < 0.2
     angle = float(rng.normal(0, 16) if strong and not kept else rng.normal(0, 6))
@@ -248,10 +258,10 @@ def draw_paste(
         width=width,
         height=height,
         angle=angle,
-        mirrored=bool(rng.random() < 0.3),
+        mirrored=bool(rng.random() < 0.3) and not words & SIDES,
         paper=str(rng.choice(("none", "card", "full"), p=(0.25, 0.55, 0.2))),
         colour=(255, 255, 255) if white else tuple(int(c) for c in rng.integers(150, 256, 3)),
-        look=None if kept else draw_look(rng, strong=strong),
+        look=None if kept else draw_look(rng, strong=strong, coloured=bool(words & COLOURS)),
     )
 
 
@@ -443,7 +453,9 @@ def video_sample(store: Store, names: Names, kind: str, number: int, seed: int) 
     return {
         "num_frames": num_frames, "step_s": step_s, "shown": shown, "pairs": pairs,
         "shots": draw_shots(store.runs["train"], num_frames, rng),
-        "pastes": [draw_paste(store.entries[each.picture]["size"], rng) for each in shown],
+        "pastes": [
+            draw_paste(store.entries[each.picture]["size"], rng, name=each.name) for each in shown
+        ],
     }  # fmt: skip
 
 
@@ -502,7 +514,13 @@ def draw_images(store: Store, items: range, out: Path, seed: int) -> list[Any]:
         if len(pair) == 2:
             rng.shuffle(pair)
         for side, picture in enumerate(pair):
-            how = draw_paste(store.entries[picture]["size"], rng, small=len(pair) == 2, strong=True)
+            how = draw_paste(
+                store.entries[picture]["size"],
+                rng,
+                name=store.name(picture),
+                small=len(pair) == 2,
+                strong=True,
+            )
             if len(pair) == 2:
                 paper = "card" if how.paper == "full" else how.paper
                 how = Paste(**{**vars(how), "x": 0.26 + 0.48 * side, "paper": paper})
