@@ -5,15 +5,18 @@
 
 1. **base** assembles the untrained model; **draw-...** draws a stage's data (``draw.py``).
 2. **align, pretrain, sft, extend, long, longest** each run ``longvila train`` with the settings in
-   ``stages/``, on the model of the part before. What a part changed altogether, from the base on,
-   is then written as one small delta (``WORK/deltas/PART.safetensors``), and the next part begins
-   from base plus delta: what is handed over, and shipped, is what was trained on and measured.
+   ``stages/``, on the model of the part before (``WORK/stages/PART``), all in this process: what is
+   imported, and the fork server of the workers, serve them all. Updates are low-rank, and their
+   ranks add up to those of ``RANKS``, so that the delta of ``--deltas``
+   (``WORK/deltas/PART.safetensors``: what changed altogether, from the base on, in eight bits)
+   leaves nothing out but rounding. Where a part has a delta, base plus delta is what is measured,
+   and what another machine goes on from.
 3. **eval-sft, eval-extend, eval-longest** run ``longvila needle`` for the tiers a, b and c.
 4. **ablations** go the same way at half the steps: without stage 4, and stage 5 before stage 4.
 
 With ``--ahead`` another process draws all sets, in the order in which they are needed, while the
 GPU trains. A part whose result is there is skipped, one that was interrupted goes on. On another
-machine, ``--parts`` with the deltas in ``WORK/deltas`` goes on where they end. With two GPUs give
+machine, ``--parts`` with a delta in ``WORK/deltas`` goes on where it ends. With two GPUs give
 ``--gpus 2``: a step is one row, which both share.
 
 Not done here: fetching anything (``prepare.py``), shipping (``ship.py``).
@@ -22,6 +25,7 @@ Not done here: fetching anything (``prepare.py``), shipping (``ship.py``).
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -42,8 +46,9 @@ INIT = {
     "image_size": 224,
     "vision_feature_layer": -3,
 }
-#: Rank of the shipped update of each matrix of the language model and of the tower.
-RANKS = {"model.language_model.": 40, "model.vision_tower.": 40}
+#: Rank of the shipped update of each matrix of the language model and of the tower: the sum of the
+#: ranks of all stages. In eight bits 27 and 3 MB, and the whole projector 4 MB.
+RANKS = {"model.language_model.": 88, "model.vision_tower.": 48}
 LENGTHS = (32, 256, 1024, 2048, 6000)
 
 
@@ -70,7 +75,7 @@ class Part:
     half: bool = False
 
 
-_CONTEXT = "context={rope_theta: 70240051.0, max_position_embeddings: 147456}"
+_CONTEXT = "context={rope_theta: 1975901.0, max_position_embeddings: 147456}"
 TRAINING = (
     Part("align", "align", "align", "base", ("images",)),
     Part("pretrain", "pretrain", "pretrain", "align", ("images",)),
@@ -125,8 +130,21 @@ class Runner:
             raise SystemExit(f"there is no part {name}; there are {', '.join(MAIN + ABLATIONS)}")
         print(f"== {name}: {time.time() - began:.0f} s", flush=True)
 
-    def longvila(self, *arguments: str) -> None:
-        """Run a verb in a process of its own."""
+    def longvila(self, *arguments: str, here: bool = False) -> None:
+        """Run a verb, in a process of its own or here."""
+        if here:
+            import torch
+
+            from longvila.cli.main import main as command_line
+
+            status = command_line(list(arguments))
+            if status:
+                raise SystemExit(status)
+            # Sharded models refer to themselves; the next part wants their memory.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return
         command = [sys.executable, "-m", "longvila", *arguments]
         subprocess.run(command, check=True)
 
@@ -147,11 +165,21 @@ class Runner:
         (out / "processor_config.json").write_text(json.dumps(processor, indent=2))
         config = json.loads((out / "config.json").read_text())
         # Frames that go through the tower at once; the small tower wants many.
-        config["vision_batch_size"] = 256
+        config["vision_batch_size"] = 1024
         (out / "config.json").write_text(json.dumps(config, indent=2))
 
+    def trained(self, name: str) -> Path:
+        """Return what the next part goes on from: the trained model itself, where it is here."""
+        folder = self.work / "stages" / name
+        return folder if (folder / "config.json").exists() else self.model(name)
+
+    def measured(self, name: str) -> Path:
+        """Return what is measured: what is shipped, where a part has a delta."""
+        delta = self.deltas / f"{name}.safetensors"
+        return self.model(name) if delta.exists() else self.trained(name)
+
     def model(self, name: str) -> Path:
-        """Return the model after a part: the base, or base plus delta."""
+        """Return the base, or base plus a part's delta."""
         out = self.work / "models" / name
         if name == "base":
             return self.work / "base"
@@ -176,13 +204,20 @@ class Runner:
     # ---- training
 
     def train(self, part: Part) -> None:
-        """Train a part and write what it changed, from the base on."""
+        """Train a part; write what it changed, from the base on, if that is asked for."""
         delta = self.deltas / f"{part.name}.safetensors"
+        out = self.work / "stages" / part.name
         if delta.exists():
             return
+        if not (out / "config.json").exists():
+            self.train_here(part, out)
+        if part.name in self.args.deltas:
+            self.write_delta(out, delta)
+
+    def train_here(self, part: Part, out: Path) -> None:
+        """Train a part into a folder."""
         for name in part.sets:
             self.draw(name)
-        out = self.work / "stages" / part.name
         settings = list(part.options)
         if part.half:
             import yaml
@@ -198,15 +233,15 @@ class Runner:
         settings += self.args.set
         launch = ["--gpus", str(self.args.gpus)] if self.args.gpus else []
         self.longvila(
-            "train", part.stage, "--model", str(self.model(part.after)), "--data",
+            "train", part.stage, "--model", str(self.trained(part.after)), "--data",
             str(self.datasets()), "--config", str(HERE / "stages" / f"{part.config}.yaml"),
             "--output", str(out), *launch, *(x for s in settings for x in ("--set", s)),
+            here=self.args.gpus is None,
         )  # fmt: skip
-        self.write_delta(out, delta)
         results = self.work / "results"
         results.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(out / "metrics.jsonl", results / f"{part.name}.metrics.jsonl")
-        # Optimizer states are large, and whoever goes on starts from the delta.
+        # Optimizer states are large, and whoever goes on starts from the model.
         shutil.rmtree(out / "saves", ignore_errors=True)
 
     def datasets(self) -> Path:
@@ -254,7 +289,7 @@ class Runner:
         partial = path.with_name(f".{path.name}")
         save_delta(
             {name: value.cpu() for name, value in delta.items()}, partial, init=INIT,
-            dtype=torch.float16, context=json.dumps(context), left_out=f"{left_out:.4f}",
+            dtype=torch.int8, context=json.dumps(context), left_out=f"{left_out:.4f}",
         )  # fmt: skip
         os.replace(partial, path)
         size = path.stat().st_size / 1e6
@@ -308,7 +343,7 @@ class Runner:
     def evaluate(self, name: str) -> None:
         """Hide needles of each tier; each tier has a folder with records and result."""
         self.draw("needles")
-        model = self.model(name)
+        model = self.measured(name)
         for tier in self.args.tiers:
             out = self.work / "needle" / f"{name}-{tier}"
             if (out / "result.json").exists():
@@ -379,6 +414,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--steps", nargs="+", default=[], metavar="PART=N", help="steps instead of a stage's own"
     )
+    parser.add_argument(
+        "--deltas", nargs="*", default=["longest"], metavar="PART",
+        help="parts whose change is written, for shipping or for another machine",
+    )  # fmt: skip
     parser.add_argument("--no-controls", dest="controls", action="store_false")
     parser.add_argument("--commit", default="", help="what results say they were made with")
     parser.add_argument("--set", action="append", default=[], help="a setting of all stages")

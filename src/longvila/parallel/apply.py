@@ -75,6 +75,9 @@ class ParallelPlan:
         parameter_dtype: Type of the sharded parameters; None leaves what the model has.
         compute_dtype: Type that parameters are gathered in; None for that of the shards.
         reduce_dtype: Type that gradients are reduced in; None for the compute type.
+        keep_gathered: Whether layers stay gathered from forward to backward: every parameter is
+            gathered and cast once a step instead of twice (and once for each micro-batch of
+            frames), and the whole model stands in memory in the compute type.
         activation_checkpointing: Whether text layers and frames are recomputed in backward.
         plain_layers: Text layers, the last ones, that are not recomputed: the backward pass wants
             them first, and each saves its products for its memory.
@@ -101,6 +104,7 @@ class ParallelPlan:
     parameter_dtype: torch.dtype | None = torch.float32
     compute_dtype: torch.dtype | None = torch.bfloat16
     reduce_dtype: torch.dtype | None = torch.float32
+    keep_gathered: bool = False
     activation_checkpointing: bool = True
     plain_layers: int = 0
     offload: Offload | None = None
@@ -443,7 +447,8 @@ def _shard(model: nn.Module, base: PreTrainedModel, state: _State) -> None:
             for parameter in module.parameters():
                 if parameter.is_floating_point() and not _is_sharded(parameter):
                     parameter.data = parameter.data.to(plan.parameter_dtype)
-        fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=module is not model)
+        reshard = module is not model and not plan.keep_gathered
+        fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=reshard)
 
 
 def _is_sharded(parameter: Tensor) -> bool:

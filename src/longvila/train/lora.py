@@ -17,10 +17,12 @@ It neither trains nor shards.
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -75,6 +77,11 @@ def adapt(model: PreTrainedModel, adapter: Adapter) -> nn.Module:
         )
     if adapter.tower_targets:
         linear |= _tower_layers(model, adapter.tower_targets)
+    if adapter.folded and adapter.dropout:
+        raise StageError(
+            f"adapter.folded adds the update to the weight; adapter.dropout {adapter.dropout} "
+            "has no input of its own there. Set adapter.dropout=0"
+        )
     groups = {name: _group(model, text, name) for name in adapter.also_tune}
     outside = [p for p in model.parameters() if p.requires_grad]
     settings = LoraConfig(
@@ -91,9 +98,29 @@ def adapt(model: PreTrainedModel, adapter: Adapter) -> nn.Module:
     # PEFT freezes all it finds; what is tuned in full is tuned as itself, not as a copy.
     for parameter in [*outside, *(p for group in groups.values() for p in group)]:
         parameter.requires_grad_(True)
+    if adapter.folded:
+        _fold(wrapped)
     for name, group in groups.items():
         _LOG.info("tuned in full: %s, %d parameters", name, sum(p.numel() for p in group))
     return wrapped
+
+
+def _fold(wrapped: nn.Module) -> None:
+    """Let adapted layers multiply once, by the sum of weight and update."""
+    from peft.tuners.lora import Linear
+
+    for module in wrapped.modules():
+        if isinstance(module, Linear):
+            # An attribute of the object goes before its class's method; nothing else of PEFT moves.
+            module.forward = functools.partial(_folded_forward, module)  # type: ignore[method-assign]
+
+
+def _folded_forward(module: Any, x: Tensor) -> Tensor:
+    """``x (W + s B A)^T + b``; the sum is in the type that the layer computes in."""
+    name = module.active_adapters[0]
+    low, high = module.lora_A[name].weight, module.lora_B[name].weight
+    weight = torch.addmm(module.base_layer.weight, high, low, alpha=module.scaling[name])
+    return nn.functional.linear(x, weight, module.base_layer.bias)
 
 
 def _tower_layers(model: PreTrainedModel, targets: Sequence[str]) -> set[str]:

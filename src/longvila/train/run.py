@@ -224,6 +224,7 @@ def put_on_mesh(model: nn.Module, mesh: SPMesh, stage: Stage) -> nn.Module:
     plan = ParallelPlan(
         fsdp_replicate=settings.fsdp_replicate,
         compute_dtype=None if settings.compute == "float32" else _DTYPES[settings.compute],
+        keep_gathered=settings.keep_gathered,
         activation_checkpointing=settings.activation_checkpointing,
         plain_layers=settings.plain_layers,
         offload=offload,

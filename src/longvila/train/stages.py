@@ -91,6 +91,9 @@ class Adapter:
             tied to them), norms, head.
         tower_targets: Names of the linear layers of the vision tower that get one, if the tower
             has a rate; none leaves the tower to be trained in full.
+        folded: Whether a layer's update is added to its weight in each pass, in place of a second
+            path beside it: few and large kernels, and nothing saved for the adapter, for half as
+            much arithmetic again as frozen weights cost. For small models; needs no dropout.
     """
 
     rank: int = 8
@@ -99,6 +102,7 @@ class Adapter:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     also_tune: tuple[Literal["embeddings", "norms", "head"], ...] = ("embeddings", "norms")
     tower_targets: tuple[str, ...] = ()
+    folded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +233,8 @@ class Parallel:
         seq_parallel_ring_type: Layout of the ring.
         fsdp_replicate: Whether parameters are sharded within a group only.
         compute: Type that layers compute in; parameters, gradients and states are float32.
+        keep_gathered: Whether layers stay gathered from forward to backward: fewer and smaller
+            kernels for a small model, and one more copy of it in memory, which is not planned for.
         activation_checkpointing: Whether layers are recomputed in backward; attention never is.
         plain_layers: Text layers, the last ones, that are not recomputed.
         offload_gib: Host memory a rank in which checkpoints (and what plain layers save) wait; zero
@@ -248,6 +254,7 @@ class Parallel:
     )
     fsdp_replicate: bool = False
     compute: Precision = "bfloat16"
+    keep_gathered: bool = False
     activation_checkpointing: bool = True
     plain_layers: int = 0
     offload_gib: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,29 @@ def test_adapters_train_alike_on_any_mesh(tmp_path: Path) -> None:
         torch.testing.assert_close(other["losses"], one["losses"], rtol=1e-5, atol=1e-6)
         for name, value in one["weights"].items():
             np.testing.assert_allclose(other["weights"][name], value, atol=1e-4, err_msg=name)
+
+
+def test_a_folded_update_is_the_same_update(tmp_path: Path) -> None:
+    adapter = Adapter(rank=3, alpha=6, targets=("q_proj", "down_proj"), also_tune=("norms",))
+    found = []
+    for folded in (False, True):
+        torch.manual_seed(0)
+        model = tune(fresh_model(), Rates(language_model=1e-3), replace(adapter, folded=folded))
+        with torch.no_grad():  # B begins as zero
+            for name, parameter in model.named_parameters():
+                if ".lora_B." in name:
+                    parameter.copy_(torch.randn_like(parameter))
+        ids = torch.arange(5, 25)[None]
+        model(input_ids=ids, labels=ids).loss.backward()
+        tuned = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        found.append((logits(model), tuned))
+    (plain, gradients), (folded_logits, folded_gradients) = found
+    torch.testing.assert_close(folded_logits, plain, rtol=1e-4, atol=1e-4)
+    assert any(".lora_A." in name for name in gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(folded_gradients[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_folded_layers_have_no_dropout() -> None:
+    with pytest.raises(StageError, match=r"adapter\.dropout"):
+        tune(fresh_model(), Rates(language_model=1e-3), Adapter(folded=True, dropout=0.1))

@@ -41,11 +41,12 @@ def run_steps(
     ring: int = -1,
     fsdp: bool = True,
     rates: Rates = RATES,
+    **plan: Any,
 ) -> tuple[list[tuple[float, float, Counts]], dict[str, np.ndarray]]:
     """Five steps of four rows each, dealt over the data-parallel ranks."""
     model = fresh_model(dtype)
     tune(model, rates)
-    model, mesh = put_on_mesh(model, sp=sp, ring=ring, fsdp=fsdp)
+    model, mesh = put_on_mesh(model, sp=sp, ring=ring, fsdp=fsdp, **plan)
     optimizer = build_optimizer(model, rates, SETTINGS)
     seen = []
     for step in range(STEPS):
@@ -130,6 +131,7 @@ def check(results: Any, dtype: torch.dtype) -> None:
     [
         (4, {"sp": 1}),
         (4, {"sp": 4}),
+        (2, {"sp": 1, "keep_gathered": True}),
         (4, {"sp": 2, "ring": 1}),
         (2, {"sp": 2, "ring": 2, "fsdp": False}),
         (2, {"sp": 1, "fsdp": False}),
