@@ -115,7 +115,9 @@ def test_a_fresh_default_model_is_base_plus_delta(
 
     processor = LongVILAProcessor.from_pretrained(folder)
     video = processor.video_processor
-    assert (video.short, video.fps, video.num_frames) == ("all", 1.0, 512)
+    assert (video.short, video.fps, video.num_frames) == tuple(
+        ship.VIDEO[name] for name in ("short", "fps", "num_frames")
+    )
     assert processor.tokenizer.model_max_length == CONTEXT["max_position_embeddings"]
 
     # ``longvila ask`` without --model sees a frame a second.
