@@ -5,8 +5,8 @@ BIN := $(ENV)/bin
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-WITH_TORCHVISION := tests/unit/model/test_processing.py tests/unit/model/test_pixel_processing.py tests/integration/test_family_verbs.py \
-	tests/unit/model/test_auto.py tests/unit/data/test_families.py tests/unit/datagen/test_caller.py \
+WITH_TORCHVISION := tests/unit/model/test_processing.py tests/unit/model/test_pixel_processing.py \
+	tests/integration/test_family_verbs.py tests/unit/model/test_auto.py tests/unit/data/test_families.py tests/unit/inference/test_caller.py \
 	tests/unit/inference/test_family_prompts.py
 
 .PHONY: env demo test test-all test-oldest test-torchvision lint gpu-test clean
