@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -130,6 +131,17 @@ def stop() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def joined(*, emulate_hosts: bool = False) -> Iterator[Cluster]:
+    """The ranks of one measurement, left at its end; after a failure without waiting for work."""
+    cluster = start(emulate_hosts=emulate_hosts)
+    try:
+        yield cluster
+        cluster.synchronize()
+    finally:
+        stop()
 
 
 def _device(local_rank: int) -> torch.device:

@@ -43,6 +43,14 @@ from torch import Tensor
 
 from benchmarks import _cluster
 from benchmarks._cluster import Cluster, timed_ms
+from benchmarks._model import (
+    add_text_options,
+    add_tower_options,
+    draw,
+    model_config,
+    rows_per_frame,
+    text_config,
+)
 from benchmarks._results import Report, Row, hardware
 
 QUESTION = "How long until the first token about a long video, and how fast are the others?"
@@ -58,35 +66,11 @@ LIMIT = {"bfloat16": 5e-2, "float32": 1e-4}
 
 def build_model(options: argparse.Namespace, device: torch.device) -> Any:
     """Random weights of the shape asked for, made on the device in their final type."""
-    from transformers import Qwen2Config, SiglipVisionConfig
-
-    from longvila.model.configuration_longvila import LongVILAConfig
     from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
 
-    vision = SiglipVisionConfig(
-        hidden_size=options.width, intermediate_size=options.mlp_width,
-        num_hidden_layers=options.vision_layers, num_attention_heads=options.vision_heads,
-        image_size=options.image_size, patch_size=options.patch_size,
-    )  # fmt: skip
-    text = Qwen2Config(
-        hidden_size=options.model_dim, intermediate_size=options.text_mlp,
-        num_hidden_layers=options.layers, num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads, vocab_size=options.vocab,
-        max_position_embeddings=2**21, rope_theta=1e9, bos_token_id=None, eos_token_id=None,
-        layer_types=["full_attention"] * options.layers,
-    )  # fmt: skip
-    config = LongVILAConfig(
-        vision_config=vision, text_config=text, vision_batch_size=options.frame_batch,
-        image_token_id=options.vocab - 2, video_token_id=options.vocab - 1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, options.dtype))
-    try:
-        with torch.device(device):
-            model = LongVILAForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
+    text = text_config(options, bos_token_id=None, eos_token_id=None)
+    config = model_config(options, text=text, vision_batch_size=options.frame_batch)
+    model = draw(lambda: LongVILAForConditionalGeneration(config), device, options.dtype)
     model.generation_config.eos_token_id = None
     return model.eval()
 
@@ -118,8 +102,7 @@ class DrawnFrames:
 
 
 def tokens_per_frame(options: argparse.Namespace) -> int:
-    side = -(-(options.image_size // options.patch_size) // 2)
-    return side * side + 1
+    return rows_per_frame(options) + 1
 
 
 def prompt(options: argparse.Namespace, tokens: int, device: torch.device) -> dict[str, Any]:
@@ -703,19 +686,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calls", type=int, default=8)
     parser.add_argument("--rounds", type=lambda t: [int(n) for n in t.split(",")],
                         default=[1, 2, 4, 8])  # fmt: skip
-    parser.add_argument("--image-size", type=int, default=384)
-    parser.add_argument("--patch-size", type=int, default=14)
-    parser.add_argument("--width", type=int, default=1152)
-    parser.add_argument("--mlp-width", type=int, default=4304)
-    parser.add_argument("--vision-layers", type=int, default=27)
-    parser.add_argument("--vision-heads", type=int, default=16)
+    add_tower_options(parser)
     parser.add_argument("--frame-batch", type=int, default=32)
-    parser.add_argument("--model-dim", type=int, default=3584)
-    parser.add_argument("--text-mlp", type=int, default=18944)
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--heads", type=int, default=28)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=152064)
+    add_text_options(parser)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--suffix", default="")
@@ -730,11 +703,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    cluster = _cluster.start()
-    try:
+    with _cluster.joined() as cluster:
         run(options, cluster)
-    finally:
-        _cluster.stop()
 
 
 if __name__ == "__main__":

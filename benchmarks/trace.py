@@ -204,11 +204,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    cluster = _cluster.start(emulate_hosts=options.emulate_hosts)
-    try:
+    with _cluster.joined(emulate_hosts=options.emulate_hosts) as cluster:
         run(options, cluster)
-    finally:
-        _cluster.stop()
 
 
 if __name__ == "__main__":
