@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 #: A collective that takes longer than this has lost a rank; better to stop than to burn a lease.
-COLLECTIVE_TIMEOUT_S = 180
+COLLECTIVE_TIMEOUT_S = int(os.environ.get("COLLECTIVE_TIMEOUT_S", "180"))
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def stop() -> None:
 
 
 @contextmanager
-def joined(*, emulate_hosts: bool = False) -> Iterator[Cluster]:
+def joined(*, emulate_hosts: int = 1) -> Iterator[Cluster]:
     """The ranks of one measurement, left at its end; after a failure without waiting for work."""
     cluster = start(emulate_hosts=emulate_hosts)
     try:
