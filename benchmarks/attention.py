@@ -47,6 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--check-tokens", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--long-repeats", type=int, default=3, help="at 256K tokens and more")
     parser.add_argument("--block-s", type=float, default=0.8, help="seconds a timed block takes")
     parser.add_argument("--min-calls", type=int, default=1)
     parser.add_argument("--methods", default=".", help="regular expression of method names")
@@ -149,14 +150,14 @@ def run_shape(
             cluster.say(f"no time left for {tokens} tokens")
             report.notes["cut_off"] = f"No time was left for {heads} heads at {tokens} tokens."
             return
-        running = entrants
-        if tokens >= 262144:
+        running, long = entrants, tokens >= 262144
+        if long:
             running = [e for e in entrants if not re.search(options.skip_long, e.method.name)]
         rows = race(
             running,
             case(tokens),
             cluster,
-            repeats=options.repeats,
+            repeats=options.long_repeats if long else options.repeats,
             block_s=options.block_s,
             min_calls=options.min_calls,
         )

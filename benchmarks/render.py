@@ -253,7 +253,7 @@ def factorisations(result: dict[str, Any]) -> list[str]:
         ratios = [f"{time / both:.2f}" if both else "" for time in flat.values()]
         chosen = f"{ms[default] / ms[fastest]:.3f}" if default in ms else ""
         against.append([*start, *ratios, f"`{fastest}`", f"`{default}`", chosen])
-        headings = [f"2-D over {way}" for way in flat]
+        headings = [f"2-D ahead of {way} by" for way in flat]
     return [
         *table(["heads", "tokens", *(f"{way}, ms" for way in ways)], times),
         "",

@@ -213,7 +213,7 @@ def test_factorisations_of_four_ranks() -> None:
     content["notes"]["default_mesh"] = {"6/2": "2d"}
     drawn = "\n".join(render.factorisations(content))
     assert "| 6/2 | 2K | 104.0 (100 %) | 120.0 (100 %) | 130.0 (100 %) | 133.4 (100 %) |" in drawn
-    assert "| heads | tokens | 2-D over ulysses | 2-D over ring | fastest | default |" in drawn
+    assert "| heads | tokens | 2-D ahead of ulysses by | 2-D ahead of ring by | fastest |" in drawn
     assert "| 6/2 | 2K | 1.28 | 1.25 | `2d` | `2d` | 1.000 |" in drawn
     content["links"] = [
         {"between": name, "message_mib": 16.0, "all_to_all_gb_per_s": rate,
