@@ -20,6 +20,7 @@ Sums in bf16 are taken in another order on each mesh, so curves part by its roun
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
@@ -132,6 +133,8 @@ def run(options: argparse.Namespace, cluster: Cluster) -> Report:
     drawn = [sample(options, number, cluster.device) for number in range(options.samples)]
     yardstick: tuple[list[float], list[float]] | None = None
     for name, degrees in meshes(cluster.world_size).items():
+        if yardstick is not None and not re.search(options.meshes, name):
+            continue
         losses, norms, about = train(degrees, drawn, options, cluster)
         clean()
         yardstick = yardstick or (losses, norms)
@@ -163,6 +166,7 @@ def run(options: argparse.Namespace, cluster: Cluster) -> Report:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=QUESTION)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--meshes", default=".", help="beside data parallelism, by name")
     parser.add_argument("--samples", type=int, default=8, help="different ones")
     parser.add_argument("--frames", type=int, nargs="+", default=[48, 96, 24, 72, 64])
     parser.add_argument("--answer", type=int, default=64, help="words with a loss")
