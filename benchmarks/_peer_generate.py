@@ -33,6 +33,8 @@ METHOD = "transformers_generate_auto"
 WAIT = timedelta(minutes=20)
 #: Shares of the predicted longest prompt that are tried: allocators do not fill to the last byte.
 SHARES = (0.96, 0.9)
+#: A prompt so many times as long as what fits fails in the first layer, within seconds.
+HOPELESS, HOPELESS_S = 1.5, 30.0
 
 
 @dataclass(frozen=True)
@@ -116,18 +118,14 @@ class _Peer:
     def run(self) -> int:
         """Measure all lengths; return the tokens of the longest prompt held, 0 for none."""
         lengths = list(self.options.peer_lengths or self.options.lengths)
-        # Once unmeasured: the first prompt of a process sets up libraries.
-        self._generate(lengths[0])
-        for tokens in lengths:
+        for number, tokens in enumerate(lengths):
             if self._late(tokens):
                 break
+            if number == 0:
+                self._generate(tokens)  # unmeasured: the first prompt sets up libraries
             self.measure(tokens)
-        if self.options.peer_longest and self.devices and len(self.held) > 1:
-            limits = [
-                float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
-                for device in self.devices
-            ]
-            most = longest_tokens(*self.held[-2:], limits)
+        most = self._predicted_most()
+        if self.options.peer_longest and most is not None:
             self.cluster.say(f"  {METHOD} should hold {most} tokens")
             self.report.notes["peer_predicted_longest"] = most
             for share in SHARES:
@@ -136,9 +134,22 @@ class _Peer:
                     break
         return max((each.tokens for each in self.held), default=0)
 
+    def _predicted_most(self) -> int | None:
+        """Tokens that should fit all GPUs; None if two prompts have not been held on GPUs."""
+        if len(self.held) < 2 or not self.devices:
+            return None
+        limits = [
+            float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+            for device in self.devices
+        ]
+        return longest_tokens(*self.held[-2:], limits)
+
     def _late(self, tokens: int) -> bool:
         """Whether a prompt would end too late; says so."""
         seconds = predicted_s(*self.held[-2:], tokens) if len(self.held) > 1 else 0.0
+        most = self._predicted_most()
+        if most is not None and tokens > HOPELESS * most:
+            seconds = HOPELESS_S
         return prefill.late(
             self.options, self.report, self.cluster, METHOD, tokens, 1.1 * seconds, alone=True
         )
@@ -194,15 +205,7 @@ def dispatch(model: Any) -> Any:
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
-    names = sorted(_whole_modules(model))
+    names = sorted(model._no_split_modules)  # of all models inside
     memory = get_balanced_memory(model, no_split_module_classes=names)
     plan = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=names)
     return dispatch_model(model, plan, skip_keys=model._skip_keys_device_placement)
-
-
-def _whole_modules(model: Any) -> set[str]:
-    """Names of the classes that a map must not cut, of all models inside."""
-    found: set[str] = set()
-    for module in model.modules():
-        found |= set(getattr(module, "_no_split_modules", None) or ())
-    return found
