@@ -53,6 +53,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "spread_percent": ("spread %", "{:.1f}"),
     "extra_gib": ("extra GiB", "{:.2f}"),
     "peak_gib": ("peak GiB", "{:.2f}"),
+    "planned_peak_gib": ("planned GiB", "{:.2f}"),
+    "times_peer": ("times the peer's speed", "{:.2f}"),
     "ttft_s": ("first token s", "{:.3f}"),
     "floor_s": ("floor s", "{:.3f}"),
     "ttft_over_floor": ("times the floor", "{:.2f}"),
@@ -458,8 +460,11 @@ def train_step(result: dict[str, Any]) -> list[str]:
 
 def prefill(result: dict[str, Any]) -> list[str]:
     """First token and decoding against their floors, length by length."""
-    names = ["ttft_s", "floor_s", "ttft_over_floor", "decode_step_ms", "decode_floor_ms",
-             "question_percent_of_first", "cache_gib", "peak_gib"]  # fmt: skip
+    names = ["ttft_s", "floor_s", "ttft_over_floor", "times_peer", "decode_step_ms",
+             "decode_floor_ms", "question_percent_of_first", "cache_gib", "peak_gib",
+             "planned_peak_gib"]  # fmt: skip
+    measured = {name for row in result["rows"] for name in row["metrics"]}
+    names = [name for name in names if name in measured]
     header = ["method", "tokens", "frames", *map(_heading, names)]
     cells, sampled = [], False
     for row in sorted(result["rows"], key=lambda r: (r["tokens"], KIND_ORDER[r["kind"]])):
@@ -473,6 +478,15 @@ def prefill(result: dict[str, Any]) -> list[str]:
     lines = table(header, cells)
     if sampled:
         lines += ["", "\\* added up from a sample of the prompt's chunks, not read whole."]
+    if first := result.get("notes", {}).get("first_prompt"):
+        lines += ["", (
+            f"The process's first prompt of ours, {first['tokens']:,.0f} tokens and all that is "
+            f"set up at a first use: {first['first_token_s']:.1f} s to the first token; read "
+            f"again: {first['again_s']:.1f} s. Rows come after that."
+        )]  # fmt: skip
+    if left := result.get("not_measured"):
+        reasons = "; ".join(f"{each['method']}, {each['reason']}" for each in left)
+        lines += ["", f"Left out: {reasons}."]
     return lines
 
 

@@ -256,3 +256,24 @@ def test_attention_summary() -> None:
 def test_this_repository_is_fresh() -> None:
     stale = render.render(render.ROOT, render.RESULTS, check=True)
     assert not stale, f"run `python -m benchmarks.render`: {stale}"
+
+
+def test_a_prompt_beside_the_peer_the_plan_and_what_was_left_out() -> None:
+    def row(kind: str, tokens: int, **metrics: float) -> dict:
+        return {"method": kind, "kind": kind, "tokens": tokens, "shape": {}, "metrics": metrics}
+
+    rows = [
+        row("peer", 9000, out_of_memory=1, peak_gib=140),
+        row("ours", 600, ttft_s=2, times_peer=1.5, peak_gib=20, planned_peak_gib=21),
+        row("peer", 600, ttft_s=3, out_of_memory=0, peak_gib=30),
+    ]
+    notes = {"first_prompt": {"tokens": 600, "first_token_s": 12.34, "again_s": 2.01}}
+    left = [{"method": "ours", "reason": "9000 tokens: would end after 900 s"}]
+    lines = render.prefill({"rows": rows, "notes": notes, "not_measured": left})
+    assert [line.split(" | ")[1:] for line in lines[2:5]] == [
+        ["600", "", "2.000", "1.50", "20.00", "21.00 |"],
+        ["600", "", "3.000", "", "30.00", " |"],
+        ["9,000", "", "out of memory", "", "140.00", " |"],
+    ]
+    assert "12.3 s to the first token; read again: 2.0 s" in lines[6]
+    assert lines[8] == "Left out: ours, 9000 tokens: would end after 900 s."
