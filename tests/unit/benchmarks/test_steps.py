@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from benchmarks import _cluster, attention, mmsp_step, trace, vision_balance
 from benchmarks._interleave import interleave
+from benchmarks.ours import PLACEMENTS
 
 from longvila.testing import Rank, ranks
 
@@ -19,7 +20,7 @@ TOWER = (
 @ranks(2)
 def test_ours_takes_part_in_the_attention_benchmark(rank: Rank) -> None:
     flags = (
-        "--lengths 96 --check-tokens 64 --heads 6 --kv-heads 2 --head-dim 16 --dtype float32 "
+        "--lengths 96 --check-tokens 64 --shapes 6/2x16 --dtype float32 "
         "--block-s 0.01 --repeats 1 --methods ideal_cpu|longvila_.*_cpu"
     )
     options = attention.parse(flags.split())
@@ -27,6 +28,30 @@ def test_ours_takes_part_in_the_attention_benchmark(rank: Rank) -> None:
     ours = {row.method for row in report.rows if row.kind == "ours"}
     expected = {"ulysses", "ulysses_chunked", "ring", "gather"}
     assert ours == {f"longvila_{name}_cpu" for name in expected}, report.not_measured
+    assert report.notes["default_mesh"] == {"6/2": "ulysses"}
+
+
+@ranks(4)
+def test_every_factorisation_of_four_ranks(rank: Rank, hosts: int) -> None:
+    flags = (
+        "--lengths 96 --check-tokens 64 --shapes 6/2x16 28/4x8 --dtype float32 --repeats 1 "
+        f"--block-s 0.01 --methods ideal_cpu|longvila_.*_cpu --emulate-hosts {hosts}"
+    )
+    options = attention.parse(flags.split())
+    report = attention.run(options, _cluster.start(emulate_hosts=hosts))
+    rows = {(row.shape["heads"], row.method): row for row in report.rows}
+    for heads in (6, 28):
+        assert {f"longvila_{name}_cpu" for name in PLACEMENTS} < {m for h, m in rows if h == heads}
+    assert report.notes["default_mesh"] == (
+        {"6/2": "2d_gather", "28/4": "ulysses"} if hosts == 1 else {"6/2": "2d", "28/4": "2d"}
+    )
+    bounds = {m: round(row.metrics["head_bound"], 4) for (h, m), row in rows.items() if h == 6}
+    assert bounds["longvila_ulysses_cpu"] == 1.3333 and bounds["longvila_2d_cpu"] == 1.0
+
+
+test_every_factorisation_of_four_ranks = pytest.mark.parametrize("hosts", [1, 2])(
+    test_every_factorisation_of_four_ranks
+)
 
 
 @ranks(2)
