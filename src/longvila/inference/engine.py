@@ -52,7 +52,7 @@ from longvila.inference.static_step import Mode, StaticSteps
 from longvila.inference.store import load_cache, model_key, save_cache
 from longvila.parallel.families import Family, find_family
 from longvila.parallel.mmsp import TwoStageForward, TwoStageOptions
-from longvila.parallel.tower_attention import attend_in_units
+from longvila.parallel.tower_attention import prepare_towers
 from longvila.sp.mesh import SPMesh
 
 #: So few tokens of text behind a cache are read by every rank: dealing them out costs more.
@@ -130,7 +130,7 @@ class Engine:
         if isinstance(kv_offload, int):
             self.pager = Pager(self._device, kv_offload)
         self._attention = set_attention(self.text)
-        self._towers = [attend_in_units(tower) for tower in self.family.unit_towers(model)]
+        self._towers = prepare_towers(self.family, model)
         self._before = vars(model).get("forward")
         original = model.forward
         cache_forward = CacheForward(model, self.family, original, self.static, split_tokens)

@@ -7,7 +7,8 @@
 `parallelize` does, in this order:
 
 1. **Attention**: the text model alone is told to use ``longvila_sp``; a vision tower keeps its own,
-   but one that attends in units does so in one call (`longvila.parallel.tower_attention`).
+   but one that attends in units does so in one call (`longvila.parallel.tower_attention`). Matrix
+   products of an unlucky shape get a better one (`longvila.parallel.products`).
 2. **Forward**: this one model object gets the two-stage forward (`longvila.parallel.mmsp`) as an
    attribute of the instance. Calls, hooks and wrappers all go through ``model(...)``, which looks
    there first; the class, other models and transformers itself are untouched, the model's type,
@@ -20,7 +21,8 @@
    where there is an offload. MLPs run in tiles, and they, norms and projections through
    ``torch.compile``, where the plan says so; both are attributes of the instances, as the forward
    is. The compiled MLP of a layer that is recomputed ends before its last projection, whose product
-   the second run then leaves out.
+   the second run then leaves out. In towers that attend in units, norms without a kernel of their
+   own are compiled, and attention but for the packed call.
 4. **FSDP2**: each text layer is one group over all ranks (data and sequence parallel alike), and
    everything else (embedding, norm, head, tower, projector) is the root group, which stays gathered
    for the step. So ranks may call the tower as often as they have frames, and the head's weight is
@@ -57,7 +59,8 @@ from longvila.parallel.families import Family, find_family
 from longvila.parallel.hf_attention import NAME, cut_compiled_layers_here
 from longvila.parallel.mmsp import TwoStageForward, TwoStageOptions
 from longvila.parallel.plan import StepPlan
-from longvila.parallel.tower_attention import attend_in_units
+from longvila.parallel.products import align_mlps
+from longvila.parallel.tower_attention import UNIT_TOWER, compile_around_units
 from longvila.sp.loss import GradientReduction
 from longvila.sp.mesh import SPMesh
 
@@ -85,8 +88,11 @@ class ParallelPlan:
             pass; None for none.
         mlp_tile_rows: Tokens whose MLP is computed at once; None for all.
         compile_modules: Whether norms, MLPs and what surrounds attention (rotary embedding) in the
-            text model go through ``torch.compile``, which joins what is not a matrix product into
-            few passes over memory. Rounds differently.
+            text model, and norms and attention in towers that attend in units, go through
+            ``torch.compile``, which joins what is not a matrix product into few passes over memory.
+            Rounds differently.
+        pad_mlps: Whether MLPs whose inner width is no multiple of 16 bytes run on padded copies of
+            their weights; True pads everywhere, None on CUDA with the two-stage forward.
         head_chunks: Parts in which attention exchanges and computes heads, so that one part travels
             while another is computed.
         loss_tile_rows: Rows of head and cross-entropy computed at once.
@@ -110,6 +116,7 @@ class ParallelPlan:
     offload: Offload | None = None
     mlp_tile_rows: int | None = None
     compile_modules: bool = False
+    pad_mlps: bool | None = None
     head_chunks: int = 1
     loss_tile_rows: int = 4096
     gradient_reduction: GradientReduction = "mean"
@@ -199,6 +206,9 @@ def parallelize(model: nn.Module, mesh: SPMesh, plan: ParallelPlan | None = None
         if two_stage:
             _set_attention(base, state)
             _set_forward(base, state)
+        if two_stage if plan.pad_mlps is None else plan.pad_mlps:
+            # Before compilers and tiles, which go around it.
+            state.undo.append(align_mlps([base], always=plan.pad_mlps is True))
         _set_modules(base, state)
         _set_checkpointing(base, state)
         if plan.fsdp and mesh.dp_sp_mesh is not None:
@@ -237,7 +247,7 @@ def _wrapped(model: nn.Module) -> list[str]:
 
 def _set_attention(base: PreTrainedModel, state: _State) -> None:
     for tower in state.family.unit_towers(base):
-        state.undo.append(attend_in_units(tower))
+        state.undo += [change(tower) for change in UNIT_TOWER]
     text = state.family.text_model(base)
     before = text.config._attn_implementation
     text.set_attn_implementation(NAME)
@@ -286,6 +296,10 @@ def _set_modules(base: PreTrainedModel, state: _State) -> None:
         for module in state.family.text_model(base).modules():
             if _is_norm(module) or _is_attention(module):
                 _override(module, _Compiled(module.forward), state)
+        for tower in state.family.unit_towers(base):
+            for module, forward in compile_around_units(tower):
+                # Micro-batches differ, by pass and by picture; the compiler keeps few graphs.
+                _override(module, _Compiled(forward, dynamic=True), state)
         plain = _plain_from(plan, len(list(state.family.layers(base))))
         for index, layer in enumerate(state.family.layers(base)):
             own = getattr(layer, "mlp", None)
@@ -374,12 +388,16 @@ class _Compiled:
 
     Left to itself the compiler keeps an MLP's gated product beside gate and up, a quarter of what a
     layer saves, though multiplying again costs next to nothing.
+
+    Args:
+        forward: What to compile.
+        dynamic: Whether sizes are taken to vary from the first call on; None for once they do.
     """
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
+    def __init__(self, forward: Callable[..., Any], *, dynamic: bool | None = None) -> None:
         from torch._functorch import config  # the compiler, which few need
 
-        self.forward, self.config = torch.compile(forward), config
+        self.forward, self.config = torch.compile(forward, dynamic=dynamic), config
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Read when a graph is cut into forward and backward, that is inside a first call.

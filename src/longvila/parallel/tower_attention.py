@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from longvila.ops.attention import attention
+from longvila.parallel.families import Family
 from longvila.parallel.hf_attention import lowered
+from longvila.parallel.products import align_mlps, embed_patches_as_rows
 
 NAME = "longvila_flash_units"
 
@@ -94,5 +96,53 @@ def attend_in_units(tower: PreTrainedModel) -> Callable[[], None]:
 
     return undo
 
+
+def prepare_towers(family: Family, model: PreTrainedModel) -> list[Callable[[], None]]:
+    """Let the towers of a model that encodes, and is not trained, run fast; return what undoes it.
+
+    Args:
+        family: Where its towers are.
+        model: The model.
+    """
+    undo = [change(tower) for tower in family.unit_towers(model) for change in UNIT_TOWER]
+    return [*undo, align_mlps(family.vision_modules(model))]
+
+
+def compile_around_units(tower: PreTrainedModel) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """Return modules of a tower that are worth compiling, and what of them to compile.
+
+    Rotary embeddings and root-mean-square norms are written as six to a dozen passes over float32
+    copies of what they change, as long together as the layer's products. Attention is compiled up
+    to the call that is packed, and behind it; norms of torch's own have a kernel, and stay.
+
+    Args:
+        tower: As for `attend_in_units`; a tower that kept another attention has nothing to compile.
+    """
+    config: Any = tower.config
+    if config._attn_implementation != NAME:
+        return []
+    # Kernels are launched, not traced.
+    AttentionInterface.register(NAME, torch.compiler.disable(unit_attention_forward))
+    found: list[tuple[nn.Module, Callable[..., Any]]] = []
+    for module in tower.modules():
+        name = type(module).__name__
+        if name.endswith("Attention"):
+            found.append((module, module.forward))
+        elif name.endswith("Norm") and not type(module).__module__.startswith("torch."):
+            found.append((module, _of_a_tower(module.forward)))
+    return found
+
+
+def _of_a_tower(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    # Code of its own: the compiler keeps a limited number of graphs for a function's code, and a
+    # text model may have norms of the same class.
+    def norm(x: Tensor) -> Tensor:
+        return forward(x)
+
+    return norm
+
+
+#: What is done to a tower that attends in units; each returns what takes it back.
+UNIT_TOWER = (attend_in_units, embed_patches_as_rows)
 
 AttentionInterface.register(NAME, unit_attention_forward)

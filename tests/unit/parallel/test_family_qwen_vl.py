@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import vision_utils
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "integration"))
 from family_cases import CASES, QWEN2_5_VL, QWEN3_VL, Case
@@ -36,6 +37,59 @@ def test_steps_encoded_apart_are_the_items_encoded_whole(case: Case) -> None:
     assert_close(rows[:, :width], torch.cat(whole))
     family = qwen_vl.QWEN2_5_VL if case is QWEN2_5_VL else qwen_vl.QWEN3_VL
     assert rows.shape[1] == width * family.row_multiple(model.config)
+
+
+@BOTH
+def test_a_tower_is_told_what_it_would_ask_the_device(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = case.model(torch.float32)
+    visual = model.model.visual
+    pixels, shapes = torch.randn(2 * 16 + 48, 96), [(1, 4, 4), (1, 6, 8), (1, 4, 4)]
+    grid = torch.tensor(shapes)
+    expected = model.model.get_image_features(pixels, grid, return_dict=True).pooler_output
+    # Every keyword is taken, and none reaches the layers, which would take any.
+    reached: list[dict[str, Any]] = []
+    visual.blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: reached.append(kwargs), with_kwargs=True
+    )
+    qwen_vl._places.cache_clear()
+    rows = [VIDEO.encode(model, pixels, shapes) for _ in range(2)]
+    info = qwen_vl._places.cache_info()
+    assert (info.misses, info.hits) == (1, 1)
+    names = {"hidden_states", "cu_seqlens", "max_seqlen", "position_embeddings"}
+    assert all(set(kwargs) <= names for kwargs in reached)
+    width = model.config.text_config.hidden_size
+    assert torch.equal(rows[0][:, :width], torch.cat(expected))
+    assert torch.equal(rows[0], rows[1])
+    places = qwen_vl._places(tuple(shapes), pixels.device, *qwen_vl._tower_numbers(visual))
+    assert places["max_seqlen"] == 48 and places.get("max_window_seqlen", 16) == 16
+    # What the tower would compute is not computed.
+    for name in vars(sys.modules[type(visual).__module__]):
+        if name.startswith("get_vision_"):
+            monkeypatch.setattr(sys.modules[type(visual).__module__], name, _only_given(name))
+    VIDEO.encode(model, pixels, shapes)
+
+
+def _only_given(name: str) -> Any:
+    """The function of transformers, failing where it reads the grid."""
+    original = getattr(vision_utils, name)
+
+    def given(grid: torch.Tensor, *args: Any, **options: Any) -> Any:
+        return original(None, *args, **options)
+
+    return given
+
+
+@BOTH
+def test_places_made_without_gradients_serve_passes_with_them(case: Case) -> None:
+    model = case.model(torch.float32)
+    pixels, shapes = torch.randn(32, 96), [(1, 4, 4)] * 2
+    qwen_vl._places.cache_clear()
+    with torch.inference_mode():
+        VIDEO.encode(model, pixels, shapes)
+    VIDEO.encode(model, pixels, shapes).sum().backward()
+    assert qwen_vl._places.cache_info().hits == 1
 
 
 @BOTH

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 from transformers import AttentionInterface
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "integration"))
 from family_cases import QWEN2_5_VL, QWEN3_VL, Case
 
 from longvila.parallel.apply import ParallelPlan, parallelize, unparallelize
-from longvila.parallel.tower_attention import NAME, attend_in_units, unit_attention_forward
+from longvila.parallel.families import qwen_vl
+from longvila.parallel.tower_attention import (
+    NAME,
+    attend_in_units,
+    compile_around_units,
+    unit_attention_forward,
+)
 from longvila.sp.mesh import SPMesh
 from longvila.testing.asserts import assert_close
 
@@ -82,3 +92,59 @@ def test_what_a_kernel_has_not_is_refused() -> None:
         unit_attention_forward(
             LAYER, q, q, q, None, cu_seq_lens_q=edges, max_length_q=2, dropout=0.1
         )
+
+
+# The compiler itself looks at .grad of what it traces.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@BOTH
+def test_compiled_towers_round_differently_and_compile_once(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro-batches of several sizes, encoded without gradients and again with them."""
+    graphs: Counter[str] = Counter()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        nodes = [node for node in graph.graph.nodes if node.op != "placeholder"]
+        names = " ".join(str(node.target) for node in nodes)
+        for kind, sign in (("attention", "permute"), ("norm", "rsqrt")):
+            graphs[kind] += sign in names
+        return aot_eager(graph, inputs)
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    for kind in qwen_vl._MEDIA:
+        monkeypatch.setitem(vars(kind), "frames_per_call", lambda config: 40)
+    batch, found = case.batches["mixed"](torch.float32), []
+    before: Counter[str] = Counter()
+    for compiled in (False, True):
+        model = case.model(torch.float32)
+        plan = ParallelPlan(fsdp=False, two_stage=True)
+        parallelize(model, SPMesh(), plan)
+        if compiled:
+            for module, forward in compile_around_units(model.model.visual):
+                monkeypatch.setitem(vars(module), "forward", torch.compile(forward, dynamic=True))
+        for _ in range(1 + compiled):
+            before = Counter(graphs)
+            model.zero_grad()
+            loss = model(**batch).loss
+            loss.backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found.append((loss.detach(), torch.cat(gradients)))
+    assert_close(found[1][0], found[0][0])
+    assert_close(found[1][1], found[0][1])
+    assert before == graphs, "a second step compiled again"
+    # With and without gradients, whatever the sizes; torch makes each twice: the compiler starts
+    # anew at the packed call, and does not reuse the first graph of a norm.
+    assert 2 <= graphs["attention"] <= 4
+    assert graphs["norm"] <= 4 and (graphs["norm"] > 0) == (case is QWEN2_5_VL)
+
+
+@BOTH
+def test_what_is_compiled_in_a_tower(case: Case) -> None:
+    tower = case.model(torch.float32).model.visual
+    assert compile_around_units(tower) == []  # attention unit by unit would be a graph for each
+    attend_in_units(tower)
+    names = Counter(type(module).__name__ for module, _ in compile_around_units(tower))
+    norms = {"Qwen2_5_VLRMSNorm": 7} if case is QWEN2_5_VL else {}
+    attention = f"{'Qwen2_5_VL' if norms else 'Qwen3VL'}VisionAttention"
+    assert names == {attention: 3, **norms}

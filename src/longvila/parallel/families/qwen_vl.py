@@ -15,12 +15,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from longvila.parallel.families.base import (
     PATCHES_PER_CALL,
@@ -57,14 +64,63 @@ def _units(config: Any, grids: Sequence[Sequence[int]]) -> MediaUnits:
 
 
 def _encode(model: PreTrainedModel, pixels: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:
-    grid = torch.tensor([list(shape) for shape in shapes], device=pixels.device)
-    output = model.model.get_image_features(pixels, grid, return_dict=True)
+    visual: Any = model.model.visual
+    grids = tuple(tuple(shape) for shape in shapes)
+    places = _places(grids, pixels.device, *_tower_numbers(visual))
+    grid = torch.tensor(grids)  # on the host, where it is read
+    output = model.model.get_image_features(pixels, grid, return_dict=True, **places)
     deepstack = getattr(output, "deepstack_features", None) or []
     # Split by item or not, which differs between features and between versions of transformers.
     columns = [
         x if isinstance(x, Tensor) else torch.cat(x) for x in (output.pooler_output, *deepstack)
     ]
     return torch.cat(columns, dim=1)
+
+
+def _tower_numbers(visual: Any) -> tuple[int, int | None, int, tuple[Any, ...] | None]:
+    """Merge side, window side in pixels, patch side, and how learned positions are resampled."""
+    windows, learned = getattr(visual, "window_size", None), None
+    if hasattr(visual, "num_grid_per_side"):
+        how = (visual.interpolation_mode, visual.interpolation_align_corners)
+        learned = (visual.num_grid_per_side, *how)
+    return visual.spatial_merge_size, windows, visual.patch_size, learned
+
+
+@functools.lru_cache(maxsize=4)
+def _places(
+    grids: tuple[tuple[int, ...], ...],
+    device: torch.device,
+    merge: int,
+    window_side: int | None,
+    patch_side: int,
+    learned: tuple[Any, ...] | None,
+) -> dict[str, Any]:
+    """Where patches stand, what attends together, and the longest of these: keywords of the tower.
+
+    Left to itself the tower works them out of the grid in every call, on the device, and asks the
+    device for numbers a dozen times, while it waits. All but the last micro-batch of a video have
+    the same grids, and each runs twice. So they are made once, on the host.
+    """
+    grid = torch.tensor(grids)
+    # Kept by passes that are differentiated, even if the first one was not.
+    with torch.inference_mode(False):
+        edges = get_vision_cu_seqlens(grid)
+        found: dict[str, Any] = {
+            "position_ids": get_vision_position_ids(grid, merge),
+            "cu_seqlens": edges,
+            "max_seqlen": int(edges.diff().max()),
+        }
+        if window_side is not None:
+            order, windows = get_vision_window_index(grid, merge, window_side, patch_side)
+            found |= {"window_index": order, "cu_window_seqlens": windows}
+            found["max_window_seqlen"] = int(windows.diff().max())
+        if learned is not None:
+            side, mode, align_corners = learned
+            indices, weights = get_vision_interpolation_indices_and_weights(
+                grid, side, mode=mode, align_corners=align_corners, spatial_merge_size=merge
+            )
+            found |= {"interp_indices": indices, "interp_weights": weights}
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in found.items()}
 
 
 def _blank(model: PreTrainedModel) -> tuple[Tensor, Sequence[Sequence[int]]]:
