@@ -22,7 +22,7 @@
    ``torch.compile``, where the plan says so; both are attributes of the instances, as the forward
    is. The compiled MLP of a layer that is recomputed ends before its last projection, whose product
    the second run then leaves out. In towers that attend in units, norms without a kernel of their
-   own are compiled, and attention but for the packed call.
+   own and gated MLPs are compiled, and attention but for the packed call.
 4. **FSDP2**: each text layer is one group over all ranks (data and sequence parallel alike), and
    everything else (embedding, norm, head, tower, projector) is the root group, which stays gathered
    for the step. So ranks may call the tower as often as they have frames, and the head's weight is
@@ -88,9 +88,8 @@ class ParallelPlan:
             pass; None for none.
         mlp_tile_rows: Tokens whose MLP is computed at once; None for all.
         compile_modules: Whether norms, MLPs and what surrounds attention (rotary embedding) in the
-            text model, and norms and attention in towers that attend in units, go through
-            ``torch.compile``, which joins what is not a matrix product into few passes over memory.
-            Rounds differently.
+            text model and in towers that attend in units go through ``torch.compile``, which joins
+            what is not a matrix product into few passes over memory. Rounds differently.
         pad_mlps: Whether MLPs whose inner width is no multiple of 16 bytes run on padded copies of
             their weights; True pads everywhere, None on CUDA with the two-stage forward.
         head_chunks: Parts in which attention exchanges and computes heads, so that one part travels

@@ -63,14 +63,15 @@ def align_mlps(modules: Iterable[nn.Module], *, always: bool = False) -> Callabl
     """
     undo: list[Callable[[], None]] = []
     for mlp in {id(each): each for module in modules for each in module.modules()}.values():
-        found = _maps(mlp)
-        if found is None:
+        maps = _maps(mlp)
+        if not maps:
             continue
-        into, out = found
+        *into, out = maps.values()
         if out.in_features * _HALF_BYTES % ALIGNMENT == 0:
             continue
         for linear in into:
-            undo.append(_set_forward(linear, functools.partial(_widened, mlp, linear, always)))
+            forward = functools.partial(_widened, mlp, tuple(maps), linear, always)
+            undo.append(_set_forward(linear, forward))
         undo.append(_set_forward(out, functools.partial(_narrowed, out)))
     return functools.partial(_call_all, undo)
 
@@ -96,32 +97,34 @@ def padded_width(width: int) -> int:
 # ---- MLPs --------------------------------------------------------------------------------------
 
 
-def _maps(mlp: nn.Module) -> tuple[list[nn.Linear], nn.Linear] | None:
-    """The linear maps of an MLP, or None for any other module, or one with adapters."""
+def _maps(mlp: nn.Module) -> dict[str, nn.Linear]:
+    """The linear maps of an MLP by name, the last one out of it; none for any other module."""
     children = dict(mlp.named_children())
     for names, last in _NAMES:
         if not {*names, last} <= set(children):
             continue
-        linear = [children.pop(name) for name in (*names, last)]
-        if any(type(each) is not nn.Linear for each in linear):
-            return None
+        found = {name: children.pop(name) for name in (*names, last)}
+        maps = {name: each for name, each in found.items() if type(each) is nn.Linear}
         # An activation may be a module; what has parameters is more than that.
-        if any(True for other in children.values() for _ in other.parameters()):
-            return None
-        *into, out = (each for each in linear if isinstance(each, nn.Linear))
-        fits = all(
-            (each.in_features, each.out_features) == (out.out_features, out.in_features)
-            for each in into
-        )
+        more = [each for other in children.values() for each in other.parameters()]
+        if len(maps) < len(found) or more:
+            return {}
+        *into, out = maps.values()
+        shape = (out.out_features, out.in_features)
+        fits = all((each.in_features, each.out_features) == shape for each in into)
         aligned = out.out_features * _HALF_BYTES % ALIGNMENT == 0
-        return (into, out) if fits and aligned else None
-    return None
+        return maps if fits and aligned else {}
+    return {}
 
 
-def _widened(mlp: nn.Module, linear: nn.Linear, always: bool, x: Tensor) -> Tensor:
+def _widened(
+    mlp: nn.Module, names: tuple[str, ...], linear: nn.Linear, always: bool, x: Tensor
+) -> Tensor:
     """A map into the inner width, with zeros behind where that is faster."""
     weight, bias = linear.weight, linear.bias
-    if not _wants_padding(mlp, linear, always, x):
+    # Adapters that came later add their own results, of the unpadded width.
+    plain = all(type(getattr(mlp, name)) is nn.Linear for name in names)
+    if not (plain and (always or _gains(linear, x))):
         return functional.linear(x, weight, bias)
     more = padded_width(linear.out_features) - linear.out_features
     wide = None if bias is None else functional.pad(bias, (0, more))
@@ -136,12 +139,7 @@ def _narrowed(linear: nn.Linear, x: Tensor) -> Tensor:
     return functional.linear(x, weight, linear.bias)
 
 
-def _wants_padding(mlp: nn.Module, linear: nn.Linear, always: bool, x: Tensor) -> bool:
-    # Adapters that came later add their own results of the unpadded width.
-    if _maps(mlp) is None:
-        return False
-    if always:
-        return True
+def _gains(linear: nn.Linear, x: Tensor) -> bool:
     device, dtype = x.device.type, linear.weight.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

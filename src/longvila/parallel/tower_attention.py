@@ -112,8 +112,9 @@ def compile_around_units(tower: PreTrainedModel) -> list[tuple[nn.Module, Callab
     """Return modules of a tower that are worth compiling, and what of them to compile.
 
     Rotary embeddings and root-mean-square norms are written as six to a dozen passes over float32
-    copies of what they change, as long together as the layer's products. Attention is compiled up
-    to the call that is packed, and behind it; norms of torch's own have a kernel, and stay.
+    copies of what they change, as long together as the layer's products; gated MLPs keep two
+    products more than their backward needs. Attention is compiled up to the call that is packed,
+    and behind it. Norms of torch's own and MLPs without a gate are few passes already, and stay.
 
     Args:
         tower: As for `attend_in_units`; a tower that kept another attention has nothing to compile.
@@ -129,17 +130,28 @@ def compile_around_units(tower: PreTrainedModel) -> list[tuple[nn.Module, Callab
         if name.endswith("Attention"):
             found.append((module, module.forward))
         elif name.endswith("Norm") and not type(module).__module__.startswith("torch."):
-            found.append((module, _of_a_tower(module.forward)))
+            found.append((module, _norm(module.forward)))
+        elif hasattr(module, "gate_proj"):
+            found.append((module, _mlp(module.forward)))
     return found
 
 
-def _of_a_tower(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    # Code of its own: the compiler keeps a limited number of graphs for a function's code, and a
-    # text model may have norms of the same class.
+# Code of their own: the compiler keeps a limited number of graphs for a function's code, and a text
+# model may have norms and MLPs of the same classes.
+
+
+def _norm(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def norm(x: Tensor) -> Tensor:
         return forward(x)
 
     return norm
+
+
+def _mlp(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def mlp(x: Tensor) -> Tensor:
+        return forward(x)
+
+    return mlp
 
 
 #: What is done to a tower that attends in units; each returns what takes it back.

@@ -144,8 +144,8 @@ def test_few_rows_and_other_devices_do_without() -> None:
         (torch.float32, [False, False, False]),  # 20 elements are 80 bytes
     ):
         linear = mlp.gate_proj.to(dtype)
-        wants = [products._wants_padding(mlp, linear, False, _Shaped(*case)) for case in cases]  # type: ignore[arg-type]
-        assert wants == expected
+        gains = [products._gains(linear, _Shaped(*case)) for case in cases]  # type: ignore[arg-type]
+        assert gains == expected
 
 
 class _Shaped:

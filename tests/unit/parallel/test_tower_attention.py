@@ -106,7 +106,7 @@ def test_compiled_towers_round_differently_and_compile_once(
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         nodes = [node for node in graph.graph.nodes if node.op != "placeholder"]
         names = " ".join(str(node.target) for node in nodes)
-        for kind, sign in (("attention", "permute"), ("norm", "rsqrt")):
+        for kind, sign in (("attention", "permute"), ("norm", "rsqrt"), ("mlp", "silu")):
             graphs[kind] += sign in names
         return aot_eager(graph, inputs)
 
@@ -136,7 +136,8 @@ def test_compiled_towers_round_differently_and_compile_once(
     # With and without gradients, whatever the sizes; torch makes each twice: the compiler starts
     # anew at the packed call, and does not reuse the first graph of a norm.
     assert 2 <= graphs["attention"] <= 4
-    assert graphs["norm"] <= 4 and (graphs["norm"] > 0) == (case is QWEN2_5_VL)
+    for kind in ("norm", "mlp"):
+        assert graphs[kind] <= 4 and (graphs[kind] > 0) == (case is QWEN2_5_VL)
 
 
 @BOTH
@@ -145,6 +146,7 @@ def test_what_is_compiled_in_a_tower(case: Case) -> None:
     assert compile_around_units(tower) == []  # attention unit by unit would be a graph for each
     attend_in_units(tower)
     names = Counter(type(module).__name__ for module, _ in compile_around_units(tower))
-    norms = {"Qwen2_5_VLRMSNorm": 7} if case is QWEN2_5_VL else {}
-    attention = f"{'Qwen2_5_VL' if norms else 'Qwen3VL'}VisionAttention"
-    assert names == {attention: 3, **norms}
+    if case is QWEN2_5_VL:
+        assert names == {"Qwen2_5_VLVisionAttention": 3, "Qwen2_5_VLMLP": 3, "Qwen2_5_VLRMSNorm": 7}
+    else:
+        assert names == {"Qwen3VLVisionAttention": 3}
