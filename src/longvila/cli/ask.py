@@ -161,6 +161,11 @@ def run(ranks: Ranks, options: Options) -> int:
     """
     sources, question = split_inputs(options.inputs, chat=options.chat)
     index = find_index(sources)
+    sampling = options.frames is not None or options.fps is not None
+    if index is not None and sampling and len(sources) == 1 and not options.chat:
+        raise LongVILAError(
+            f"{index} holds the frames that longvila index took: leave --frames and --fps out"
+        )
     if index is not None and options.model is None:
         options = replace(options, model=read_note(index).get("model"))
     with progress_bars(quiet=not ranks.is_first) as progress:

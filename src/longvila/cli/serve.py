@@ -132,9 +132,11 @@ def main(argv: list[str]) -> int:
     return serve(options, page=False)
 
 
-def serve(
-    options: Options, *, page: bool, ready: Callable[[str], None] = lambda address: None
-) -> int:
+def _say_nothing(address: str) -> None:
+    """What is called with the address where nobody waits for it."""
+
+
+def serve(options: Options, *, page: bool, ready: Callable[[str], None] = _say_nothing) -> int:
     """Load the model and serve until interrupted.
 
     Args:

@@ -140,13 +140,16 @@ def test_the_page_is_opened_in_a_browser(
     assert "the page is at http://127.0.0.1:1/" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("gpus", [1, 2])
-def test_a_command_serves_and_ends_cleanly(checkpoint: Path, tmp_path: Path, gpus: int) -> None:
+@pytest.mark.parametrize(("verb", "gpus"), [("ui", 1), ("serve", 2)])
+def test_a_command_serves_and_ends_cleanly(
+    checkpoint: Path, tmp_path: Path, verb: str, gpus: int
+) -> None:
     synthetic.clip(tmp_path / "film.mp4", num_frames=12, fps=6, width=64, height=48)
     (tmp_path / "tmp").mkdir()
     command = [
         sys.executable, "-c", "import sys; from longvila.cli.main import main; sys.exit(main())",
-        "ui", "--no-browser", "--model", str(checkpoint), "--port", "0", "--root", str(tmp_path),
+        verb, *(["--no-browser"] if verb == "ui" else []), "--model", str(checkpoint),
+        "--port", "0", "--root", str(tmp_path),
         "--device", "cpu", "--gpus", str(gpus),
     ]  # fmt: skip
     packages = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
@@ -174,7 +177,7 @@ def test_a_command_serves_and_ends_cleanly(checkpoint: Path, tmp_path: Path, gpu
             )  # type: ignore[call-overload]
             assert answer.usage.completion_tokens <= 3
             page = client.with_options(max_retries=0)._client.get(found[1][:-2])
-            assert "What the model sees" in page.text
+            assert ("What the model sees" in page.text) == (verb == "ui")
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
         # uvicorn ends by the signal that it got, after it has closed everything.
