@@ -20,6 +20,7 @@ Sums in bf16 are taken in another order on each mesh, so curves part by its roun
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
@@ -81,7 +82,10 @@ def sample(options: argparse.Namespace, number: int, device: torch.device) -> di
 
 
 def train(
-    degrees: tuple[int, int], options: argparse.Namespace, cluster: Cluster
+    degrees: tuple[int, int],
+    samples: list[dict[str, Any]],
+    options: argparse.Namespace,
+    cluster: Cluster,
 ) -> tuple[list[float], list[float], dict[str, Any]]:
     """Losses and gradient norms of all steps on one mesh, and what it is."""
     from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
@@ -104,7 +108,7 @@ def train(
         # Every group takes every dp-th sample of the step.
         first = step * cluster.world_size
         numbers = range(first + mesh.dp_rank, first + cluster.world_size, mesh.dp_size)
-        batches = [sample(options, n % options.samples, cluster.device) for n in numbers]
+        batches = [samples[number % len(samples)] for number in numbers]
         result = train_step(model, batches, optimizer, mesh, clip_norm=1.0)
         losses.append(result.loss)
         norms.append(result.gradient_norm)
@@ -126,9 +130,12 @@ def apart(found: list[float], yardstick: list[float]) -> float:
 
 def run(options: argparse.Namespace, cluster: Cluster) -> Report:
     report = Report("loss_curve", QUESTION, hardware(cluster))
+    drawn = [sample(options, number, cluster.device) for number in range(options.samples)]
     yardstick: tuple[list[float], list[float]] | None = None
     for name, degrees in meshes(cluster.world_size).items():
-        losses, norms, about = train(degrees, options, cluster)
+        if yardstick is not None and not re.search(options.meshes, name):
+            continue
+        losses, norms, about = train(degrees, drawn, options, cluster)
         clean()
         yardstick = yardstick or (losses, norms)
         metrics = {
@@ -159,6 +166,7 @@ def run(options: argparse.Namespace, cluster: Cluster) -> Report:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=QUESTION)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--meshes", default=".", help="beside data parallelism, by name")
     parser.add_argument("--samples", type=int, default=8, help="different ones")
     parser.add_argument("--frames", type=int, nargs="+", default=[48, 96, 24, 72, 64])
     parser.add_argument("--answer", type=int, default=64, help="words with a loss")

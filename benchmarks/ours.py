@@ -132,7 +132,7 @@ def make_mesh(ulysses: int, kv_exchange: Any, crossed: bool, device_type: str) -
             ranks, ulysses_size=ulysses, kv_exchange=kv_exchange, device_type=device_type
         )
     plan = plan_mesh(ranks, ranks, ulysses_size=ulysses, kv_exchange=kv_exchange)
-    order = torch.arange(ranks).view(ulysses, plan.ring_size).T
+    order = torch.arange(ranks).view(ulysses, plan.ring_size).T.contiguous()
     mesh = SPMesh(
         plan=plan,
         device_mesh=DeviceMesh(device_type, order[None], mesh_dim_names=("dp", "ring", "ulysses")),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks import _cluster, attention, mmsp_step, trace, vision_balance
+from benchmarks._case import Case
 from benchmarks._interleave import interleave
-from benchmarks.ours import PLACEMENTS
+from benchmarks.ours import PLACEMENTS, default_placement
 
 from longvila.testing import Rank, ranks
 
@@ -32,26 +34,33 @@ def test_ours_takes_part_in_the_attention_benchmark(rank: Rank) -> None:
 
 
 @ranks(4)
-def test_every_factorisation_of_four_ranks(rank: Rank, hosts: int) -> None:
+def test_every_factorisation_of_four_ranks(rank: Rank) -> None:
     flags = (
-        "--lengths 96 --check-tokens 64 --shapes 6/2x16 28/4x8 --dtype float32 --repeats 1 "
-        f"--block-s 0.01 --methods ideal_cpu|longvila_.*_cpu --emulate-hosts {hosts}"
+        "--lengths 96 --check-tokens 64 --shapes 6/2x16 --dtype float32 --repeats 1 "
+        "--block-s 0.01 --methods ideal_cpu|longvila_.*_cpu"
     )
-    options = attention.parse(flags.split())
-    report = attention.run(options, _cluster.start(emulate_hosts=hosts))
-    rows = {(row.shape["heads"], row.method): row for row in report.rows}
-    for heads in (6, 28):
-        assert {f"longvila_{name}_cpu" for name in PLACEMENTS} < {m for h, m in rows if h == heads}
-    assert report.notes["default_mesh"] == (
-        {"6/2": "2d_gather", "28/4": "ulysses"} if hosts == 1 else {"6/2": "2d", "28/4": "2d"}
-    )
-    bounds = {m: round(row.metrics["head_bound"], 4) for (h, m), row in rows.items() if h == 6}
-    assert bounds["longvila_ulysses_cpu"] == 1.3333 and bounds["longvila_2d_cpu"] == 1.0
+    report = attention.run(attention.parse(flags.split()), _cluster.start(emulate_hosts=2))
+    rows = {row.method: row.metrics for row in report.rows}
+    assert {f"longvila_{name}_cpu" for name in PLACEMENTS} | {"ideal_cpu"} == set(rows)
+    assert report.notes["default_mesh"] == {"6/2": "2d"}
+    assert rows["longvila_ulysses_cpu"]["head_bound"] == 1.3333
+    assert rows["longvila_2d_cpu"]["head_bound"] == 1.0
 
 
-test_every_factorisation_of_four_ranks = pytest.mark.parametrize("hosts", [1, 2])(
-    test_every_factorisation_of_four_ranks
-)
+@pytest.mark.parametrize(
+    ("heads", "ranks", "hosts", "expected"),
+    [
+        (28, 4, 1, "ulysses"), (6, 4, 1, "2d_gather"), (14, 4, 1, "2d_gather"), (28, 4, 2, "2d"),
+        (28, 4, 4, "ring"), (28, 2, 1, "ulysses"), (1, 4, 1, "gather"),
+        (28, 8, 1, "2d_gather"), (6, 8, 1, "ring 4 x ulysses 2"),
+    ],
+)  # fmt: skip
+def test_the_default_mesh_is_one_of_the_placements(
+    heads: int, ranks: int, hosts: int, expected: str
+) -> None:
+    cluster = _cluster.Cluster(0, ranks, torch.device("cpu"), hosts)
+    case = Case(64, heads, 1, 8, torch.float32)
+    assert default_placement(case, cluster)[0] == expected
 
 
 @ranks(2)
