@@ -30,6 +30,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,16 @@ def _worker(
         pipe.send((False, traceback.format_exc()))
     finally:
         pipe.close()
+
+
+def start_server() -> None:
+    """Start the server of ranks, if this process has none, without waiting for it.
+
+    The first `run_ranks` does so too. A process has one such server: where something else in it
+    forks from one as well, whoever comes first decides what is preloaded.
+    """
+    _context()
+    forkserver.ensure_running()
 
 
 @functools.cache
