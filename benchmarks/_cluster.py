@@ -4,15 +4,18 @@ Started by ``torchrun`` (one process a device) or alone (one process). On CUDA t
 and time with events; on the CPU they talk gloo and read the host clock, so that the same file is
 exercised in tests with tiny shapes.
 
-``--emulate-hosts`` gives each rank its own ``NCCL_HOSTID``: NCCL then believes that every rank is
-on another machine and takes sockets instead of NVLink and shared memory.
+``--emulate-hosts N`` deals the ranks, in order, to N groups with an ``NCCL_HOSTID`` each: NCCL then
+believes that every group is another machine and takes sockets between them instead of NVLink and
+shared memory. Without a number every rank is its own host.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 #: A collective that takes longer than this has lost a rank; better to stop than to burn a lease.
-COLLECTIVE_TIMEOUT_S = 180
+COLLECTIVE_TIMEOUT_S = int(os.environ.get("COLLECTIVE_TIMEOUT_S", "180"))
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class Cluster:
     rank: int
     world_size: int
     device: torch.device
+    hosts: int = 1
+
+    @property
+    def ranks_per_host(self) -> int:
+        return self.world_size // self.hosts
 
     @property
     def is_cuda(self) -> bool:
@@ -88,16 +96,25 @@ class Cluster:
         return torch.cuda.memory_allocated(self.device)
 
 
-def start(*, emulate_hosts: bool = False) -> Cluster:
+def add_hosts_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--emulate-hosts``, whose value is the number of hosts, 1 for the real one."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    parser.add_argument("--emulate-hosts", type=int, nargs="?", default=1, const=ranks)
+
+
+def start(*, emulate_hosts: int = 1) -> Cluster:
     """Join the ranks that torchrun (or a test) set up; a lone process is a cluster of one."""
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        return Cluster(rank, world_size, _device(rank))
+        return Cluster(rank, world_size, _device(rank), emulate_hosts)
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(int(os.environ.get("LOCAL_RANK", "0")))
-    if emulate_hosts:
-        os.environ["NCCL_HOSTID"] = f"emulated-{rank}"
+    if emulate_hosts < 1 or world_size % emulate_hosts:
+        raise ValueError(f"{world_size} ranks cannot be dealt to {emulate_hosts} hosts")
+    if emulate_hosts > 1:
+        host = rank * emulate_hosts // world_size
+        os.environ["NCCL_HOSTID"] = f"emulated-{host}"
         os.environ.setdefault("NCCL_IB_DISABLE", "1")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -107,13 +124,24 @@ def start(*, emulate_hosts: bool = False) -> Cluster:
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
             device_id=device if device.type == "cuda" else None,
         )
-    return Cluster(rank, world_size, device)
+    return Cluster(rank, world_size, device, emulate_hosts)
 
 
 def stop() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def joined(*, emulate_hosts: int = 1) -> Iterator[Cluster]:
+    """The ranks of one measurement, left at its end; after a failure without waiting for work."""
+    cluster = start(emulate_hosts=emulate_hosts)
+    try:
+        yield cluster
+        cluster.synchronize()
+    finally:
+        stop()
 
 
 def _device(local_rank: int) -> torch.device:

@@ -161,9 +161,6 @@ def race(
     Returns:
         One row a method, fastest first.
     """
-    whole_shape = {"split": (case.tokens // cluster.world_size, case.heads, case.kv_heads)}
-    ranks = cluster.world_size
-    whole_shape["heads"] = (case.tokens, case.heads // ranks, case.kv_heads // ranks)
     generator = torch.Generator(cluster.device).manual_seed(seed + cluster.rank)
     runners = {}
     for entrant in entrants:
@@ -239,7 +236,8 @@ def _block(
             watch.mark()
             watches.append(watch)
             del out, grads
-        laps = [watch.laps_ms() for watch in watches[warm:]]
+        share = runner.time_share
+        laps = [[share * lap for lap in watch.laps_ms()] for watch in watches[warm:]]
     extra = cluster.peak_bytes() - before
     # Maxima over ranks are taken apart: an unbalanced method has different slowest ranks in
     # forward and backward, and a total below the sum of the two.
@@ -291,6 +289,8 @@ def _rows(entrants: list[Entrant], case: Case, cluster: Cluster) -> list[Row]:
             metrics["percent_of_ideal"] = 100.0 * best / ms["total_ms"]
         if own := ceilings.get(method.about.kernel):
             metrics["percent_of_own_kernel"] = 100.0 * own / ms["total_ms"]
+            metrics["head_bound"] = method.head_bound(case, cluster)
+            metrics["percent_of_head_bound"] = 100.0 * own * metrics["head_bound"] / ms["total_ms"]
         about = {
             "kernel": method.about.kernel,
             "layout": method.about.layout,

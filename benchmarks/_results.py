@@ -92,12 +92,17 @@ def slug(hardware: dict[str, Any]) -> str:
     return f"{hardware['count']}x{re.sub(r'[^a-z0-9.]', '-', name)}"
 
 
-def hardware(cluster: Cluster, *, emulate_hosts: bool = False) -> dict[str, Any]:
+def hardware(cluster: Cluster) -> dict[str, Any]:
     """What ran this: the device's name, how many, and how they are linked."""
     if not cluster.is_cuda:
         return {"gpu": "cpu", "count": cluster.world_size, "link": "gloo"}
     name = torch.cuda.get_device_name(cluster.device)
-    link = "sockets (every rank posing as its own host)" if emulate_hosts else _topology()
+    link = _topology()
+    if cluster.hosts == cluster.world_size:
+        link = "sockets (every rank posing as its own host)"
+    elif cluster.hosts > 1:
+        posing = f"{cluster.hosts} groups of {cluster.ranks_per_host} posing as hosts"
+        link = f"sockets ({posing}, {link} inside)"
     if cluster.world_size == 1:
         link = ""  # one GPU is linked to nothing; the row of the topology goes on with CPUs
     return {"gpu": name, "count": cluster.world_size, "link": link}

@@ -41,16 +41,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import _cluster
 from benchmarks._attempt import OUT_OF_MEMORY, attempt, clean
 from benchmarks._cluster import Cluster, Stopwatch
+from benchmarks._model import draw
 from benchmarks._results import Kind, Report, Row, hardware, spread_percent
 from benchmarks.family_shapes import SHAPES, Batch, Shape, operations
 from benchmarks.mmsp_step import _Numbers, vision_path
-from benchmarks.train_step import GIB, PEAK_TFLOPS, made, reserve
+from benchmarks.train_step import GIB, PEAK_TFLOPS, reserve
 
 QUESTION = "What does a step on a long video cost for other families, by part, against LongVILA?"
 STARTED = time.perf_counter()
@@ -105,7 +105,7 @@ class FamilyEngine:
     def build(self) -> Any:
         """Make the model on this device, the same on all ranks, not yet sharded."""
         options, cluster = self.options, self.cluster
-        self.model = made(lambda: self.shape.make(options), options, cluster)
+        self.model = draw(lambda: self.shape.make(options), cluster.device, options.dtype).train()
         return self.model
 
     def batch(self, tokens: int) -> Batch:
@@ -558,13 +558,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    cluster = _cluster.start()
-    try:
+    with _cluster.joined() as cluster:
         run(options, cluster)
-    finally:
-        if dist.is_initialized():
-            cluster.synchronize()
-        _cluster.stop()
 
 
 if __name__ == "__main__":

@@ -440,16 +440,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    cluster = _cluster.start()
-    # One process alone shards over itself, as `longvila train` does.
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cluster.is_cuda else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with _cluster.joined() as cluster:
+        # One process alone shards over itself, as `longvila train` does.
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if cluster.is_cuda else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         run(options, cluster)
-    finally:
-        cluster.synchronize()
-        _cluster.stop()
 
 
 if __name__ == "__main__":

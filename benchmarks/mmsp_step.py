@@ -29,13 +29,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import _cluster
 from benchmarks._attempt import OUT_OF_MEMORY, attempt, clean
 from benchmarks._cluster import Cluster, Stopwatch
 from benchmarks._interleave import Steps, interleave
+from benchmarks._model import (
+    add_text_options,
+    add_tower_options,
+    draw,
+    model_config,
+    rows_per_frame,
+)
 from benchmarks._results import Kind, Report, Row, hardware
 from benchmarks.peers.vision_reshard import all_reduce_reshard
 
@@ -67,46 +73,10 @@ class Batch:
 
 
 def build_model(options: argparse.Namespace, device: torch.device) -> Any:
-    from transformers import Qwen2Config, SiglipVisionConfig
-
-    from longvila.model.configuration_longvila import LongVILAConfig
     from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
 
-    vision = SiglipVisionConfig(
-        hidden_size=options.width,
-        intermediate_size=options.mlp_width,
-        num_hidden_layers=options.vision_layers,
-        num_attention_heads=options.vision_heads,
-        image_size=options.image_size,
-        patch_size=options.patch_size,
-    )
-    text = Qwen2Config(
-        hidden_size=options.model_dim,
-        intermediate_size=options.text_mlp,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        vocab_size=options.vocab,
-        max_position_embeddings=2**20,
-        rope_theta=1e6,
-        layer_types=["full_attention"] * options.layers,
-    )
-    config = LongVILAConfig(
-        vision_config=vision,
-        text_config=text,
-        vision_batch_size=options.frame_batch,
-        image_token_id=options.vocab - 2,
-        video_token_id=options.vocab - 1,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = LongVILAForConditionalGeneration(config)
-    return model.to(getattr(torch, options.dtype)).train()
-
-
-def rows_per_frame(options: argparse.Namespace) -> int:
-    side = -(-(options.image_size // options.patch_size) // 2)
-    return side * side
+    config = model_config(options, vision_batch_size=options.frame_batch)
+    return draw(lambda: LongVILAForConditionalGeneration(config), device, options.dtype).train()
 
 
 def make_batch(options: argparse.Namespace, frames: int, cluster: Cluster) -> Batch:
@@ -453,18 +423,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, nargs="+", default=[664])
     parser.add_argument("--check-frames", type=int, default=16)
     parser.add_argument("--answer", type=int, default=256)
-    parser.add_argument("--image-size", type=int, default=384)
-    parser.add_argument("--patch-size", type=int, default=14)
-    parser.add_argument("--width", type=int, default=1152)
-    parser.add_argument("--mlp-width", type=int, default=4304)
-    parser.add_argument("--vision-layers", type=int, default=27)
-    parser.add_argument("--vision-heads", type=int, default=16)
-    parser.add_argument("--model-dim", type=int, default=3584)
-    parser.add_argument("--text-mlp", type=int, default=18944)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=28)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=152064)
+    add_tower_options(parser)
+    add_text_options(parser, layers=4)
     parser.add_argument("--frame-batch", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=3)
@@ -479,13 +439,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    cluster = _cluster.start()
-    try:
+    with _cluster.joined() as cluster:
         run(options, cluster)
-    finally:
-        if dist.is_initialized():
-            cluster.synchronize()
-        _cluster.stop()
 
 
 if __name__ == "__main__":

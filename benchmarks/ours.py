@@ -1,40 +1,61 @@
 """This package's sequence parallelism as methods of the attention benchmark.
 
-Placements of the parallel degree, each over each kernel: all of it to heads (``ulysses``, and
-``ulysses_chunked`` with the heads exchanged in two parts, one under the other's arithmetic), all
-to a p2p ring (``ring``), all to a KV gather (``gather``). The public entry is what is timed:
-``sp_attention`` with a context made once, as a training step makes it once a batch.
+Placements of the parallel degree R, each over each kernel::
+
+    ulysses          all of it to heads, exchanged at once
+    ulysses_chunked  the same with the heads in two parts, one under the other's arithmetic
+    ring, gather     all of it to the ring axis: K and V hop by p2p, or are gathered
+    2d, 2d_gather    Ulysses among neighbours (inside a host), the ring axis across
+    2d_crossed       Ulysses across hosts, the ring axis among neighbours
+
+The public entry is what is timed: ``sp_attention`` with a context made once, as a training step
+makes it once a batch.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from benchmarks._case import Case
 from benchmarks._cluster import Cluster
-from benchmarks.peers._method import About, Layout, Method, Runner
+from benchmarks.peers._method import About, Method, Runner
 from benchmarks.peers.ideal import has_flash_attn_4
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parallel degree goes, in the words of `build_mesh` and `make_context`."""
+    """Where the parallel degree goes.
 
-    on_ring: bool
-    ring_type: str
-    layout: Layout
+    Attributes:
+        heads_over: Ranks that share the heads: all, none, neighbours, or one of each host.
+        kv_exchange: How keys travel on the ring axis.
+        head_chunks: Parts in which heads are exchanged.
+    """
+
+    heads_over: Literal["all", "none", "near", "far"]
+    kv_exchange: Literal["p2p", "gather"]
     head_chunks: int = 1
+
+    def ulysses(self, cluster: Cluster) -> int:
+        """Ulysses degree; the ring has the rest."""
+        ranks = cluster.world_size
+        near = cluster.ranks_per_host if cluster.hosts > 1 else max(ranks // 2, 1)
+        return {"all": ranks, "none": 1, "near": near, "far": ranks // near}[self.heads_over]
 
 
 PLACEMENTS = {
-    "ulysses": Placement(False, "zigzag_ring_varlen", "contiguous"),
-    "ulysses_chunked": Placement(False, "zigzag_ring_varlen", "contiguous", head_chunks=2),
-    "ring": Placement(True, "zigzag_ring_varlen", "zigzag"),
-    "gather": Placement(True, "gather", "zigzag"),
+    "ulysses": Placement("all", "gather"),
+    "ulysses_chunked": Placement("all", "gather", head_chunks=2),
+    "ring": Placement("none", "p2p"),
+    "gather": Placement("none", "gather"),
+    "2d": Placement("near", "p2p"),
+    "2d_gather": Placement("near", "gather"),
+    "2d_crossed": Placement("far", "gather"),
 }
 
 
@@ -44,12 +65,17 @@ class LongVILA(Method):
     kind = "ours"
 
     def __init__(self, placement: str, backend: str) -> None:
-        self.placement = placement
+        self.placement = PLACEMENTS[placement]
         self.backend = backend
         self.name = f"longvila_{placement}_{backend}"
-        self.about = About(backend, PLACEMENTS[placement].layout, "longvila", shipped=True)
+        contiguous = self.placement.heads_over == "all"
+        layout: Any = "contiguous" if contiguous else "zigzag"
+        self.about = About(backend, layout, "longvila", shipped=True)
 
     def unavailable(self, case: Case, cluster: Cluster) -> str | None:
+        ulysses = self.placement.ulysses(cluster)
+        if self.placement.heads_over in ("near", "far") and ulysses in (1, cluster.world_size):
+            return f"{cluster.world_size} ranks on {cluster.hosts} hosts have no two axes"
         if self.backend == "cpu":
             return "for the CPU only" if cluster.is_cuda else None
         if not cluster.is_cuda:
@@ -58,6 +84,10 @@ class LongVILA(Method):
             return "flash-attn-4 is not installed"
         return None
 
+    def head_bound(self, case: Case, cluster: Cluster) -> float:
+        ulysses = self.placement.ulysses(cluster)
+        return -(-case.heads // ulysses) * ulysses / case.heads
+
     def setup(self, case: Case, cluster: Cluster) -> Runner:
         return _LongVILARunner(case, cluster, self)
 
@@ -65,49 +95,71 @@ class LongVILA(Method):
 class _LongVILARunner(Runner):
     def __init__(self, case: Case, cluster: Cluster, method: LongVILA) -> None:
         super().__init__(case, cluster)
-        self.method = method
-        self.context = make_sp_context(case, cluster, method.placement)
+        from longvila.sp import make_context
+
+        self.backend = method.backend
+        placement = method.placement
+        mesh = make_mesh(
+            placement.ulysses(cluster), placement.kv_exchange, placement.heads_over == "far",
+            cluster.device.type,
+        )  # fmt: skip
+        self.context = make_context(mesh, [case.tokens], head_chunks=placement.head_chunks)
 
     def tokens(self) -> Tensor:
-        return self.context.layout.token_indices(self.cluster.rank)
+        return self.context.token_indices()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from longvila.sp import sp_attention
 
-        return sp_attention(q, k, v, self.context, causal=True, backend=self.method.backend)
+        return sp_attention(q, k, v, self.context, causal=True, backend=self.backend)
 
 
 @functools.cache
-def make_mesh(
-    on_ring: bool, ring_type: str, world_size: int, heads: int, kv_heads: int, device_type: str
-) -> Any:
-    """The mesh of a placement, made once, since each makes communicators."""
-    from longvila.sp import build_mesh
+def make_mesh(ulysses: int, kv_exchange: Any, crossed: bool, device_type: str) -> Any:
+    """The mesh of a placement, made once, since each makes communicators.
 
-    return build_mesh(
-        world_size,
-        ring_size=world_size if on_ring else 1,
-        ring_type=ring_type,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        device_type=device_type,
+    ``crossed`` numbers the ranks the other way round: ring neighbours are neighbours, and what
+    attention needs of a mesh is all that it then has.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from longvila.sp import SPMesh, build_mesh, plan_mesh
+
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if not crossed:
+        return build_mesh(
+            ranks, ulysses_size=ulysses, kv_exchange=kv_exchange, device_type=device_type
+        )
+    plan = plan_mesh(ranks, ranks, ulysses_size=ulysses, kv_exchange=kv_exchange)
+    order = torch.arange(ranks).view(ulysses, plan.ring_size).T.contiguous()
+    mesh = SPMesh(
+        plan=plan,
+        device_mesh=DeviceMesh(device_type, order[None], mesh_dim_names=("dp", "ring", "ulysses")),
+        rank=order.flatten().tolist().index(dist.get_rank()),
     )
+    if device_type == "cuda":  # as build_mesh does: all ranks in a communicator's first call
+        for group in (mesh.ring_group, mesh.ulysses_group):
+            dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+    return mesh
 
 
-def make_sp_context(case: Case, cluster: Cluster, placement: str) -> Any:
-    """A context for one document of the case's length over all ranks."""
-    from longvila.sp import make_context
+def default_placement(case: Case, cluster: Cluster) -> tuple[str, str]:
+    """The placement that `build_mesh` chooses on these ranks and hosts by itself, and its plan."""
+    from longvila.sp import plan_mesh
 
-    chosen = PLACEMENTS[placement]
-    mesh = make_mesh(
-        chosen.on_ring,
-        chosen.ring_type,
+    plan = plan_mesh(
         cluster.world_size,
-        case.heads,
-        case.kv_heads,
-        cluster.device.type,
+        cluster.world_size,
+        num_heads=case.heads,
+        num_kv_heads=case.kv_heads,
+        ranks_per_node=cluster.ranks_per_host,
     )
-    return make_context(mesh, [case.tokens], head_chunks=chosen.head_chunks)
+    for name, placement in PLACEMENTS.items():
+        same = placement.ulysses(cluster) == plan.ulysses_size and placement.heads_over != "far"
+        if same and (plan.ring_size == 1 or placement.kv_exchange == plan.kv_exchange):
+            return name, plan.explain()
+    return f"ring {plan.ring_size} x ulysses {plan.ulysses_size}", plan.explain()
 
 
 def our_methods() -> list[Method]:

@@ -3,17 +3,26 @@
 A LongVILA of SigLIP-so400m and Qwen2-7B's shape, random weights made on the device, reads a prompt
 of frames (made on the device too, batch by batch: decoding files is another question) and answers.
 
-1. *Check.* At a short length the engine's logits are compared with those of the model's forward.
-2. *Ceilings, in the same process.* The rate of the attention kernel (a chunk of queries over a long
+1. *Peer*: transformers' own ``generate`` of the same model, placed by accelerate's
+   ``device_map="auto"`` over the same GPUs, at the lengths it holds (`benchmarks._peer_generate`).
+   Running out of memory is a row. With ``--peer-longest`` its longest prompt is found from its own
+   peaks, tried, and read by us as well; ``times_peer`` is how much sooner our first token comes.
+2. *First prompt.* The process's first one of ours, before anything else has run: ``notes`` say how
+   long its first token took (with whatever is compiled and set up at a first use), and how long
+   when it was read again. Rows are of prompts after that.
+3. *Check.* At a short length the engine's logits are compared with those of the model's forward.
+4. *Ceilings, in the same process.* The rate of the attention kernel (a chunk of queries over a long
    block of keys, the fastest back end), of the text model's matrix products on a chunk, the time of
    the tower on a micro-batch, and the rate at which memory is copied. From these follow
    ``floor_s``, the time of the prompt's arithmetic at those rates, and ``decode_floor_ms``, the
    time to read weights and keys once.
-3. *Ours*, length by length: time to first token and decode rate as a streamer sees them, from
-   ``Engine.generate``; the decode step by ``split_tokens``; a further question on a fork.
-4. *Peer*: transformers' own ``generate`` of the same model, placed by accelerate's
-   ``device_map="auto"`` over the same GPUs, at the lengths it holds. Running out of memory is a
-   row.
+5. *Ours*, length by length: time to first token and decode rate as a streamer sees them, from
+   ``Engine.generate`` (the median of a few where a prompt takes seconds), and the peak of memory
+   beside the one that ``longvila plan --inference`` says. Then further questions about the film,
+   each of its own length and answered on a fork; the slowest is in percent of the whole first one.
+
+A row is written when its first answer is there, and again with the questions. While a prompt is
+read, ``notes.reading`` says how far it is: a run that is cut off leaves that.
 
 ``--sample-chunks K`` reads K chunks behind random keys instead of the whole prompt and adds up the
 straight line through their times (a chunk's time is linear in what is before it). Such rows say so:
@@ -29,27 +38,37 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import _cluster
 from benchmarks._cluster import Cluster, timed_ms
+from benchmarks._model import (
+    add_text_options,
+    add_tower_options,
+    draw,
+    model_config,
+    rows_per_frame,
+    text_config,
+)
 from benchmarks._results import Report, Row, hardware
 
 QUESTION = "How long until the first token about a long video, and how fast are the others?"
 GIB = 2**30
-#: Longest a rank waits while the first one runs a peer alone.
-PEER_WAIT = timedelta(minutes=20)
-PEER = "transformers_generate_auto"
+#: A prompt whose arithmetic takes longer than so many seconds is read once.
+LONG_S = 10.0
+#: Seconds of the first answer and the further questions beyond the arithmetic of a prompt.
+AFTERWARDS_S = 15.0
+#: How much longer than its arithmetic a prompt is taken to last.
+SLACK = 1.15
 LIMIT = {"bfloat16": 5e-2, "float32": 1e-4}
 
 
@@ -58,35 +77,11 @@ LIMIT = {"bfloat16": 5e-2, "float32": 1e-4}
 
 def build_model(options: argparse.Namespace, device: torch.device) -> Any:
     """Random weights of the shape asked for, made on the device in their final type."""
-    from transformers import Qwen2Config, SiglipVisionConfig
-
-    from longvila.model.configuration_longvila import LongVILAConfig
     from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
 
-    vision = SiglipVisionConfig(
-        hidden_size=options.width, intermediate_size=options.mlp_width,
-        num_hidden_layers=options.vision_layers, num_attention_heads=options.vision_heads,
-        image_size=options.image_size, patch_size=options.patch_size,
-    )  # fmt: skip
-    text = Qwen2Config(
-        hidden_size=options.model_dim, intermediate_size=options.text_mlp,
-        num_hidden_layers=options.layers, num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads, vocab_size=options.vocab,
-        max_position_embeddings=2**21, rope_theta=1e9, bos_token_id=None, eos_token_id=None,
-        layer_types=["full_attention"] * options.layers,
-    )  # fmt: skip
-    config = LongVILAConfig(
-        vision_config=vision, text_config=text, vision_batch_size=options.frame_batch,
-        image_token_id=options.vocab - 2, video_token_id=options.vocab - 1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, options.dtype))
-    try:
-        with torch.device(device):
-            model = LongVILAForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
+    text = text_config(options, bos_token_id=None, eos_token_id=None)
+    config = model_config(options, text=text, vision_batch_size=options.frame_batch)
+    model = draw(lambda: LongVILAForConditionalGeneration(config), device, options.dtype)
     model.generation_config.eos_token_id = None
     return model.eval()
 
@@ -118,8 +113,7 @@ class DrawnFrames:
 
 
 def tokens_per_frame(options: argparse.Namespace) -> int:
-    side = -(-(options.image_size // options.patch_size) // 2)
-    return side * side + 1
+    return rows_per_frame(options) + 1
 
 
 def prompt(options: argparse.Namespace, tokens: int, device: torch.device) -> dict[str, Any]:
@@ -288,8 +282,8 @@ def slowest(answer: Answer, cluster: Cluster) -> Answer:
     return Answer(*cluster.everywhere([answer.ttft_s, answer.step_s]))
 
 
-def greedy(options: argparse.Namespace) -> dict[str, Any]:
-    new = options.new_tokens
+def greedy(options: argparse.Namespace, new_tokens: int | None = None) -> dict[str, Any]:
+    new = new_tokens or options.new_tokens
     return {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
 
 
@@ -417,54 +411,132 @@ def line(points: list[tuple[float, float]]) -> tuple[float, float, float]:
 # ---- ours --------------------------------------------------------------------------------------
 
 
-def run_ours(
-    model: Any, options: argparse.Namespace, mesh: Any, cluster: Cluster, ceilings: Ceilings,
-    tokens: int, error: float,
-) -> Row:  # fmt: skip
-    """Prefill, decode and a further question at one length."""
+class Reading:
+    """Says now and then how far a prompt has been read, as the host sees it.
+
+    Args:
+        report: Its notes hold the last word.
+        cluster: The ranks.
+        save: Writes the report.
+        every_s: How often.
+    """
+
+    def __init__(self, report: Report, cluster: Cluster, save: Any, every_s: float = 20.0) -> None:
+        self.report, self.cluster, self.save, self.every_s = report, cluster, save, every_s
+        self.start = self.last = time.perf_counter()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if stage != "read" or now - self.last < self.every_s:
+            return
+        self.last = now
+        spent = round(now - self.start, 1)
+        self.report.notes["reading"] = {"tokens": done, "of": total, "seconds": spent}
+        self.cluster.say(f"    read {done} of {total} tokens in {spent} s")
+        self.save()
+
+
+def first_prompt(
+    model: Any, options: argparse.Namespace, mesh: Any, cluster: Cluster
+) -> dict[str, float]:
+    """Seconds to the first token of the process's first prompt, and of the same one again."""
+    found: dict[str, float] = {}
+    with engine_of(model, options, mesh) as engine:
+        batch = prompt(options, warm_tokens(options, cluster), cluster.device)
+        found["tokens"] = batch["input_ids"].shape[1]
+        for name in ("first_token_s", "again_s"):
+            answer = timed_answer(
+                lambda clock: engine.generate(batch, streamer=clock, **greedy(options, 2)), cluster
+            )
+            found[name] = float(f"{slowest(answer, cluster).ttft_s:.5g}")
+    cluster.say(f"first prompt: {found}")
+    return found
+
+
+def warm_tokens(options: argparse.Namespace, cluster: Cluster) -> int:
+    """A length that needs what longer ones need: a few chunks at least."""
+    few = 3 * options.chunk_tokens * cluster.world_size
+    return max(few, min(options.lengths[0], 131072))
+
+
+def engine_of(model: Any, options: argparse.Namespace, mesh: Any) -> Any:
     from longvila.inference.engine import Engine
 
-    ranks = cluster.world_size
+    return Engine(
+        model, mesh, chunk_tokens=options.chunk_tokens, decode_graphs=options.decode_graphs
+    )
+
+
+def planned_bytes(
+    model: Any, options: argparse.Namespace, cluster: Cluster, tokens: int, frames: int
+) -> float:
+    """The peak of a rank that ``longvila plan --inference`` says."""
+    from longvila.memory.estimate import LIBRARY_BYTES
+    from longvila.memory.operations import Load
+    from longvila.memory.prompts import prompt_peak
+    from longvila.memory.settings import Ranks
+    from longvila.parallel.sizes import size_of
+
+    return prompt_peak(
+        size_of(model), Load(tokens=tokens, frames=frames), ranks=Ranks(ring=cluster.world_size),
+        chunk_tokens=options.chunk_tokens,
+        compute_bytes=torch.empty(0, dtype=getattr(torch, options.dtype)).element_size(),
+        library_bytes=LIBRARY_BYTES if cluster.is_cuda else 0.0,
+    ).bytes  # fmt: skip
+
+
+def run_ours(
+    engine: Any, options: argparse.Namespace, cluster: Cluster, ceilings: Ceilings, tokens: int,
+    more: dict[str, float], reading: Any, add: Any,
+) -> None:  # fmt: skip
+    """Prefill, decode and further questions at one length.
+
+    Args:
+        engine: Warm.
+        options: The shapes.
+        cluster: The ranks.
+        ceilings: Rates for the floors.
+        tokens: About how many.
+        more: Metrics that go into the row as they are.
+        reading: Told how far a prompt is.
+        add: Takes the row, twice: as soon as there is an answer, and with the questions.
+    """
+    from longvila.inference.prefill import ReadTimes
+
+    ranks, model = cluster.world_size, engine.model
     batch = prompt(options, tokens, cluster.device)
     length, frames = batch["input_ids"].shape[1], int(batch["video_num_frames"])
-    question = torch.randint(2, options.vocab - 2, (1, options.words))
+    ideal = floor_s(options, ceilings, length, frames, ranks)
     cluster.reset_peak()
     samples: list[Any] = []
-    with Engine(model, mesh, chunk_tokens=options.chunk_tokens) as engine:
-        if options.sample_chunks:
-            film, ttft_s, more, samples = sampled_prefill(engine, options, batch, cluster)
-            first = slowest(
-                timed_answer(
-                    lambda clock: engine.generate(
-                        engine.fork(film), question, streamer=clock, **greedy(options)
-                    ), cluster,
-                ), cluster,
-            )  # fmt: skip
-            first = Answer(ttft_s, first.step_s)
-        else:
-            more = {"sampled": 0.0}
-            film_box: list[Any] = []
+    if options.sample_chunks:
+        film, ttft_s, sampled, samples = sampled_prefill(engine, options, batch, cluster)
+        more = {**more, **sampled}
+        first = Answer(ttft_s, ask(engine, options, film, options.words, cluster).step_s)
+    else:
+        answers: list[Answer] = []
+        for _ in range(1 if ideal > LONG_S else options.repeats):
+            film = None
+            free(cluster)
+            cluster.reset_peak()
+            times = ReadTimes(cluster.device, reading())
+            box: list[Any] = []
 
-            def answer(clock: Clock) -> None:
-                cache = engine.prefill(batch)
-                film_box.append(engine.fork(cache))
+            def answer(clock: Clock, times: Any = times, box: list[Any] = box) -> None:
+                cache = engine.prefill(batch, times=times)
+                box.append(engine.fork(cache))
                 engine.generate(cache, streamer=clock, **greedy(options))
 
-            first = slowest(timed_answer(answer, cluster), cluster)
-            film = film_box[0]
-        further = slowest(
-            timed_answer(
-                lambda clock: engine.generate(
-                    engine.fork(film), question, streamer=clock, **greedy(options)
-                ), cluster,
-            ), cluster,
-        )  # fmt: skip
-        sweep = sweep_split(engine, film, options, cluster)
-        local_bytes = film.local_bytes
+            answers.append(slowest(timed_answer(answer, cluster), cluster))
+            film = box.pop()
+        samples = [{"ttft_s": each.ttft_s, "step_s": each.step_s} for each in answers]
+        first = Answer(
+            statistics.median(each.ttft_s for each in answers),
+            statistics.median(each.step_s for each in answers),
+        )
     peak = cluster.everywhere([float(cluster.peak_bytes())])[0]
-    ideal = floor_s(options, ceilings, length, frames, ranks)
+    planned = planned_bytes(model, options, cluster, length, frames)
     step_floor = decode_floor_ms(model, options, ceilings, length, ranks)
-    whole_question = further.ttft_s + further.step_s * (options.new_tokens - 1)
     metrics = {
         "ttft_s": first.ttft_s,
         "floor_s": ideal,
@@ -475,117 +547,44 @@ def run_ours(
         "decode_step_ms": 1e3 * first.step_s,
         "decode_floor_ms": step_floor,
         "decode_percent_of_floor": 100 * step_floor / (1e3 * first.step_s),
-        "question_s": whole_question,
-        "question_percent_of_first": 100 * whole_question / first.ttft_s,
         "peak_gib": peak / GIB,
-        "cache_gib": local_bytes / GIB,
-        "error_logits": error,
+        "planned_peak_gib": planned / GIB,
+        "cache_gib": film.local_bytes / GIB,
+        "sampled": 0.0,
         **more,
-        **sweep,
     }
-    return row("longvila_engine", "ours", options, length, frames, ranks, metrics, samples)
+    if peak:
+        metrics["planned_error_percent"] = 100 * (planned / peak - 1)
+    add(row("longvila_engine", "ours", options, length, frames, ranks, metrics, samples))
+    whole = [
+        each.ttft_s + each.step_s * (options.new_tokens - 1)
+        for each in (
+            ask(engine, options, film, options.words + 3 * number, cluster)
+            for number in range(options.questions)
+        )
+    ]
+    if whole:
+        first_s = first.ttft_s + first.step_s * (options.new_tokens - 1)
+        metrics["question_s"] = max(whole)
+        metrics["question_mean_s"] = statistics.mean(whole)
+        metrics["question_percent_of_first"] = 100 * max(whole) / first_s
+        asked = row("longvila_engine", "ours", options, length, frames, ranks, metrics, samples)
+        asked.about["questions_s"] = [round(seconds, 4) for seconds in whole]
+        add(asked)
 
 
-def sweep_split(
-    engine: Any, film: Any, options: argparse.Namespace, cluster: Cluster
-) -> dict[str, float]:
-    """Milliseconds of a decode step by the chunks that a segment is viewed as; 0 is the choice."""
-    from longvila.inference.decode import chunk_tokens
-
-    held = max(film.held)
-    choices: dict[str, int | None] = {"chosen": None, "one": held}
-    for rounds in options.rounds:
-        processors = 132
-        if cluster.is_cuda:
-            properties = torch.cuda.get_device_properties(cluster.device)
-            processors = properties.multi_processor_count
-        chunks = max(1, rounds * processors // options.kv_heads)
-        choices[f"{rounds}_rounds"] = max(1, held // chunks)
-    token = torch.ones(1, 1, dtype=torch.int64)
-    found: dict[str, float] = {}
-    for name, split in choices.items():
-        engine.split_tokens = split
-        fork = engine.fork(film)
-        for _ in range(2):
-            engine.decode(fork, token)
-        ms = timed_ms(cluster, lambda fork=fork: engine.decode(fork, token), calls=options.calls)
-        found[f"decode_ms_{name}"] = ms
-        del fork
-    engine.split_tokens = None
-    assert chunk_tokens(held, options.kv_heads, 132) > 0
-    return found
-
-
-# ---- the peer ----------------------------------------------------------------------------------
-
-
-def run_peer(
-    options: argparse.Namespace, cluster: Cluster, lengths: list[int], report: Report
-) -> list[Row]:
-    """transformers' generate over the same GPUs, from the first process alone."""
-    rows: list[Row] = []
-    if cluster.is_main:
-        try:
-            _peer_alone(options, cluster, lengths, rows)
-        except (RuntimeError, ValueError, ImportError) as fault:
-            reason = f"{type(fault).__name__}: {fault}"[:300]
-            report.not_measured.append({"method": PEER, "reason": reason})
-            cluster.say(f"  left out {PEER}: {reason}")
-    if cluster.world_size > 1:
-        store = dist.distributed_c10d._get_default_store()
-        if cluster.is_main:
-            store.set("longvila-peer-done", "1")
-        else:
-            store.wait(["longvila-peer-done"], PEER_WAIT)
-    return rows
-
-
-def _peer_alone(
-    options: argparse.Namespace, cluster: Cluster, lengths: list[int], rows: list[Row]
-) -> None:
-    ranks = cluster.world_size
-    model = build_model(options, cluster.device)
-    if ranks > 1 and cluster.is_cuda:
-        from accelerate import dispatch_model, infer_auto_device_map
-        from accelerate.utils import get_balanced_memory
-
-        names = list(model._no_split_modules or [])
-        memory = get_balanced_memory(model, no_split_module_classes=names)
-        plan = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=names)
-        model = dispatch_model(model, plan)
-    devices = range(ranks) if cluster.is_cuda else ()
-    for tokens in lengths:
-        batch = prompt(options, tokens, cluster.device)
-        frames = batch["pixel_values_videos"].num_frames
-        length = batch["input_ids"].shape[1]
-        for device in devices:
-            torch.cuda.reset_peak_memory_stats(device)
-        metrics: dict[str, float] = {"out_of_memory": 0.0}
-        try:
-            batch["pixel_values_videos"] = batch["pixel_values_videos"].draw(0, frames)
-            batch["input_ids"] = batch["input_ids"].to(cluster.device)
-
-            def call(clock: Clock, batch: dict[str, Any] = batch) -> None:
-                model.generate(**batch, streamer=clock, **greedy(options))
-
-            found = timed_answer(call, cluster)
-            metrics |= {
-                "ttft_s": found.ttft_s,
-                "tokens_per_s_per_gpu": length / found.ttft_s / ranks,
-                "decode_tokens_per_s": 1 / found.step_s,
-                "decode_step_ms": 1e3 * found.step_s,
-            }
-        except torch.OutOfMemoryError:
-            metrics["out_of_memory"] = 1.0
-        peaks = [torch.cuda.max_memory_allocated(device) for device in devices]
-        metrics["peak_gib"] = max(peaks, default=0) / GIB
-        rows.append(row(PEER, "peer", options, length, frames, ranks, metrics, []))
-        del batch
-        gc.collect()
-        if cluster.is_cuda:
-            torch.cuda.empty_cache()
-        if metrics["out_of_memory"]:
-            break  # longer ones cannot fit either
+def ask(
+    engine: Any, options: argparse.Namespace, film: Any, words: int, cluster: Cluster
+) -> Answer:
+    """A further question of so many tokens, answered on a fork."""
+    generator = torch.Generator().manual_seed(words)
+    question = torch.randint(2, options.vocab - 2, (1, words), generator=generator)
+    answer = timed_answer(
+        lambda clock: engine.generate(
+            engine.fork(film), question, streamer=clock, **greedy(options)
+        ), cluster,
+    )  # fmt: skip
+    return slowest(answer, cluster)
 
 
 # ---- run ---------------------------------------------------------------------------------------
@@ -604,27 +603,63 @@ def row(
     return Row(method, kind, tokens, shape, rounded, samples)
 
 
+def late(
+    options: argparse.Namespace, report: Report, cluster: Cluster, method: str, tokens: int,
+    seconds: float, *, alone: bool = False,
+) -> bool:  # fmt: skip
+    """Whether something that takes so long would end after ``--stop-after-s``; notes that.
+
+    Args:
+        options: The limit, and when the run began.
+        report: Where to say what is left out.
+        cluster: The ranks.
+        method: What is left out.
+        tokens: At which length.
+        seconds: How long it would take.
+        alone: Whether the other ranks do not ask.
+    """
+    end = time.perf_counter() - options.started + seconds
+    if not alone:
+        (end,) = cluster.everywhere([end])
+    if end <= options.stop_after_s:
+        return False
+    reason = f"{tokens} tokens: would end after {end:.0f} s"
+    report.not_measured.append({"method": method, "reason": reason})
+    cluster.say(f"  left out {method}: {reason}")
+    return True
+
+
 def run(options: argparse.Namespace, cluster: Cluster) -> Report:
+    from benchmarks import _peer_generate
     from longvila.sp import build_mesh
 
     report = Report("prefill", QUESTION, hardware(cluster))
+    options.started = time.perf_counter()
 
     def save() -> None:
         if cluster.is_main and options.out is not None:
-            cluster.say(f"wrote {report.write(options.out, suffix=options.suffix)}")
+            report.write(options.out, suffix=options.suffix)
 
     def add(found: Row) -> None:
+        """Take a row, in place of an earlier one of the same prompt."""
+        key = (found.method, found.tokens)
+        report.rows[:] = [each for each in report.rows if (each.method, each.tokens) != key]
+        for each in report.rows if found.kind == "ours" else ():
+            if each.kind == "peer" and each.tokens == found.tokens and "ttft_s" in each.metrics:
+                times = each.metrics["ttft_s"] / found.metrics["ttft_s"]
+                found.metrics["times_peer"] = float(f"{times:.5g}")
         report.rows.append(found)
         shown = " ".join(f"{name} {value:g}" for name, value in found.metrics.items())
-        cluster.say(f"  {found.kind:5s} {found.method} at {found.tokens}: {shown}")
+        spent = time.perf_counter() - options.started
+        cluster.say(f"  [{spent:4.0f} s] {found.kind:5s} {found.method} at {found.tokens}: {shown}")
         save()
 
     with torch.no_grad():
+        lengths = list(options.lengths)
         if options.peer:
-            lengths = options.peer_lengths or options.lengths
-            for found in run_peer(options, cluster, lengths, report):
-                add(found)
-            free(cluster)
+            longest = _peer_generate.run_peer(options, cluster, report, add)
+            if options.peer_longest and longest is not None:
+                lengths.append(longest)
         mesh = None
         if cluster.world_size > 1:
             mesh = build_mesh(
@@ -632,37 +667,43 @@ def run(options: argparse.Namespace, cluster: Cluster) -> Report:
                 device_type=cluster.device.type,
             )  # fmt: skip
         model = build_model(options, cluster.device)
+        report.notes["first_prompt"] = first_prompt(model, options, mesh, cluster)
         error = check(model, options, mesh, cluster)
         ceilings = measure_ceilings(model, options, cluster)
         report.notes["ceilings"] = {
             name: value if isinstance(value, str) else float(f"{value:.5g}")
             for name, value in vars(ceilings).items()
         }
-        warm_up(model, options, mesh, cluster)
-        for tokens in options.lengths:
-            free(cluster)
-            try:
-                add(run_ours(model, options, mesh, cluster, ceilings, tokens, error))
-            except torch.OutOfMemoryError as fault:
-                if cluster.world_size > 1:
-                    raise  # the other ranks are in a collective
-                report.not_measured.append(
-                    {"method": "longvila_engine", "reason": f"{tokens} tokens: {fault}"[:300]}
-                )
-                save()
-                break
+        free(cluster)
+        with engine_of(model, options, mesh) as engine:
+            # A graph belongs to its engine: let it be captured before anything is timed.
+            short = prompt(options, warm_tokens(options, cluster), cluster.device)
+            engine.generate(short, **greedy(options, 6))
+            for tokens in lengths:
+                free(cluster)
+                expected = AFTERWARDS_S + SLACK * floor_s(
+                    options, ceilings, tokens, tokens // tokens_per_frame(options),
+                    cluster.world_size,
+                )  # fmt: skip
+                if options.sample_chunks == 0 and late(
+                    options, report, cluster, "longvila_engine", tokens, expected
+                ):
+                    continue
+                try:
+                    run_ours(
+                        engine, options, cluster, ceilings, tokens, {"error_logits": error},
+                        lambda: Reading(report, cluster, save), add,
+                    )  # fmt: skip
+                except torch.OutOfMemoryError as fault:
+                    if cluster.world_size > 1:
+                        raise  # the other ranks are in a collective
+                    report.not_measured.append(
+                        {"method": "longvila_engine", "reason": f"{tokens} tokens: {fault}"[:300]}
+                    )
+                    break
+        report.notes.pop("reading", None)
+        save()
     return report
-
-
-def warm_up(model: Any, options: argparse.Namespace, mesh: Any, cluster: Cluster) -> None:
-    """Compile and plan what the shortest length needs, a few chunks of it at least."""
-    from longvila.inference.engine import Engine
-
-    few = 3 * options.chunk_tokens * cluster.world_size
-    batch = prompt(options, max(few, min(options.lengths[0], 131072)), cluster.device)
-    with Engine(model, mesh, chunk_tokens=options.chunk_tokens) as engine:
-        engine.generate(batch, max_new_tokens=2, do_sample=False, pad_token_id=0)
-    cluster.synchronize()
 
 
 def free(cluster: Cluster) -> None:
@@ -683,7 +724,7 @@ TINY = {
     "mlp_width": 24, "vision_layers": 2, "vision_heads": 2, "model_dim": 32, "text_mlp": 48,
     "layers": 2, "heads": 4, "kv_heads": 2, "vocab": 96, "frame_batch": 4, "words": 5,
     "new_tokens": 4, "check_tokens": 60, "attention_block": 64, "copy_bytes": 1 << 16, "calls": 2,
-    "dtype": "float32", "rounds": [1],
+    "dtype": "float32", "repeats": 2, "questions": 2,
 }  # fmt: skip
 
 
@@ -693,6 +734,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=_lengths, default=_lengths("64k,256k,1182000"))
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--peer-lengths", type=_lengths, help="as --lengths if left out")
+    parser.add_argument("--peer-longest", action="store_true", help="find the peer's longest")
     parser.add_argument("--sample-chunks", type=int, default=0, help="0 reads whole prompts")
     parser.add_argument("--chunk-tokens", type=int, default=8192, help="of a rank")
     parser.add_argument("--new-tokens", type=int, default=33)
@@ -701,21 +743,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--attention-block", type=int, default=131072)
     parser.add_argument("--copy-bytes", type=int, default=4 * GIB)
     parser.add_argument("--calls", type=int, default=8)
-    parser.add_argument("--rounds", type=lambda t: [int(n) for n in t.split(",")],
-                        default=[1, 2, 4, 8])  # fmt: skip
-    parser.add_argument("--image-size", type=int, default=384)
-    parser.add_argument("--patch-size", type=int, default=14)
-    parser.add_argument("--width", type=int, default=1152)
-    parser.add_argument("--mlp-width", type=int, default=4304)
-    parser.add_argument("--vision-layers", type=int, default=27)
-    parser.add_argument("--vision-heads", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3, help="of a prompt that takes seconds")
+    parser.add_argument("--questions", type=int, default=10, help="further ones about a film")
+    parser.add_argument("--decode-graphs", default="auto", help="as Engine's decode_graphs")
+    parser.add_argument("--stop-after-s", type=float, default=math.inf,
+                        help="begin nothing that would end later")  # fmt: skip
+    add_tower_options(parser)
     parser.add_argument("--frame-batch", type=int, default=32)
-    parser.add_argument("--model-dim", type=int, default=3584)
-    parser.add_argument("--text-mlp", type=int, default=18944)
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--heads", type=int, default=28)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=152064)
+    add_text_options(parser)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--suffix", default="")
@@ -730,11 +765,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    cluster = _cluster.start()
-    try:
+    with _cluster.joined() as cluster:
         run(options, cluster)
-    finally:
-        _cluster.stop()
 
 
 if __name__ == "__main__":

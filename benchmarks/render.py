@@ -30,6 +30,7 @@ from typing import Any
 
 from benchmarks import smol
 from benchmarks._family_table import family_step
+from benchmarks._results import slug
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -52,6 +53,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "spread_percent": ("spread %", "{:.1f}"),
     "extra_gib": ("extra GiB", "{:.2f}"),
     "peak_gib": ("peak GiB", "{:.2f}"),
+    "planned_peak_gib": ("planned GiB", "{:.2f}"),
+    "times_peer": ("times the peer's speed", "{:.2f}"),
     "ttft_s": ("first token s", "{:.3f}"),
     "floor_s": ("floor s", "{:.3f}"),
     "ttft_over_floor": ("times the floor", "{:.2f}"),
@@ -69,6 +72,7 @@ BENCHMARKS = {
     "attention",
     "decode",
     "family_step",
+    "loss_curve",
     "memory_ceiling",
     "memory_plan",
     "mmsp_step",
@@ -214,16 +218,57 @@ def links(result: dict[str, Any]) -> list[str]:
     """Link rates by message size."""
     names = ("all_to_all_gb_per_s", "all_gather_gb_per_s", "ring_gb_per_s")
     header = ["message MiB", "all-to-all GB/s", "all-gather GB/s", "ring GB/s"]
-    rows = [
-        [f"{row['message_mib']:.0f}", *(f"{row[n]:.1f}" for n in names)]
-        for row in result.get("links", [])
-    ]
+    found = result.get("links", [])
+    rows = [[f"{row['message_mib']:.0f}", *(f"{row[n]:.1f}" for n in names)] for row in found]
+    if len({row.get("between") for row in found}) > 1:
+        header = ["between", *header]
+        rows = [[row["between"], *cells] for row, cells in zip(found, rows, strict=True)]
     return table(header, rows)
+
+
+def factorisations(result: dict[str, Any]) -> list[str]:
+    """Milliseconds of every way to deal the ranks to heads and ring, and what the default takes.
+
+    One kernel's rows; beside a time stands how much of the bound that the heads set it reaches.
+    """
+    rows = [row for row in result["rows"] if row["about"]["kernel"] in ("fa4", "cpu")]
+    ours: dict[tuple[int, int, int], dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row["kind"] == "ours":
+            way = row["method"].removeprefix("longvila_").rpartition("_")[0]
+            case = (row["shape"]["heads"], row["shape"]["kv_heads"], row["tokens"])
+            ours.setdefault(case, {})[way] = row["metrics"]
+    ways = list(dict.fromkeys(way for found in ours.values() for way in sorted(found)))
+    times, against = [], []
+    for (heads, kv_heads, tokens), found in sorted(ours.items()):
+        ms = {way: metrics["total_ms"] for way, metrics in found.items()}
+        default = result["notes"]["default_mesh"][f"{heads}/{kv_heads}"]
+        fastest = min(ms, key=lambda way: ms[way])
+        start = [f"{heads}/{kv_heads}", tokens_name(tokens)]
+        cells = [
+            f"{ms[way]:.1f} ({found[way]['percent_of_head_bound']:.0f} %)" if way in found else ""
+            for way in ways
+        ]
+        times.append([*start, *cells])
+        flat = {way: time for way, time in ms.items() if way in ("ulysses", "ring", "gather")}
+        both = min((time for way, time in ms.items() if way.startswith("2d")), default=None)
+        ratios = [f"{time / both:.2f}" if both else "" for time in flat.values()]
+        chosen = f"{ms[default] / ms[fastest]:.3f}" if default in ms else ""
+        against.append([*start, *ratios, f"`{fastest}`", f"`{default}`", chosen])
+        headings = [f"2-D ahead of {way} by" for way in flat]
+    return [
+        *table(["heads", "tokens", *(f"{way}, ms" for way in ways)], times),
+        "",
+        *table(
+            ["heads", "tokens", *headings, "fastest", "default", "default over fastest"], against
+        ),
+    ]
 
 
 def hosts(result: dict[str, Any], folder: Path) -> list[str]:
     """Times over emulated hosts beside those of the same methods over NVLink."""
-    near = find_result(["attention", "link=NV"], folder)
+    hardware = result["hardware"]
+    near = find_result(["attention", "link=NV", f"suffix={slug(hardware)}"], folder)
     times = {(r["method"], r["tokens"]): r["metrics"]["total_ms"] for r in near["rows"]}
     rows = []
     for row in sorted(result["rows"], key=lambda row: row["metrics"]["total_ms"]):
@@ -415,8 +460,11 @@ def train_step(result: dict[str, Any]) -> list[str]:
 
 def prefill(result: dict[str, Any]) -> list[str]:
     """First token and decoding against their floors, length by length."""
-    names = ["ttft_s", "floor_s", "ttft_over_floor", "decode_step_ms", "decode_floor_ms",
-             "question_percent_of_first", "cache_gib", "peak_gib"]  # fmt: skip
+    names = ["ttft_s", "floor_s", "ttft_over_floor", "times_peer", "decode_step_ms",
+             "decode_floor_ms", "question_percent_of_first", "cache_gib", "peak_gib",
+             "planned_peak_gib"]  # fmt: skip
+    measured = {name for row in result["rows"] for name in row["metrics"]}
+    names = [name for name in names if name in measured]
     header = ["method", "tokens", "frames", *map(_heading, names)]
     cells, sampled = [], False
     for row in sorted(result["rows"], key=lambda r: (r["tokens"], KIND_ORDER[r["kind"]])):
@@ -430,6 +478,15 @@ def prefill(result: dict[str, Any]) -> list[str]:
     lines = table(header, cells)
     if sampled:
         lines += ["", "\\* added up from a sample of the prompt's chunks, not read whole."]
+    if first := result.get("notes", {}).get("first_prompt"):
+        lines += ["", (
+            f"The process's first prompt of ours, {first['tokens']:,.0f} tokens and all that is "
+            f"set up at a first use: {first['first_token_s']:.1f} s to the first token; read "
+            f"again: {first['again_s']:.1f} s. Rows come after that."
+        )]  # fmt: skip
+    if left := result.get("not_measured"):
+        reasons = "; ".join(f"{each['method']}, {each['reason']}" for each in left)
+        lines += ["", f"Left out: {reasons}."]
     return lines
 
 
@@ -457,6 +514,29 @@ def decode(result: dict[str, Any]) -> list[str]:
         lines.append(line)
     header = ["tokens", "floor, ms", *(f"{way}, ms" for way in ways), "in `generate`, ms"]
     return table(header, lines)
+
+
+def loss_curve(result: dict[str, Any]) -> list[str]:
+    """Losses of some steps on each mesh, and how far from the first mesh's any step is."""
+    steps = result["rows"][0]["shape"]["steps"]
+    shown = sorted({1, *range(5, steps + 1, 5), steps})
+    header = ["mesh", *(f"loss {step}" for step in shown), "loss apart", "gradient norm apart"]
+    cells = [
+        [
+            row["method"],
+            *(f"{row['samples'][step - 1]['loss']:.4f}" for step in shown),
+            *(f"{row['metrics'][name]:.1e}" for name in ("loss_apart", "gradient_norm_apart")),
+        ]
+        for row in result["rows"]
+    ]
+    first = result["rows"][0]
+    millions, shape = first["about"]["parameters"] / 1e6, first["shape"]
+    remark = (
+        f"{millions:.0f} million parameters, {shape['heads']}/{shape['kv_heads']} heads, "
+        f"{shape['dtype']}; apart is the greatest difference of any step, relative to the first "
+        "line."
+    )
+    return [*table(header, cells), "", remark]
 
 
 def parity(result: dict[str, Any]) -> list[str]:
@@ -499,6 +579,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "memory_plan": memory_plan,
     "mmsp_step": step,
     "decode": decode,
+    "loss_curve": loss_curve,
     "parity": parity,
     "prefill": prefill,
     "trace": trace,
@@ -508,6 +589,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 #: Tables drawn from another benchmark's file: its name and conditions, and what draws it.
 VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] = {
     "links": (["attention"], lambda result, folder: links(result)),
+    "factorisations": (["attention"], lambda result, folder: factorisations(result)),
     "smol_tiers": (["needle", "method=smol-stages"], lambda result, folder: smol.tiers(folder)),
     "smol_summary": (
         ["needle", "method=smol-shipped"],

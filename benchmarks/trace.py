@@ -163,7 +163,7 @@ def trace_method(method: Method, case: Case, cluster: Cluster, passes: int) -> S
 
 
 def run(options: argparse.Namespace, cluster: Cluster) -> Report:
-    report = Report("trace", QUESTION, hardware(cluster, emulate_hosts=options.emulate_hosts))
+    report = Report("trace", QUESTION, hardware(cluster))
     dtype = getattr(torch, options.dtype)
     for tokens in options.tokens:
         case = Case(tokens, options.heads, options.kv_heads, options.head_dim, dtype)
@@ -196,7 +196,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--methods", default="longvila|torch_cp|deepspeed")
-    parser.add_argument("--emulate-hosts", action="store_true")
+    _cluster.add_hosts_option(parser)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--suffix", default="")
     return parser.parse_args(argv)
@@ -204,11 +204,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    cluster = _cluster.start(emulate_hosts=options.emulate_hosts)
-    try:
+    with _cluster.joined(emulate_hosts=options.emulate_hosts) as cluster:
         run(options, cluster)
-    finally:
-        _cluster.stop()
 
 
 if __name__ == "__main__":

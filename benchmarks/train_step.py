@@ -37,14 +37,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import _cluster
 from benchmarks._attempt import OUT_OF_MEMORY, attempt, clean
 from benchmarks._cluster import Cluster, Stopwatch
+from benchmarks._model import (
+    add_text_options,
+    add_tower_options,
+    draw,
+    model_config,
+    rows_per_frame,
+)
 from benchmarks._results import Kind, Report, Row, hardware, spread_percent
-from benchmarks.mmsp_step import rows_per_frame, vision_flops
+from benchmarks.mmsp_step import vision_flops
 
 QUESTION = "What does a full fine-tuning step on long text cost, AdamW included?"
 GIB = 2**30
@@ -91,23 +97,6 @@ class Engine(Protocol):
         """Let go of everything."""
 
 
-def text_config(options: argparse.Namespace) -> Any:
-    from transformers import Qwen2Config
-
-    return Qwen2Config(
-        hidden_size=options.model_dim,
-        intermediate_size=options.text_mlp,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        vocab_size=options.vocab,
-        max_position_embeddings=2**20,
-        rope_theta=1e7,
-        layer_types=["full_attention"] * options.layers,
-        tie_word_embeddings=False,
-    )
-
-
 class LongVILA:
     """``parallelize`` and ``train_step``, with the memory settings that a length needs."""
 
@@ -123,28 +112,13 @@ class LongVILA:
         self.watch = Stopwatch(cluster)
 
     def build(self) -> Any:
-        from transformers import SiglipVisionConfig
-
-        from longvila.model.configuration_longvila import LongVILAConfig
         from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
 
         options = self.options
-        vision = SiglipVisionConfig(
-            hidden_size=options.width,
-            intermediate_size=options.mlp_width,
-            num_hidden_layers=options.vision_layers,
-            num_attention_heads=options.vision_heads,
-            image_size=options.image_size,
-            patch_size=options.patch_size,
-        )
-        config = LongVILAConfig(
-            vision_config=vision,
-            text_config=text_config(options),
-            image_token_id=options.vocab - 2,
-            video_token_id=options.vocab - 1,
-            vision_batch_size=options.frame_batch,
-        )
-        self.model = made(lambda: LongVILAForConditionalGeneration(config), options, self.cluster)
+        config = model_config(options, vision_batch_size=options.frame_batch)
+        self.model = draw(
+            lambda: LongVILAForConditionalGeneration(config), self.cluster.device, options.dtype
+        ).train()
         return self.model
 
     def shard(self, tokens: int) -> None:
@@ -276,19 +250,6 @@ class LongVILA:
     def close(self) -> None:
         self.settle()
         self.model = self.optimizer = self.offload = None
-
-
-def made(make: Callable[[], Any], options: argparse.Namespace, cluster: Cluster) -> Any:
-    """A model drawn on the device in the compute type, the same on every rank."""
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, options.dtype))
-    try:
-        with torch.device(cluster.device):
-            model = make()
-    finally:
-        torch.set_default_dtype(before)
-    return model.train()
 
 
 def at_length(table: dict[int, float], tokens: int, default: float) -> float:
@@ -628,18 +589,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--long-tokens", type=int, default=200_000)
     parser.add_argument("--long-peer-tokens", type=int, default=200_000)
     parser.add_argument("--long-repeats", type=int, default=1)
-    parser.add_argument("--model-dim", type=int, default=3584)
-    parser.add_argument("--text-mlp", type=int, default=18944)
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--heads", type=int, default=28)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=152064)
-    parser.add_argument("--image-size", type=int, default=384)
-    parser.add_argument("--patch-size", type=int, default=14)
-    parser.add_argument("--width", type=int, default=1152)
-    parser.add_argument("--mlp-width", type=int, default=4304)
-    parser.add_argument("--vision-layers", type=int, default=27)
-    parser.add_argument("--vision-heads", type=int, default=16)
+    add_tower_options(parser)
+    add_text_options(parser)
     parser.add_argument("--video", action="store_true", help="documents are a video each")
     parser.add_argument("--answer", type=int, default=256, help="tokens with a loss of a video's")
     parser.add_argument("--frame-batch", type=int, default=64)
@@ -670,13 +621,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    cluster = _cluster.start()
-    try:
+    with _cluster.joined() as cluster:
         run(options, cluster)
-    finally:
-        if dist.is_initialized():
-            cluster.synchronize()
-        _cluster.stop()
 
 
 if __name__ == "__main__":

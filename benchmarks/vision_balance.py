@@ -467,11 +467,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    cluster = _cluster.start()
-    try:
+    with _cluster.joined() as cluster:
         run(options, cluster)
-    finally:
-        _cluster.stop()
 
 
 if __name__ == "__main__":

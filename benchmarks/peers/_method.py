@@ -46,13 +46,23 @@ class Method(ABC):
         """Why this method cannot run here, or None."""
         return None
 
+    def head_bound(self, case: Case, cluster: Cluster) -> float:
+        """Query heads of the busiest rank over the mean: what no balance of tokens can mend."""
+        return 1.0
+
     @abstractmethod
     def setup(self, case: Case, cluster: Cluster) -> Runner:
         """Prepare for one case; every rank calls it at the same point."""
 
 
 class Runner(ABC):
-    """One method bound to one case and this rank."""
+    """One method bound to one case and this rank.
+
+    Attributes:
+        time_share: What a call's time is multiplied by, where it does more than the rank's part.
+    """
+
+    time_share = 1.0
 
     def __init__(self, case: Case, cluster: Cluster) -> None:
         self.case = case

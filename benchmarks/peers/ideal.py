@@ -1,7 +1,8 @@
 """The ceiling: each device runs the kernel alone on H/R heads over the whole sequence.
 
 No communication, and all devices busy at once, since a loaded host and shared power slow them.
-Heads split evenly only, so the number of kv heads must divide by the number of ranks.
+Where kv heads do not split over the ranks, each device runs the query heads of one kv head, and the
+time counts by the share of H/R in them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Ideal(Method):
         self.kernel = kernel
         self.name = f"ideal_{kernel}"
         package = {"fa4": "flash-attn-4", "cpu": "torch"}.get(kernel, "torch")
-        self.about = About(kernel, "heads", package, shipped=True, limits="kv heads % ranks == 0")
+        self.about = About(kernel, "heads", package, shipped=True)
 
     def unavailable(self, case: Case, cluster: Cluster) -> str | None:
         if self.kernel == "cpu":
@@ -45,8 +46,6 @@ class Ideal(Method):
             return f"{self.kernel} needs a CUDA device"
         if self.kernel == "fa4" and not has_flash_attn_4():
             return "flash-attn-4 is not installed"
-        if case.kv_heads % cluster.world_size:
-            return f"{case.kv_heads} kv heads do not split over {cluster.world_size} ranks"
         return None
 
     def setup(self, case: Case, cluster: Cluster) -> Runner:
@@ -57,14 +56,18 @@ class _IdealRunner(Runner):
     def __init__(self, case: Case, cluster: Cluster, kernel: str) -> None:
         super().__init__(case, cluster)
         self.kernel = kernel
+        self.parts = (
+            cluster.world_size if case.kv_heads % cluster.world_size == 0 else case.kv_heads
+        )
+        self.time_share = self.parts / cluster.world_size
 
     def tokens(self) -> Tensor:
         return layout_tokens("heads", self.case.tokens, 0, 1)
 
     def heads(self) -> tuple[slice, slice]:
-        ranks, rank = self.cluster.world_size, self.cluster.rank
-        q, kv = self.case.heads // ranks, self.case.kv_heads // ranks
-        return slice(rank * q, (rank + 1) * q), slice(rank * kv, (rank + 1) * kv)
+        part = self.cluster.rank % self.parts
+        q, kv = self.case.heads // self.parts, self.case.kv_heads // self.parts
+        return slice(part * q, (part + 1) * q), slice(part * kv, (part + 1) * kv)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.kernel == "fa4":

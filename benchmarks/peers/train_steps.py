@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from benchmarks._cluster import Cluster
+from benchmarks._model import draw, text_config
 from benchmarks._results import Kind
 from benchmarks.peers._method import Layout, layout_tokens
 
@@ -53,11 +54,11 @@ class TextEngine:
     def build(self) -> Any:
         from transformers import Qwen2ForCausalLM
 
-        from benchmarks.train_step import made, text_config
-
         config = text_config(self.options)
         config._attn_implementation = "sdpa"
-        self.model = made(lambda: Qwen2ForCausalLM(config), self.options, self.cluster)
+        self.model = draw(
+            lambda: Qwen2ForCausalLM(config), self.cluster.device, self.options.dtype
+        ).train()
         return self.model
 
     def shard(self, tokens: int) -> None:

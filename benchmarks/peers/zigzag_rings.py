@@ -4,7 +4,8 @@ Both run their own algorithm, unchanged, over :mod:`benchmarks.peers.flash_attn_
 flash kernel as they would ship here, with cuDNN or flash-attn-4 to separate algorithm from kernel.
 
 ring-flash-attn 0.1.8 does not import beside Transformers 5 because of its Hugging Face adapter,
-which the ring does not use; the adapter is left out. yunchang at P ranks runs ulysses 1 x ring P.
+which the ring does not use; the adapter is left out. yunchang at P ranks runs Ulysses 2 x ring P/2
+where P is at least four, else Ulysses 1 x ring P.
 """
 
 from __future__ import annotations
@@ -55,21 +56,31 @@ class ZigzagRing(Method):
 
     def setup(self, case: Case, cluster: Cluster) -> Runner:
         flash_attn_shim.install()
-        build = _ring_flash_attn if self.package == "ring-flash-attn" else _yunchang
-        return _ZigzagRunner(case, cluster, self.kernel, build(cluster))
+        if self.package == "ring-flash-attn":
+            return _ZigzagRunner(case, cluster, self.kernel, _ring_flash_attn())
+        ulysses = 2 if cluster.world_size >= 4 and case.kv_heads % 2 == 0 else 1
+        return _ZigzagRunner(case, cluster, self.kernel, _yunchang(cluster, ulysses), ulysses)
 
 
 class _ZigzagRunner(Runner):
     def __init__(
-        self, case: Case, cluster: Cluster, kernel: str, call: Callable[..., Tensor]
+        self,
+        case: Case,
+        cluster: Cluster,
+        kernel: str,
+        call: Callable[..., Tensor],
+        ulysses: int = 1,
     ) -> None:
         super().__init__(case, cluster)
         self.kernel = kernel
+        self.ulysses = ulysses
         self.call = call
 
     def tokens(self) -> Tensor:
-        cluster = self.cluster
-        return layout_tokens("zigzag", self.case.tokens, cluster.rank, cluster.world_size)
+        ring_rank, part = divmod(self.cluster.rank, self.ulysses)
+        ring_size = self.cluster.world_size // self.ulysses
+        tokens = layout_tokens("zigzag", self.case.tokens, ring_rank, ring_size)
+        return tokens.chunk(self.ulysses)[part]
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -80,7 +91,7 @@ class _ZigzagRunner(Runner):
         return self.call(q, k, v, causal=True, softmax_scale=self.case.head_dim**-0.5)
 
 
-def _ring_flash_attn(cluster: Cluster) -> Callable[..., Tensor]:
+def _ring_flash_attn() -> Callable[..., Tensor]:
     if "ring_flash_attn" not in sys.modules:
         adapters = types.ModuleType("ring_flash_attn.adapters")
         adapters.substitute_hf_flash_attn = adapters.update_ring_flash_attn_params = None
@@ -90,15 +101,16 @@ def _ring_flash_attn(cluster: Cluster) -> Callable[..., Tensor]:
     return zigzag_ring_flash_attn_func
 
 
-def _yunchang(cluster: Cluster) -> Callable[..., Tensor]:
+def _yunchang(cluster: Cluster, ulysses: int) -> Callable[..., Tensor]:
     from yunchang import LongContextAttention, set_seq_parallel_pg
     from yunchang.globals import PROCESS_GROUP
     from yunchang.kernels import AttnType
 
+    ring = cluster.world_size // ulysses
     if PROCESS_GROUP.RING_PG is None or (
-        torch.distributed.get_world_size(PROCESS_GROUP.RING_PG) != cluster.world_size
+        torch.distributed.get_world_size(PROCESS_GROUP.RING_PG) != ring
     ):
-        set_seq_parallel_pg(1, cluster.world_size, cluster.rank, cluster.world_size)
+        set_seq_parallel_pg(ulysses, ring, cluster.rank, cluster.world_size)
     return LongContextAttention(ring_impl_type="zigzag", attn_type=AttnType.FA)
 
 
@@ -109,6 +121,7 @@ def zigzag_methods() -> list[Method]:
         ZigzagRing("ring-flash-attn", "fa4"),
         ZigzagRing("yunchang", "flash"),
         ZigzagRing("yunchang", "cudnn"),
+        ZigzagRing("yunchang", "fa4"),
         ZigzagRing("ring-flash-attn", "exact"),
         ZigzagRing("yunchang", "exact"),
     ]

@@ -7,13 +7,15 @@
 2. ``images``: a picture on a background, turned, cut and coloured its own way in each of some
    twenty views, as JPEG; a record is an album of many (``align.jsonl`` with captions,
    ``pretrain.jsonl`` with questions, some pictures together).
-3. ``short`` (2 to 32 frames, log-uniform), ``long`` (64 to 2,048, the same), ``longest`` (4,096 to
+3. ``short`` (2 to 32 frames, log-uniform), ``long`` (64 to 2,048, the same), ``longest`` (3,000 to
    6,000): shots of the film, each panned, mirrored and lit its own way, with pictures pasted at
    known times, encoded a frame every ``step_s`` seconds; the processor takes every frame.
-   Conversations have many turns.
+   Conversations have as many turns as the row has room for: a step costs what its frames cost, and
+   teaches what its answers say.
 4. ``needles``: pictures of the tiers a (trained), b (unseen pictures of trained names) and c
    (unseen names), and ``haystack.mp4`` of film that training never shows.
-5. ``text``: long logs and pages with facts hidden in them, asked for at the end.
+5. ``text``: long logs and pages with facts hidden in them, asked for at the end. ``log``: short
+   logs, in which finding a time by a word, and a word by its time, is learnt without pictures.
 
 Sets are cut into parts; a part is a file that appears when it is whole, so that whoever is
 interrupted goes on. Cost: some hundred frames a second and core.
@@ -43,12 +45,17 @@ from questions import IMAGE, Shown, clock, conversation
 SIDE, FRAME = 160, 224
 #: Samples of a set at full share, and how many a part has.
 SIZES = {
-    "images": (100000, 500),
-    "short": (9000, 60),
+    "images": (200000, 500),
+    "short": (12000, 60),
+    "log": (2400, 120),
     "text": (400, 10),
     "long": (900, 6),
-    "longest": (45, 1),
+    "longest": (90, 1),
 }
+#: Tokens of the rows that long videos must fit, as their stages say, and no more than so many of a
+#: frame and of a turn.
+ROWS = {"long": 57344, "longest": 147456}
+FRAME_TOKENS, TURN_TOKENS = 23, 32
 ALBUM = 20
 HAYSTACK = 6000
 #: Root mean square difference of thumbnails, in [0, 1], below which two pictures are twins.
@@ -434,21 +441,21 @@ def video_sample(store: Store, names: Names, kind: str, number: int, seed: int) 
         share = float(rng.choice((0.2, 0.6, 1.5)))
         # To 100 minutes, so that all times of the longest videos are read here already.
         step_s = float(rng.choice((1, 1, 1, 2, 3, 5, 7, 13, 29, 61, 180)))
-        turns = 16
+        turns, at = 16, 0.5
     else:
         num_frames = round(2 ** float(rng.uniform(6, 11)))
         if kind == "longest":
-            num_frames = int(rng.integers(4096, HAYSTACK + 1))
-        share = float(rng.choice((0.008, 0.05, 0.2) if kind == "long" else (0.005, 0.02, 0.05)))
+            num_frames = int(rng.integers(3000, HAYSTACK + 1))
+        share = float(rng.choice((0.04, 0.3, 0.8) if kind == "long" else (0.02, 0.12, 0.3)))
         steps = (1, 1, 1, 2) if num_frames > 1024 else (1, 1, 1, 2, 3, 5)
         step_s = 1.0 if kind == "longest" else float(rng.choice(steps))
-        turns = 160 if kind == "long" else 320
+        turns, at = (ROWS[kind] - FRAME_TOKENS * num_frames) // TURN_TOKENS - 20, 0.65
     shown = place(names, num_frames, rng, share=share)
     if not shown:
         picture = names.picture(rng)
         shown = [Shown(0, 1, picture, store.name(picture))]
     pairs = conversation(
-        shown, num_frames, step_s, rng, turns=turns, absent=lambda: names.absent(rng)
+        shown, num_frames, step_s, rng, turns=turns, absent=lambda: names.absent(rng), at=at
     )
     return {
         "num_frames": num_frames, "step_s": step_s, "shown": shown, "pairs": pairs,
@@ -557,22 +564,42 @@ def albums(items: list[dict[str, Any]], seed: int) -> dict[str, list[Any]]:
 FRUITS = ("mango", "plum", "fig", "lime", "pear", "kiwi", "grape", "peach", "lemon", "melon")
 
 
-def draw_text(store: Store, items: range, seed: int, pages: Sequence[str]) -> list[Any]:
-    """Write long texts with facts in them: a log of times and words, or pages with secrets."""
+def draw_text(store: Store, kind: str, items: range, seed: int, pages: Sequence[str]) -> list[Any]:
+    """Write texts with facts in them: a log of times and words, or pages with secrets.
+
+    Args:
+        store: Gives words.
+        kind: ``text``, to some hundred thousand tokens, or ``log``, to a thousand and never pages.
+        items: Which of its set.
+        seed: Seed of all data.
+        pages: Texts to hide secrets in.
+    """
     names, records = sorted(store.by_name()), []
     for number in items:
-        rng = np.random.default_rng([seed, number, 13])
-        tokens = 2 ** float(rng.uniform(10, 16.6))
+        rng = np.random.default_rng([seed, number, 13 if kind == "text" else 19])
+        tokens = 2 ** float(rng.uniform(10, 16.6) if kind == "text" else rng.uniform(5, 10))
         pairs: list[tuple[str, str]] = []
-        if rng.random() < 0.6 or not pages:
+        if kind == "log" or rng.random() < 0.6 or not pages:
             count = int(tokens / 11)
-            words = [names[int(i)] for i in rng.integers(len(names), size=count)]
-            text = "\n".join(f"{clock(k)} {word}" for k, word in enumerate(words))
-            for k in rng.integers(count, size=24):
-                if rng.random() < 0.7:
-                    pairs.append((f"What is written at {clock(k)}?", words[k]))
+            words = [names[int(i)] for i in rng.permutation(len(names))[:count]]
+            if len(words) < count:
+                # More lines than names: two names a line, so that nearly each is there once.
+                count = int(tokens / 14)
+                picked = rng.integers(len(names), size=(count, 2))
+                words = [f"{names[int(a)]} {names[int(b)]}" for a, b in picked]
+            first, step = 0, 1
+            if kind == "log":
+                # All times of the longest videos, as in short ones.
+                step = int(rng.choice((1, 1, 2, 5, 17, 61)))
+                first = int(rng.integers(max(1, HAYSTACK - step * count)))
+            times = [clock(first + step * k) for k in range(count)]
+            text = "\n".join(f"{time} {word}" for time, word in zip(times, words, strict=True))
+            # None is asked for by both, or one answer would give the other away.
+            for k in rng.permutation(count)[: min(120, max(24, count // 8))]:
+                if rng.random() < 0.5:
+                    pairs.append((f"What is written at {times[k]}?", words[k]))
                 elif words.count(words[k]) == 1:
-                    pairs.append((f"When is {words[k]} written?", clock(k)))
+                    pairs.append((f"When is {words[k]} written?", times[k]))
         else:
             size, lines = int(4 * tokens), []
             while size > 0:
@@ -580,7 +607,7 @@ def draw_text(store: Store, items: range, seed: int, pages: Sequence[str]) -> li
                 start = int(rng.integers(max(1, len(page) - 2000)))
                 lines += page[start : start + size].split("\n")
                 size -= len(page) - start
-            for name in rng.choice(names, min(12, len(names)), replace=False):
+            for name in rng.choice(names, min(40, len(names)), replace=False):
                 fruit = str(rng.choice(FRUITS))
                 lines.insert(
                     int(rng.integers(len(lines) + 1)), f"The secret fruit of the {name} is {fruit}."
@@ -589,7 +616,7 @@ def draw_text(store: Store, items: range, seed: int, pages: Sequence[str]) -> li
             text = "\n".join(lines)
         pairs = list(dict(pairs).items())
         pairs[0] = (f"{text}\n\n{pairs[0][0]}", pairs[0][1])
-        records.append(record(f"text-{number:05d}", pairs))
+        records.append(record(f"{kind}-{number:05d}", pairs))
     return records
 
 
@@ -664,8 +691,8 @@ def draw_part(
     store, items = _store(prepared, out, limit), range(start, stop)
     if kind == "images":
         records = draw_images(store, items, out, seed)
-    elif kind == "text":
-        records = draw_text(store, items, seed, _pages(pages))
+    elif kind in ("text", "log"):
+        records = draw_text(store, kind, items, seed, _pages(pages if kind == "text" else None))
     else:
         records = draw_videos(store, kind, items, out, seed)
     with _whole(path) as part:
@@ -694,7 +721,7 @@ def draw(
     Args:
         prepared: What ``prepare.py`` wrote.
         out: Folder of the data.
-        sets: Which of ``images``, ``short``, ``long``, ``text`` and ``needles``.
+        sets: Which of ``images``, ``short``, ``log``, ``text``, ``long``, ``longest``, ``needles``.
         share: Share of each set's full size.
         seed: Seed of all of it.
         processes: Processes that draw.

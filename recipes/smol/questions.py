@@ -75,6 +75,7 @@ def conversation(
     *,
     turns: int,
     absent: Callable[[], str],
+    at: float = 0.5,
 ) -> list[tuple[str, str]]:
     """Draw questions about a video, with their answers.
 
@@ -85,6 +86,7 @@ def conversation(
         rng: Chance.
         turns: Most questions.
         absent: Gives a name; those that appear are passed over here.
+        at: Share of the pictures that are asked for by their time; most others for their time.
 
     Returns:
         Pairs; none twice.
@@ -98,14 +100,14 @@ def conversation(
     pairs: list[tuple[str, str]] = []
     for each in (shown[i] for i in rng.permutation(len(shown))):
         kind = rng.random()
-        if kind < 0.5:
+        if kind < at:
             k = each.start + int(rng.integers(each.length))
             if single(k):
                 pairs.append((_say(rng, AT, t=times[k]), each.name))
         elif names.count(each.name) == 1:
-            if kind < 0.93 and single(each.start):
+            if kind < 1 - 0.14 * (1 - at) and single(each.start):
                 pairs.append((_say(rng, WHEN, name=each.name), times[each.start]))
-            elif kind >= 0.93:
+            elif kind >= 1 - 0.14 * (1 - at):
                 pairs.append((_say(rng, THERE, a_name=with_article(each.name)), "yes"))
         else:
             pairs.append((_say(rng, TIMES, name=each.name), str(names.count(each.name))))

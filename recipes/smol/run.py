@@ -79,22 +79,29 @@ _CONTEXT = "context={rope_theta: 1975901.0, max_position_embeddings: 147456}"
 TRAINING = (
     Part("align", "align", "align", "base", ("images",)),
     Part("pretrain", "pretrain", "pretrain", "align", ("images",)),
-    Part("sft", "sft", "sft", "pretrain", ("images", "short")),
-    Part("extend", "extend-64k", "extend", "sft", ("text",)),
+    Part("sft", "sft", "sft", "pretrain", ("images", "short", "log")),
+    Part("extend", "extend-64k", "extend", "sft", ("images", "short", "text")),
     Part("long", "long-sft-2048", "long", "extend", ("short", "long")),
     Part("longest", "long-sft-2048", "longest", "long", ("long", "longest")),
     # Half the steps: the order of the paper, without stage 4, and stage 4 last.
-    Part("half-extend", "extend-64k", "extend", "sft", ("text",), half=True),
+    Part("half-extend", "extend-64k", "extend", "sft", ("images", "short", "text"), half=True),
     Part("half-long", "long-sft-2048", "long", "half-extend", ("short", "long"), half=True),
     Part("direct-long", "long-sft-2048", "long", "sft", ("short", "long"), (_CONTEXT,), half=True),
-    Part("last-extend", "extend-64k", "extend", "direct-long", ("text",), half=True),
+    Part(
+        "last-extend",
+        "extend-64k",
+        "extend",
+        "direct-long",
+        ("images", "short", "text"),
+        half=True,
+    ),
 )
 EVALUATED = ("sft", "extend", "longest")
 ABLATED = ("half-long", "direct-long", "last-extend")
 MAIN = (
-    "base", "draw-images", "align", "pretrain", "draw-short", "sft", "draw-needles", "eval-sft",
-    "draw-text", "extend", "eval-extend", "draw-long", "long", "draw-longest", "longest",
-    "eval-longest",
+    "base", "draw-images", "align", "pretrain", "draw-short", "draw-log", "sft", "draw-needles",
+    "eval-sft", "draw-text", "extend", "eval-extend", "draw-long", "long", "draw-longest",
+    "longest", "eval-longest",
 )  # fmt: skip
 ABLATIONS = (
     *(part.name for part in TRAINING if part.half),
@@ -253,13 +260,16 @@ class Runner:
                          "options": {"placing": "in_place"}},
             **{
                 name: {"adapter": "llava", "path": f"{name}.jsonl", "media_dir": "."}
-                for name in ("short", "long", "longest", "text")
+                for name in ("short", "long", "longest", "log", "text")
             },
             "rows": {"adapter": "tokens", "path": "rows"},
         }  # fmt: skip
         there = {name: each for name, each in known.items() if (self.data / each["path"]).exists()}
         out = self.data / "sets.json"
-        out.write_text(json.dumps({"datasets": there}, indent=1))
+        # Another part may be reading it.
+        partial = self.data / f".sets.{os.getpid()}"
+        partial.write_text(json.dumps({"datasets": there}, indent=1))
+        os.replace(partial, out)
         return out
 
     def write_delta(self, trained: Path, path: Path) -> None:
@@ -299,7 +309,7 @@ class Runner:
 
     def draw_ahead(self) -> None:
         """Begin to draw all sets in another process."""
-        sets = ("images", "short", "needles", "text", "long", "longest")
+        sets = ("images", "short", "log", "needles", "text", "long", "longest")
         command = [sys.executable, str(HERE / "run.py"), *sys.argv[1:]]
         command[command.index("--ahead")] = "--drawing"
         # The last one of an option counts.

@@ -26,9 +26,10 @@ from longvila.model.delta import read_delta, read_delta_metadata, save_delta
 
 HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "src" / "longvila" / "assets"
-LIMIT_MB = 20.0
+LIMIT_MB = 40.0
 #: How the model is shown videos where nobody says otherwise: as many frames as stage 3 showed it.
-VIDEO = {"short": "all", "fps": 1.0, "num_frames": 32}
+#: A delta of stage 5 may say more (``--num-frames``).
+VIDEO: dict[str, Any] = {"short": "all", "fps": 1.0, "num_frames": 32}
 
 
 def read_split(name: str) -> dict[str, str]:
@@ -75,13 +76,20 @@ def ship_pictures(sources: Path) -> None:
     print(f"{len(entries)} pictures, {len(names)} names")
 
 
-def ship_delta(source: Path, target: Path, *, limit_mb: float = LIMIT_MB) -> dict[str, Any]:
+def ship_delta(
+    source: Path,
+    target: Path,
+    *,
+    limit_mb: float = LIMIT_MB,
+    num_frames: int = VIDEO["num_frames"],
+) -> dict[str, Any]:
     """Store a delta in eight bits.
 
     Args:
         source: What ``run.py`` wrote.
         target: The file to make.
         limit_mb: Its largest size.
+        num_frames: Most frames of a video where nobody says otherwise.
 
     Returns:
         ``size_mb``, and ``rounding_max`` and ``rounding_mean``: the changed share (Frobenius norm)
@@ -94,7 +102,7 @@ def ship_delta(source: Path, target: Path, *, limit_mb: float = LIMIT_MB) -> dic
     init = metadata.pop("init")
     metadata.pop("format")
     notes = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
-    notes["video_processor"] = json.dumps(VIDEO)
+    notes["video_processor"] = json.dumps({**VIDEO, "num_frames": num_frames})
     partial = target.with_name(f".{target.name}")
     save_delta(delta, partial, init=init, dtype=torch.int8, **notes)
     errors = list(rounding(delta, read_delta(partial)).values())
@@ -133,12 +141,16 @@ def main() -> None:
     parser.add_argument("sources", type=Path, nargs="?", help="write the pictures anew, from here")
     parser.add_argument("--delta", type=Path, help="ship this delta")
     parser.add_argument("--limit-mb", type=float, default=LIMIT_MB)
+    parser.add_argument(
+        "--num-frames", type=int, default=VIDEO["num_frames"],
+        help="most frames of a video where nobody says otherwise",
+    )  # fmt: skip
     args = parser.parse_args()
     if args.sources is not None:
         ship_pictures(args.sources)
     if args.delta is not None:
         target = ASSETS / "smol-delta.safetensors"
-        found = ship_delta(args.delta, target, limit_mb=args.limit_mb)
+        found = ship_delta(args.delta, target, limit_mb=args.limit_mb, num_frames=args.num_frames)
         print(
             f"delta: {found['size_mb']:.2f} MB; eight bits change {found['rounding_mean']:.2%} of "
             f"an update on average, {found['rounding_max']:.2%} at most"

@@ -296,3 +296,29 @@ def test_strided_inputs() -> None:
             for a, b in ((out, expected), (lse, expected_lse), (actual, gradient))
         ]
         assert max(errors) < LIMIT, f"{backend}: {errors}"
+
+
+@pytest.mark.parametrize("backend", ["fa4"])
+def test_the_last_heads_of_a_float32_sum_beyond_two_gib(backend: str) -> None:
+    """As large as what a rank of four sums dQ in for a million tokens: 3.5 GiB in float32."""
+    tokens, heads, kv_heads, dim = 65536, 112, 16, 128
+    skip_unless_served(backend, Case((tokens,), (tokens,), (heads, kv_heads), dim, causal=True))
+    generator = torch.Generator("cuda").manual_seed(5)
+
+    def draw(n: int) -> Tensor:
+        x = torch.empty((1, tokens, n, dim), dtype=torch.bfloat16, device="cuda")
+        return x.normal_(generator=generator)
+
+    q, k, v, dout = draw(heads), draw(kv_heads), draw(kv_heads), draw(heads)
+    options: dict[str, Any] = {"causal": True, "backend": backend}
+    whole = attention_forward(q, k, v, **options)
+    grads = attention_backward(dout, q, k, v, *whole, **options)
+    group = heads // kv_heads
+    for kv in (0, kv_heads // 2 - 1, kv_heads - 1):
+        own, one = slice(kv * group, (kv + 1) * group), slice(kv, kv + 1)
+        parts = [x[:, :, at].contiguous() for x, at in ((q, own), (k, one), (v, one), (dout, own))]
+        out, lse = attention_forward(*parts[:3], **options)
+        alone = attention_backward(parts[3], *parts[:3], out, lse, **options)
+        assert relative_error(whole[0][:, :, own], out) < LIMIT
+        for found, wanted, at in zip(grads, alone, (own, one, one), strict=True):
+            assert relative_error(found[:, :, at], wanted) < LIMIT

@@ -4,15 +4,18 @@ Examples:
     longvila serve --model CHECKPOINT
     longvila serve --model CHECKPOINT --root /data/videos --port 8080
     longvila serve --model CHECKPOINT --host 0.0.0.0 --key-file keys.txt --host-names gpu7 --http
+    longvila serve --model CHECKPOINT --gpus 8
 
 Requests may carry media as data: URIs. Files are read only below a --root, addresses are fetched
 only with --http, and then only public ones. The server listens on this machine alone unless --host
-says otherwise; then give out keys.
+says otherwise; then give out keys. With several GPUs each reads its part of every prompt and keeps
+its part of the caches; the answers are those of one.
 """
 
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -27,6 +30,7 @@ from longvila.packaged import default_model
 if TYPE_CHECKING:
     from longvila.inference.serving.app import Server
     from longvila.inference.serving.settings import Settings
+    from longvila.inference.workers import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +111,8 @@ class Options:
     """Decoded frames that are kept."""
     limits: Bounds = field(default_factory=Bounds)
     """Limits on requests."""
+    gpus: int = 1
+    """GPUs (with --device cpu: processes) that share the work; torchrun's count instead."""
     device: str = "auto"
     """Where the model runs, as torch names it; auto is the first GPU, or the CPU."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -134,7 +140,8 @@ def serve(
     Args:
         options: Of the command line.
         page: Whether the page is served too.
-        ready: Called with the server's address once it listens.
+        ready: Called with the server's address once it listens; with several ranks a function of a
+            module.
 
     Returns:
         The exit status.
@@ -142,19 +149,82 @@ def serve(
     Raises:
         LongVILAError: If the server cannot start.
     """
+    from longvila.cli.ask import find_device, run_over_ranks
+
     try:
         import fastapi  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as fault:
         raise LongVILAError(
             f"the server needs {fault.name}: pip install 'longvila[serve]'"
         ) from fault
-    listener = listen(options.host, options.port)
+    if options.gpus < 1:
+        raise LongVILAError(f"--gpus must be at least 1, got {options.gpus}")
+    device = find_device(options.device)
+    return run_over_ranks(run, (options, page, ready), size=options.gpus, device=device)
+
+
+def run(ranks: Ranks, argument: tuple[Options, bool, Callable[[str], None]]) -> int:
+    """Serve on the first rank; the others do as it says.
+
+    Args:
+        ranks: This process among those that share the work.
+        argument: Options, whether the page is served, and what to call with the address.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        RanksLostError: If the ranks could not go on together.
+    """
+    from longvila.inference.leading import Leader, control_group, follow
+
+    options, page, ready = argument
+    listener = ranks.together(
+        lambda: listen(options.host, options.port) if ranks.is_first else None
+    )
     try:
-        server = build(options, page=page)
-    except BaseException:
-        listener.close()
-        raise
+        engine, processor = open_engine(options, ranks)
+        kv = min(ranks.gather(kv_bytes(options, engine.model)))
+        if ranks.size == 1:
+            run_server(options, listener, build(options, engine, processor, kv, page=page), ready)
+            return 0
+        group = control_group()
+        if not ranks.is_first:
+            # Signals are the first rank's; what ends it ends the others.
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, signal.SIG_IGN)
+            follow(engine, group)
+            return 0
+        leader = Leader(engine, group)
+        server = build(options, leader, processor, kv, page=page, on_close=leader.close)
+        run_server(options, listener, server, ready, leader=leader)
+        leader.check()
+        return 0
+    finally:
+        if listener is not None:
+            listener.close()
+
+
+def run_server(
+    options: Options,
+    listener: socket.socket,
+    server: Server,
+    ready: Callable[[str], None],
+    *,
+    leader: Any = None,
+) -> None:
+    """Answer requests until interrupted, or until ranks have lost each other.
+
+    Args:
+        options: Of the command line.
+        listener: A socket that listens.
+        server: Closed at the end.
+        ready: Called with the server's address.
+        leader: Of several ranks.
+    """
+    import uvicorn
+
     limits = server.settings.limits
     config = uvicorn.Config(
         server.app,
@@ -167,14 +237,14 @@ def serve(
     shown = f"[{options.host}]" if ":" in options.host else options.host
     address = f"http://{shown}:{listener.getsockname()[1]}"
     running = uvicorn.Server(config)
+    if leader is not None:
+        leader.on_lost = lambda: setattr(running, "should_exit", True)
     print(f"{server.settings.name} is served at {address}/v1", file=sys.stderr, flush=True)
     ready(address)
     try:
         running.run(sockets=[listener])
     finally:
         server.close()
-        listener.close()
-    return 0
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -198,50 +268,64 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def build(options: Options, *, page: bool) -> Server:
-    """Load the model and put the server together.
+def build(
+    options: Options,
+    engine: Any,
+    processor: Any,
+    kv: int,
+    *,
+    page: bool,
+    on_close: Callable[[], None] = lambda: None,
+) -> Server:
+    """Put the server together.
 
     Args:
         options: Of the command line.
+        engine: The model's engine.
+        processor: Its processor.
+        kv: Bytes for keys and values.
         page: Whether the page is served too.
+        on_close: Called when the model's thread has stopped.
 
     Returns:
         The server, its model's thread running.
 
     Raises:
-        CheckpointError: If there is no such checkpoint.
         LongVILAError: If an option does not do.
     """
-    from longvila.inference.engine import Engine
     from longvila.inference.serving.app import Server
 
-    model, processor = load_model(options)
     try:
-        settings = to_settings(options, kv_bytes(options, model), page=page)
-        return Server(Engine(model), processor, settings)
+        return Server(engine, processor, to_settings(options, kv, page=page), on_close=on_close)
     except ValueError as fault:
         raise LongVILAError(str(fault)) from fault
 
 
-def load_model(options: Options) -> tuple[Any, Any]:
-    """Load the model and its processor.
+def open_engine(options: Options, ranks: Ranks) -> tuple[Any, Any]:
+    """Load the model on this rank.
+
+    Args:
+        options: Of the command line.
+        ranks: Where this process computes, and with whom.
+
+    Returns:
+        Its engine and its processor.
 
     Raises:
         CheckpointError: If there is no such checkpoint.
     """
     from transformers.utils import logging as transformers_logging
 
-    from longvila.cli.ask import find_device
+    from longvila.inference.engine import Engine
     from longvila.model.opening import open_checkpoint
 
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not ranks.is_first:
         transformers_logging.disable_progress_bar()
-    return open_checkpoint(
-        options.model or str(default_model()),
-        device=find_device(options.device),
-        dtype=options.dtype,
-        label="--model",
+    source = options.model or str(default_model())
+    model, processor = ranks.together(
+        lambda: open_checkpoint(source, device=ranks.device, dtype=options.dtype, label="--model")
     )
+    return Engine(model, ranks.mesh(model.config.get_text_config())), processor
 
 
 def to_settings(options: Options, kv: int, *, page: bool) -> Settings:

@@ -11,6 +11,7 @@ it, see the frames that the model sees, ask, and follow the times in its answers
 
 from __future__ import annotations
 
+import functools
 import threading
 import webbrowser
 from dataclasses import dataclass
@@ -38,11 +39,17 @@ def main(argv: list[str]) -> int:
         The exit status.
     """
     options = parse(Options, argv, "ui", __doc__, flag_pairs=False)
+    return serve(options, page=True, ready=functools.partial(show, browser=options.browser))
 
-    def ready(address: str) -> None:
-        print(f"the page is at {address}/", flush=True)
-        if options.browser:
-            # A browser may keep its starter waiting.
-            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
-    return serve(options, page=True, ready=ready)
+def show(address: str, *, browser: bool) -> None:
+    """Say where the page is, and open it.
+
+    Args:
+        address: Of the server.
+        browser: Whether to open it.
+    """
+    print(f"the page is at {address}/", flush=True)
+    if browser:
+        # A browser may keep its starter waiting.
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()

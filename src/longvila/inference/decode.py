@@ -47,7 +47,7 @@ from longvila.inference.static_step import StaticSteps
 from longvila.log import log_once
 from longvila.ops.attention import attention_forward
 from longvila.ops.decode import MAX_NEW_TOKENS, decode_attention, decode_refusal
-from longvila.ops.lse import merge, merge_many
+from longvila.ops.lse import merge, merge_into, merge_many
 from longvila.parallel.families import Family
 from longvila.parallel.hf_attention import NAME, AttentionStep, check_calls, sentinel_mask
 
@@ -243,8 +243,15 @@ def _attend_pieces(
     q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], piece_tokens: int
 ) -> tuple[Tensor, Tensor]:
     pieces = zip(k.split(piece_tokens, dim=1), v.split(piece_tokens, dim=1), strict=True)
-    results = [attention_forward(q, *piece, causal=False, **options) for piece in pieces]
-    return results[0] if len(results) == 1 else merge_many(*zip(*results, strict=True))
+    results = (attention_forward(q, *piece, causal=False, **options) for piece in pieces)
+    total = next(results)
+    # Merged as they come: a list of them would grow with the segment.
+    for number, part in enumerate(results):
+        if number == 0:
+            total = merge(*total, *part)
+        else:
+            merge_into(*total, *part)
+    return total
 
 
 def _attend_chunks(

@@ -41,6 +41,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 from longvila.errors import ContextLengthError
 from longvila.inference.cache import ShardedCache
 from longvila.inference.decode import CacheForward, FirstRankDecides, set_attention
+from longvila.inference.forks import fork_first
 from longvila.inference.frames import FrameSource
 from longvila.inference.inputs import append_ids, pad_rows, whole_row
 from longvila.inference.paging import Pager
@@ -65,7 +66,7 @@ class CacheEngine(Protocol):
         """Read a prompt."""
         ...
 
-    def fork(self, cache: ShardedCache) -> ShardedCache:
+    def fork(self, cache: ShardedCache, *, tokens: int | None = None) -> ShardedCache:
         """Return a cache that begins alike."""
         ...
 
@@ -288,15 +289,14 @@ class Engine:
         append_ids(cache, ids.to(self._device))
         return cache
 
-    def fork(self, cache: ShardedCache) -> ShardedCache:
-        """Return a cache that begins with the same tokens, by reference.
+    def fork(self, cache: ShardedCache, *, tokens: int | None = None) -> ShardedCache:
+        """Return a cache that begins with the same tokens, all or so many, by reference.
 
         Args:
             cache: Stays usable; what it holds is shared from now on.
-
-        Comm: None.
+            tokens: As for `longvila.inference.forks.fork_first`.
         """
-        return cache.fork()
+        return fork_first(cache, tokens)
 
     @torch.no_grad()
     def decode(self, cache: ShardedCache, ids: Tensor | Sequence[Tensor]) -> Tensor:

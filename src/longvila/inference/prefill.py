@@ -18,8 +18,8 @@ layout, attention over all ranks. Each layer leaves the keys and values of the r
 shard; nothing is moved afterwards. Causal work is as balanced as the layout. The rank that holds
 the last token computes its logits and broadcasts them.
 
-Neither fits a rank whose share of the activations of one pass does not fit; prefill over ranks is
-not chunked. Families whose rows feed deeper layers too are not read in chunks.
+A prompt whose share of a rank is longer than a chunk, or whose frames are streamed, is read over
+ranks a chunk at a time (`longvila.inference.ranks`).
 
 Letters: S tokens of the prompt, N rows, M model dim, F frames, V vocabulary.
 """

@@ -82,6 +82,16 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value on every rank.
+
+        Comm: One all-gather of an object.
+        """
+        found: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
     def together(self, work: Callable[[], Any]) -> Any:
         """Do something on every rank, and raise on all of them if it fails on one.
 

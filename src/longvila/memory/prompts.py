@@ -1,11 +1,12 @@
 """Memory and time of reading a long prompt and answering it, on a rank.
 
-One process reads in chunks, each over the cache of the chunks before it; several read their own
-tokens at once (`longvila.inference.prefill`). Moments:
+One process reads in chunks, each over the cache of the chunks before it; several deal each chunk,
+and queries visit the keys of all (`longvila.inference.prefill`, `longvila.inference.ranks`).
+Moments:
 
-    tower     weights, the rows of a micro-batch's frames, its activations
+    tower     weights, the cache, the rows of a micro-batch's frames, its activations
     layers    weights, the cache, the widest point of a layer: three tensors of its MLP's width, or
-              q, k, v and out with their exchange
+              q, k, v and partial results, on several ranks those of the whole chunk
     answer    weights, the cache, the logits of a position
 
 The model is whole on every rank, in the type it was loaded in. Decoding a token reads the weights
@@ -13,8 +14,8 @@ and this rank's cache once, whatever else it does; that bound is what is given.
 
 What it does not count: several prompts at once, copies of a tail that grows.
 
-Letters: S tokens, L tokens of a rank (or of a chunk), M model dim, I MLP dim, H query heads, K kv
-heads, D head dim, V vocabulary.
+Letters: S tokens, L tokens of a rank in a chunk, C those of all R ranks, M model dim, I MLP dim, H
+query heads, K kv heads, D head dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from longvila.memory.activations import exchanged_kv_heads
-from longvila.memory.estimate import Peak
+from longvila.memory.estimate import LIBRARY_BYTES, Peak
 from longvila.memory.operations import Load, forward_operations
 from longvila.memory.rates import Gpu
 from longvila.memory.settings import Ranks
-from longvila.memory.sizes import ModelSize
-from longvila.memory.timing import Links, elementwise_bytes, head_imbalance
+from longvila.memory.sizes import ModelSize, TextSize
+from longvila.memory.timing import Links, elementwise_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,7 @@ def prompt_peak(
     chunk_tokens: int = 8192,
     compute_bytes: int = 2,
     offload_bytes: int = 0,
+    library_bytes: float = LIBRARY_BYTES,
 ) -> Peak:
     """Predict the most memory that a rank needs to read a prompt and answer.
 
@@ -74,9 +75,10 @@ def prompt_peak(
         size: The model.
         load: The prompt; its targets are not looked at.
         ranks: How it is dealt; one rank if None.
-        chunk_tokens: Tokens read at once on one rank.
+        chunk_tokens: Tokens of a rank that are read at once.
         compute_bytes: Bytes of a weight and of an activation.
         offload_bytes: Host memory of a rank that older parts of the cache may take.
+        library_bytes: What libraries keep allocated on the device.
 
     Returns:
         The moments.
@@ -84,43 +86,66 @@ def prompt_peak(
     ranks = ranks or Ranks()
     text, tower, c = size.text, size.tower, compute_bytes
     local = ranks.local_tokens(load.tokens)
-    rows = min(chunk_tokens, local) if ranks.sp == 1 else local
+    rows = min(chunk_tokens, local)
     cache = cache_bytes(size, local, compute_bytes=c)
     host = min(float(offload_bytes), cache)
-    base = {"parameters": float(c * size.parameters)}
-    kept = {"keys and values": cache - host}
+    base = {
+        "parameters": float(c * size.parameters),
+        "keys and values": cache - host,
+        "workspaces of libraries": library_bytes,
+    }
     moments: dict[str, dict[str, float]] = {}
     frames = ranks.local_frames(load.frames) if tower is not None else 0
     media = 0.0
     if tower is not None and frames:
         call = min(tower.frames_per_call or frames, frames)
-        # One rank drops rows as soon as they are in an embedding; ranks encode all theirs first.
-        held = call if ranks.sp == 1 else frames
+        held = call
+        if ranks.sp > 1:
+            # Rows of all frames of a chunk exist before they are exchanged.
+            held = min(frames, max(call, -(-rows // max(tower.tokens, 1))))
         media = float(c * held * tower.rows * text.width)
-        pixels = c * tower.pixels * (call if ranks.sp == 1 else frames)
         wide = c * tower.patches * (2.0 * tower.mlp_width + 3.0 * tower.width)
-        own = {"tower": call * wide, "media rows": 2 * media, "pixels": float(pixels)}
-        moments["tower"] = {**base, **(kept if ranks.sp == 1 else {}), **own}
+        moments["tower"] = {
+            **base,
+            "tower": call * wide,
+            "media rows": 2 * media,
+            "pixels": float(c * call * tower.pixels),
+        }
     hidden = rows * text.width
     mlp = c * (3.0 * text.mlp_width * rows + 2 * hidden)
     norm = (2 * 4.0 + c) * hidden
-    kv = exchanged_kv_heads(text, ranks.ulysses)
-    heads = c * rows * text.head_dim * (3.0 * text.heads + 2 * text.kv_heads)
-    if ranks.ulysses > 1:
-        heads += 2 * c * rows * text.head_dim * (text.heads + 2 * kv)
-    if ranks.ring > 1:
-        blocks = ranks.ring if ranks.kv_exchange == "gather" else 3
-        heads += 2 * c * kv * text.head_dim * rows * blocks
-    layer = max(mlp, norm, heads)
     moments["layers"] = {
         **base,
-        **kept,
-        "hidden states": float(2 * c * hidden),
-        "one layer": layer,
+        "hidden states": float(3 * c * hidden),
+        "one layer": max(mlp, norm, _attention_bytes(text, rows, ranks.sp, c)),
         "media rows": media,
     }
-    moments["answer"] = {**base, **kept, "logits": 4.0 * text.vocabulary}
+    moments["answer"] = {**base, "logits": 4.0 * text.vocabulary}
     return Peak(moments=moments, host_bytes=host)
+
+
+def _attention_bytes(text: TextSize, rows: int, ranks: int, c: int) -> float:
+    """The widest point of a layer's attention over a long past.
+
+    Args:
+        text: The text model.
+        rows: L.
+        ranks: R.
+        c: Bytes of an activation.
+    """
+    heads, kv = text.heads * text.head_dim, 2 * text.kv_heads * text.head_dim
+    own = c * rows * (heads + kv)
+    if ranks == 1:
+        # Results over the past and over the chunk itself, and both merged, in float32.
+        return own + rows * heads * (2 * c + 2 * 4.0)
+    chunk = rows * ranks
+    return (
+        own
+        + c * (rows + chunk) * (heads + kv)  # packed, and gathered
+        + chunk * heads * (c + 4.0)  # queries that visit, and their results
+        + chunk * 2 * 4.0 * (heads + text.heads)  # results and lse on their way, and arrived
+        + (chunk + 2 * rows) * heads * 4.0  # weighted, added up, divided
+    )
 
 
 def prompt_time(
@@ -150,16 +175,17 @@ def prompt_time(
     kernel, note = gpu.attention_rates(backend)
     local = ranks.local_tokens(load.tokens)
     forward, _ = elementwise_bytes(text, compute_bytes)
-    u = ranks.ulysses
-    kv = exchanged_kv_heads(text, u)
-    number = compute_bytes * text.head_dim * 2 * (text.heads + kv) * local * (u - 1) / u
-    across = u > ranks.per_node
+    # A chunk's q, k, v go to everyone, partial results of its queries come back.
+    gathered = compute_bytes * text.head_dim * (text.heads + 2 * text.kv_heads)
+    visited = 4.0 * text.heads * (text.head_dim + 1)
+    moved = text.layers * local * (sp - 1) * (gathered + visited)
+    across = sp > ranks.per_node
     parts = {
         "tower and projector": (counts["tower"] + counts["projector"]) / gpu.tower / sp,
         "text matrices": counts["text_matrices"] / gpu.matrices[0] / sp,
-        "attention": counts["attention"] / kernel[0] / sp * head_imbalance(text.heads, u),
+        "attention": counts["attention"] / kernel[0] / sp,
         "elementwise": forward * local * text.layers / gpu.memory_rate,
-        "heads exchanged": text.layers * number / (links.rate if across else gpu.all_to_all),
+        "queries sent": moved / (links.rate if across else gpu.all_to_all),
     }
     read = float(compute_bytes * size.text.parameters)
     read += cache_bytes(size, local, compute_bytes=compute_bytes)

@@ -82,12 +82,35 @@ def test_links_are_measured(rank: Rank) -> None:
     (row,) = measure_links(_cluster.start(), (1,))
     assert row["message_mib"] == 1
     assert all(row[f"{name}_gb_per_s"] > 0 for name in ("all_to_all", "all_gather", "ring"))
+    assert row["between"] == "all ranks"
+
+
+@ranks(4)
+def test_links_inside_and_across_emulated_hosts(rank: Rank) -> None:
+    cluster = _cluster.start(emulate_hosts=2)
+    rows = measure_links(cluster, (1,))
+    assert [row["between"] for row in rows] == ["all ranks", "inside a host", "across hosts"]
+    assert all(row["ring_gb_per_s"] > 0 for row in rows)
+    assert cluster.ranks_per_host == 2
+
+
+def test_a_kernel_alone_counts_by_its_share_of_heads() -> None:
+    cluster = _cluster.Cluster(3, 4, torch.device("cpu"))
+    even = Ideal("cpu").setup(Case(8, 28, 4, 8, torch.float32), cluster)
+    assert even.heads() == (slice(21, 28), slice(3, 4)) and even.time_share == 1.0
+    uneven = Ideal("cpu").setup(Case(8, 6, 2, 8, torch.float32), cluster)
+    assert uneven.heads() == (slice(3, 6), slice(1, 2)) and uneven.time_share == 0.5
+
+
+def test_hosts_are_an_option_with_and_without_a_number() -> None:
+    assert attention.parse([]).emulate_hosts == 1
+    assert attention.parse(["--emulate-hosts", "2"]).emulate_hosts == 2
 
 
 @ranks(2)
 def test_the_attention_benchmark_writes_its_file(rank: Rank, tmp_path: Path) -> None:
     options = attention.parse(
-        "--lengths 64 128 --check-tokens 64 --heads 4 --kv-heads 2 --head-dim 16 --dtype float32 "
+        "--lengths 64 128 --check-tokens 64 --shapes 4/2x16 --dtype float32 "
         f"--block-s 0.01 --methods ideal_cpu --out {tmp_path}".split()
     )
     report = attention.run(options, _cluster.start())

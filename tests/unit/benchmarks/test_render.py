@@ -201,6 +201,45 @@ def test_attention_tables(root: Path) -> None:
     )
 
 
+def test_factorisations_of_four_ranks() -> None:
+    content = attention_result("NV18", 100.0)
+    row = {**content["rows"][1], "about": {"kernel": "fa4"}, "shape": {"heads": 6, "kv_heads": 2}}
+    times = {"ulysses": 133.4, "2d": 104.0, "2d_crossed": 120.0, "ring": 130.0}
+    content["rows"] = [
+        {**row, "method": f"longvila_{way}_fa4",
+         "metrics": {"total_ms": ms, "percent_of_head_bound": 99.6}}
+        for way, ms in times.items()
+    ]  # fmt: skip
+    content["notes"]["default_mesh"] = {"6/2": "2d"}
+    drawn = "\n".join(render.factorisations(content))
+    assert "| 6/2 | 2K | 104.0 (100 %) | 120.0 (100 %) | 130.0 (100 %) | 133.4 (100 %) |" in drawn
+    assert "| heads | tokens | 2-D ahead of ulysses by | 2-D ahead of ring by | fastest |" in drawn
+    assert "| 6/2 | 2K | 1.28 | 1.25 | `2d` | `2d` | 1.000 |" in drawn
+    content["links"] = [
+        {"between": name, "message_mib": 16.0, "all_to_all_gb_per_s": rate,
+         "all_gather_gb_per_s": rate, "ring_gb_per_s": rate}
+        for name, rate in (("inside a host", 300.0), ("across hosts", 2.5))
+    ]  # fmt: skip
+    drawn = "\n".join(render.links(content))
+    assert "| between | message MiB |" in drawn and "| across hosts | 16 | 2.5 |" in drawn
+
+
+def test_loss_curves_side_by_side() -> None:
+    content = result("loss_curve", "2026-03-01", 1.0)
+    row = {
+        **content["rows"][0], "method": "dp 4", "about": {"parameters": 280_400_000},
+        "shape": {"steps": 6, "dtype": "bfloat16", "heads": 14, "kv_heads": 2},
+        "metrics": {"loss_apart": 0.0, "gradient_norm_apart": 0.0},
+        "samples": [{"loss": 6.0 - step, "gradient_norm": 1.0} for step in range(6)],
+    }  # fmt: skip
+    other = {"method": "ring 4", "metrics": {"loss_apart": 1.5e-3, "gradient_norm_apart": 0.02}}
+    content["rows"] = [row, {**row, **other}]
+    drawn = "\n".join(render.loss_curve(content))
+    assert "| mesh | loss 1 | loss 5 | loss 6 | loss apart | gradient norm apart |" in drawn
+    assert "| ring 4 | 6.0000 | 2.0000 | 1.0000 | 1.5e-03 | 2.0e-02 |" in drawn
+    assert "280 million parameters, 14/2 heads, bfloat16" in drawn
+
+
 def test_attention_summary() -> None:
     content = attention_result("NV18", 100.0)
     peer, ours = content["rows"]
@@ -217,3 +256,24 @@ def test_attention_summary() -> None:
 def test_this_repository_is_fresh() -> None:
     stale = render.render(render.ROOT, render.RESULTS, check=True)
     assert not stale, f"run `python -m benchmarks.render`: {stale}"
+
+
+def test_a_prompt_beside_the_peer_the_plan_and_what_was_left_out() -> None:
+    def row(kind: str, tokens: int, **metrics: float) -> dict:
+        return {"method": kind, "kind": kind, "tokens": tokens, "shape": {}, "metrics": metrics}
+
+    rows = [
+        row("peer", 9000, out_of_memory=1, peak_gib=140),
+        row("ours", 600, ttft_s=2, times_peer=1.5, peak_gib=20, planned_peak_gib=21),
+        row("peer", 600, ttft_s=3, out_of_memory=0, peak_gib=30),
+    ]
+    notes = {"first_prompt": {"tokens": 600, "first_token_s": 12.34, "again_s": 2.01}}
+    left = [{"method": "ours", "reason": "9000 tokens: would end after 900 s"}]
+    lines = render.prefill({"rows": rows, "notes": notes, "not_measured": left})
+    assert [line.split(" | ")[1:] for line in lines[2:5]] == [
+        ["600", "", "2.000", "1.50", "20.00", "21.00 |"],
+        ["600", "", "3.000", "", "30.00", " |"],
+        ["9,000", "", "out of memory", "", "140.00", " |"],
+    ]
+    assert "12.3 s to the first token; read again: 2.0 s" in lines[6]
+    assert lines[8] == "Left out: ours, 9000 tokens: would end after 900 s."

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks import _cluster, attention, mmsp_step, trace, vision_balance
+from benchmarks._case import Case
 from benchmarks._interleave import interleave
+from benchmarks.ours import PLACEMENTS, default_placement
 
 from longvila.testing import Rank, ranks
 
@@ -19,7 +22,7 @@ TOWER = (
 @ranks(2)
 def test_ours_takes_part_in_the_attention_benchmark(rank: Rank) -> None:
     flags = (
-        "--lengths 96 --check-tokens 64 --heads 6 --kv-heads 2 --head-dim 16 --dtype float32 "
+        "--lengths 96 --check-tokens 64 --shapes 6/2x16 --dtype float32 "
         "--block-s 0.01 --repeats 1 --methods ideal_cpu|longvila_.*_cpu"
     )
     options = attention.parse(flags.split())
@@ -27,6 +30,37 @@ def test_ours_takes_part_in_the_attention_benchmark(rank: Rank) -> None:
     ours = {row.method for row in report.rows if row.kind == "ours"}
     expected = {"ulysses", "ulysses_chunked", "ring", "gather"}
     assert ours == {f"longvila_{name}_cpu" for name in expected}, report.not_measured
+    assert report.notes["default_mesh"] == {"6/2": "ulysses"}
+
+
+@ranks(4)
+def test_every_factorisation_of_four_ranks(rank: Rank) -> None:
+    flags = (
+        "--lengths 96 --check-tokens 64 --shapes 6/2x16 --dtype float32 --repeats 1 "
+        "--block-s 0.01 --methods ideal_cpu|longvila_.*_cpu"
+    )
+    report = attention.run(attention.parse(flags.split()), _cluster.start(emulate_hosts=2))
+    rows = {row.method: row.metrics for row in report.rows}
+    assert {f"longvila_{name}_cpu" for name in PLACEMENTS} | {"ideal_cpu"} == set(rows)
+    assert report.notes["default_mesh"] == {"6/2": "2d"}
+    assert rows["longvila_ulysses_cpu"]["head_bound"] == 1.3333
+    assert rows["longvila_2d_cpu"]["head_bound"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("heads", "ranks", "hosts", "expected"),
+    [
+        (28, 4, 1, "ulysses"), (6, 4, 1, "2d_gather"), (14, 4, 1, "2d_gather"), (28, 4, 2, "2d"),
+        (28, 4, 4, "ring"), (28, 2, 1, "ulysses"), (1, 4, 1, "gather"),
+        (28, 8, 1, "2d_gather"), (6, 8, 1, "ring 4 x ulysses 2"),
+    ],
+)  # fmt: skip
+def test_the_default_mesh_is_one_of_the_placements(
+    heads: int, ranks: int, hosts: int, expected: str
+) -> None:
+    cluster = _cluster.Cluster(0, ranks, torch.device("cpu"), hosts)
+    case = Case(64, heads, 1, 8, torch.float32)
+    assert default_placement(case, cluster)[0] == expected
 
 
 @ranks(2)

@@ -22,6 +22,8 @@ from transformers import Qwen2Config
 from longvila.cli import serve as serve_cli
 from longvila.cli import ui as ui_cli
 from longvila.errors import CheckpointError, LongVILAError, ModelError
+from longvila.inference.engine import Engine
+from longvila.inference.workers import Ranks
 from longvila.media import synthetic
 from longvila.testing import tiny
 
@@ -91,21 +93,23 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(
         serve_cli.main(["--model", str(checkpoint), "--port", "0", "--root", str(tmp_path / "no")])
     with pytest.raises(LongVILAError, match="limit frames must be positive"):
         serve_cli.main(["--model", str(checkpoint), "--port", "0", "--limits.frames", "0"])
+    with pytest.raises(LongVILAError, match="--gpus must be at least 1, got 0"):
+        serve_cli.main(["--model", str(checkpoint), "--gpus", "0"])
     monkeypatch.setitem(sys.modules, "fastapi", None)
     with pytest.raises(LongVILAError, match=r"pip install 'longvila\[serve\]'"):
         serve_cli.main(["--model", str(checkpoint)])
 
 
-def test_models_that_see_nothing_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_models_that_see_nothing_are_refused(tmp_path: Path) -> None:
     Qwen2Config(num_hidden_layers=1).save_pretrained(tmp_path)
+    alone = Ranks(0, 1, torch.device("cpu"))
     with pytest.raises(CheckpointError, match="qwen2 is a language model and sees no images or"):
-        serve_cli.build(options("--model", str(tmp_path)), page=False)
-    model = tiny.tiny_model()
-    monkeypatch.setattr(serve_cli, "load_model", lambda options: (model, object()))
-    with pytest.raises(ModelError, match="object has no video processor"):
-        serve_cli.build(options(), page=False)
+        serve_cli.open_engine(options("--model", str(tmp_path)), alone)
+    with (
+        Engine(tiny.tiny_model()) as engine,
+        pytest.raises(ModelError, match="object has no video processor"),
+    ):
+        serve_cli.build(options(), engine, object(), 1 << 20, page=False)
 
 
 def test_memory_for_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,13 +140,14 @@ def test_the_page_is_opened_in_a_browser(
     assert "the page is at http://127.0.0.1:1/" in capsys.readouterr().out
 
 
-def test_a_process_serves_and_ends_cleanly(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_command_serves_and_ends_cleanly(checkpoint: Path, tmp_path: Path, gpus: int) -> None:
     synthetic.clip(tmp_path / "film.mp4", num_frames=12, fps=6, width=64, height=48)
     (tmp_path / "tmp").mkdir()
     command = [
         sys.executable, "-c", "import sys; from longvila.cli.main import main; sys.exit(main())",
         "ui", "--no-browser", "--model", str(checkpoint), "--port", "0", "--root", str(tmp_path),
-        "--device", "cpu",
+        "--device", "cpu", "--gpus", str(gpus),
     ]  # fmt: skip
     packages = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     environment = {

@@ -140,21 +140,47 @@ def test_long_videos_are_planned_alike_by_everybody(
     assert plans[0] == plans[1]
     other = module.video_sample(store, names, "long", 5, 0)
     assert other["shown"] != plans[0]["shown"]
-    for kind, low, high in (("long", 64, 2048), ("longest", 4096, 6000)):
+    for kind, low, high in (("long", 64, 2048), ("longest", 3000, 6000)):
         counts = [module.video_sample(store, names, kind, k, 0)["num_frames"] for k in range(4)]
         assert all(low <= count <= high for count in counts)
+
+
+def test_the_most_turns_of_a_long_video_fit_its_row(
+    recipe: Any, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = recipe("draw")
+    store = module.open_store(prepared, tmp_path / "data")
+    asked: list[tuple[int, int]] = []
+
+    def conversation(shown: Any, num_frames: int, *rest: Any, turns: int, **more: Any) -> Any:
+        asked.append((num_frames, turns))
+        return [("What is shown at 00:00?", "thing")]
+
+    monkeypatch.setattr(module, "conversation", conversation)
+    for kind in ("long", "longest"):
+        yaml = read_yaml(RECIPE / "stages" / f"{kind}.yaml")
+        assert yaml["data"]["max_tokens"] == module.ROWS[kind]
+        for number in range(40):
+            module.video_sample(store, module.Names(store), kind, number, 0)
+        for frames, turns in asked:
+            # A few lists come after the turns that are counted.
+            assert turns > 200
+            assert 23 * frames + 32 * (turns + 4) + 400 <= module.ROWS[kind]
+        asked.clear()
 
 
 def test_drawing_goes_on_and_the_loader_reads_it(
     recipe: Any, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = recipe("draw")
-    monkeypatch.setattr(module, "SIZES", {"images": (24, 12), "short": (3, 2), "text": (2, 1)})
+    sizes = {"images": (24, 12), "short": (3, 2), "log": (3, 2), "text": (2, 1)}
+    monkeypatch.setattr(module, "SIZES", sizes)
     out = tmp_path / "data"
-    sets = ["images", "short", "text", "needles"]
+    sets = [*sizes, "needles"]
     module.draw(prepared, out, sets, needles=5, haystack=20)
     first = {p.name: p.read_bytes() for p in out.glob("*.jsonl")}
-    assert set(first) == {"align.jsonl", "pretrain.jsonl", "short.jsonl", "text.jsonl"}
+    kinds = ("align", "pretrain", "short", "log", "text")
+    assert set(first) == {f"{kind}.jsonl" for kind in kinds}
     # A part that is gone is drawn again and is the same; the others are not touched.
     (out / "short.jsonl").unlink()
     (out / "short/parts/000000.json").unlink()
@@ -188,11 +214,17 @@ def test_text_answers_stand_in_the_text(recipe: Any, prepared: Path, tmp_path: P
     module = recipe("draw")
     store = module.open_store(prepared, tmp_path / "data")
     pages = ["A page of words.\n" * 400]
-    for record in module.draw_text(store, range(4), 0, pages):
+    records = module.draw_text(store, "text", range(4), 0, pages)
+    logs = module.draw_text(store, "log", range(40), 0, pages)
+    assert not any("page" in each["conversations"][0]["value"] for each in logs)
+    kinds = set()
+    for record in records + logs:
         turns = record["conversations"]
         text = turns[0]["value"]
+        assert turns, record["id"]
         for asked, told in zip(turns[::2], turns[1::2], strict=True):
             question = asked["value"].rsplit("\n", 1)[-1]
+            kinds.add(question.split()[0])
             if "written at" in question:
                 time = question.split("written at ")[1].rstrip("?")
                 assert f"{time} {told['value']}" in text.split("\n")
@@ -202,6 +234,7 @@ def test_text_answers_stand_in_the_text(recipe: Any, prepared: Path, tmp_path: P
             else:
                 name = question.removeprefix("When is ").removesuffix(" written?")
                 assert f"{told['value']} {name}" in text.split("\n")
+    assert {"What", "When"} <= kinds
 
 
 def test_stages_are_those_of_longvila_train(recipe: Any) -> None:

@@ -91,7 +91,7 @@ def test_a_fresh_default_model_is_base_plus_delta(
 ) -> None:
     source = _trained(init, tmp_path / "run.safetensors", context=json.dumps(CONTEXT))
     shipped = tmp_path / "shipped.safetensors"
-    found = ship.ship_delta(source, shipped)
+    found = ship.ship_delta(source, shipped, num_frames=7)
     assert found["size_mb"] == shipped.stat().st_size / 1e6
     stored = load_file(shipped)
     kinds = {v.dtype for k, v in stored.items() if v.ndim > 1 and not k.endswith(".scale")}
@@ -115,17 +115,15 @@ def test_a_fresh_default_model_is_base_plus_delta(
 
     processor = LongVILAProcessor.from_pretrained(folder)
     video = processor.video_processor
-    assert (video.short, video.fps, video.num_frames) == tuple(
-        ship.VIDEO[name] for name in ("short", "fps", "num_frames")
-    )
+    assert (video.short, video.fps, video.num_frames) == (ship.VIDEO["short"], ship.VIDEO["fps"], 7)
     assert processor.tokenizer.model_max_length == CONTEXT["max_position_embeddings"]
 
     # ``longvila ask`` without --model sees a frame a second.
     monkeypatch.setattr(ask, "default_model", lambda: folder)
-    film = clip(tmp_path / "film.mp4", 24 * 9, height=32, width=64)
+    film = clip(tmp_path / "film.mp4", 24 * 6, height=32, width=64)
     assert ask.main([str(film), "What is it?", "--json", "--max-new-tokens", "1"]) == 0
     (medium,) = json.loads(capsys.readouterr().out)["media"]
-    assert medium["timestamps_s"] == pytest.approx(range(9), abs=0.05)
+    assert medium["timestamps_s"] == pytest.approx(range(6), abs=0.05)
 
 
 def test_a_delta_without_context_leaves_videos_as_they_were(
@@ -146,6 +144,17 @@ def test_a_delta_that_is_too_large_is_refused(
     with pytest.raises(ValueError, match=r"needs 0\.0 MB in eight bits, and 0\.001 MB are allowed"):
         ship.ship_delta(source, tmp_path / "out.safetensors", limit_mb=0.001)
     assert not list(tmp_path.glob("*out.safetensors"))
+
+
+def test_what_the_recipe_writes_is_small_enough(ship: Any) -> None:
+    ranks = importlib.import_module("run").RANKS
+    sys.modules.pop("run", None)
+    # SmolLM2-135M: four projections of width 576 (or 192) and three to or from 1536, 30 layers.
+    text = 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
+    # Ten layers of DINOv2-small, width 384; and the projector, whole.
+    tower = 10 * (4 * 2 * 384 + 2 * (384 + 1536))
+    size = ranks["model.language_model."] * text + ranks["model.vision_tower."] * tower + 3_900_000
+    assert 0.8 * ship.LIMIT_MB < size / 1e6 < ship.LIMIT_MB
 
 
 def test_an_unknown_setting_of_videos_is_an_error(init: dict[str, Any], tmp_path: Path) -> None:

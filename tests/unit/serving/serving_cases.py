@@ -7,7 +7,7 @@ import base64
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,17 @@ def listening(app: Any) -> Iterator[tuple[str, list[asyncio.AbstractEventLoop]]]
 
 
 @contextlib.contextmanager
-def running(folder: Path, *, ends: bool = False, **changes: Any) -> Iterator[Running]:
+def running(
+    folder: Path,
+    *,
+    ends: bool = False,
+    lead: Callable[[Engine], Any] = lambda engine: engine,
+    mesh: Any = None,
+    **changes: Any,
+) -> Iterator[Running]:
     """Serve a tiny model; files may be read below ``folder / "root"``.
+
+    Over ranks, ``lead`` makes what stands in for the engine on the first of them.
 
     Its random weights soon choose the token that ends an answer. Unless ``ends``, that token is one
     like others, and answers are as long as asked for.
@@ -154,8 +163,10 @@ def running(folder: Path, *, ends: bool = False, **changes: Any) -> Iterator[Run
         **changes,
     }
     processor = tiny.tiny_processor()
-    with Engine(tiny.tiny_model()) as engine:
-        server = Server(engine, processor, Settings(**values))
+    with Engine(tiny.tiny_model(), mesh) as engine:
+        talks = lead(engine)
+        close = talks.close if talks is not engine else lambda: None
+        server = Server(talks, processor, Settings(**values), on_close=close)
         if not ends:
             server.scheduler.stops = frozenset()
         with listening(server.app) as (url, loops):

@@ -34,6 +34,11 @@ def test_seq_parallel_size_off_is_data_parallel_only(off: int) -> None:
         (56, 14, 28, 8, (4, 7, 2)),
         (6, 6, 9, 6, (1, 2, 3)),
         (4, 4, 1, 4, (1, 4, 1)),
+        # One node takes 2 x 2 for heads that four ranks cannot share evenly; two nodes for any.
+        (4, 4, 28, 4, (1, 1, 4)),
+        (4, 4, 6, 4, (1, 2, 2)),
+        (4, 4, 14, 4, (1, 2, 2)),
+        (4, 4, 28, 2, (1, 2, 2)),
     ],
 )
 def test_default_keeps_ulysses_in_the_node_and_heads_balanced(

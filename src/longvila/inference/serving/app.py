@@ -83,12 +83,19 @@ class Server:
         processor: The model's processor.
         settings: Of the server.
         fetcher: Fetches addresses.
+        on_close: Called when the model's thread has stopped; harmless when called again.
     """
 
     def __init__(
-        self, engine: Any, processor: Any, settings: Settings, *, fetcher: Fetcher | None = None
+        self,
+        engine: Any,
+        processor: Any,
+        settings: Settings,
+        *,
+        fetcher: Fetcher | None = None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        self.settings = settings
+        self.settings, self.on_close = settings, on_close
         self.metrics = Metrics()
         self.uploads = Uploads(settings.limits.stored_bytes)
         self.gate = Gate(settings.access, settings.limits, self.uploads, fetcher)
@@ -110,6 +117,7 @@ class Server:
         """Stop the model's thread and remove uploads."""
         self.scheduler.close()
         self.uploads.close()
+        self.on_close()
 
     # ---- the application
 

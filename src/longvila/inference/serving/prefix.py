@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from longvila.inference.cache import ShardedCache
 from longvila.inference.serving.prompt import common_prefix
@@ -57,21 +56,6 @@ def shared_bytes(caches: Iterable[ShardedCache]) -> int:
     for cache in caches:
         found.update(buffers(cache))
     return sum(found.values())
-
-
-def trim(cache: ShardedCache) -> None:
-    """Copy what is a small part of the buffers it lies in.
-
-    A cache that was cut shares its buffers. The one that the cut went through may be large, and
-    would live as long as the few tokens of it that are left.
-    """
-    for layer in cache.shards:
-        layer.segments = [(_own(keys), _own(values)) for keys, values in layer.segments]
-
-
-def _own(part: Tensor) -> Tensor:
-    used = part.numel() * part.element_size()
-    return part.clone() if 2 * used < part.untyped_storage().nbytes() else part
 
 
 def shared_length(keys: NDArray[np.int64], others: NDArray[np.int64], more_than: int) -> int:

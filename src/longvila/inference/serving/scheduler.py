@@ -36,12 +36,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from longvila.inference.leading import RanksLostError
 from longvila.inference.serving.errors import Cancelled, RequestError
 from longvila.inference.serving.family_prompt import prompt_builder
 from longvila.inference.serving.jobs import Done, Event, Failed, Job, Piece, Question, Seen, Stage
 from longvila.inference.serving.media import MediaLoader, Medium
 from longvila.inference.serving.metrics import Metrics
-from longvila.inference.serving.prefix import PrefixCache, shared_bytes, shared_length, trim
+from longvila.inference.serving.prefix import PrefixCache, shared_bytes, shared_length
 from longvila.inference.serving.prompt import Prompt
 from longvila.inference.serving.sampling import (
     Sampler,
@@ -60,7 +61,8 @@ class Scheduler:
     """Serves requests with one engine.
 
     Args:
-        engine: A `longvila.inference.engine.Engine` of one process.
+        engine: A `longvila.inference.engine.Engine` of one process, or the
+            `longvila.inference.leading.Leader` of several.
         processor: The model's processor.
         loader: Loads media.
         settings: Of the server.
@@ -414,6 +416,8 @@ class Scheduler:
                 assert job.cache is not None
                 self.engine.decode(job.cache, torch.tensor([job.new[-1:]]))
                 self._write(job)
+        except RanksLostError:
+            raise  # nothing can be computed any more
         except torch.OutOfMemoryError:
             log.exception("the model ran out of memory; kept caches are dropped")
             self.prefix.clear()
@@ -436,7 +440,9 @@ class Scheduler:
         prompt = job.prompt
         assert prompt is not None
         self._borrow(job)
-        tokens = max(self.settings.slice_tokens, -(-len(prompt) // _MOST_SLICES))
+        # Ranks share the work of a slice: as long as one of one rank takes, so long may it take.
+        tokens = self.engine.num_ranks * self.settings.slice_tokens
+        tokens = max(tokens, -(-len(prompt) // _MOST_SLICES))
         end = prompt.slice_end(job.read, tokens)
         job.cache = prompt.read(self.engine, job.read, end, self.loader, onto=job.cache)
         if self.device.type == "cuda":
@@ -466,10 +472,7 @@ class Scheduler:
         length = prompt.cut_before(min(length, len(prompt) - 1))
         if source is None or length <= job.read:
             return
-        cache = self.engine.fork(source)
-        if surplus := cache.get_seq_length() - length:
-            cache.crop(-surplus)
-            trim(cache)
+        cache = self.engine.fork(source, tokens=length)
         job.reused += length - job.read
         job.cache, job.read = cache, length
 
@@ -574,9 +577,10 @@ def _context(engine: Any) -> int | None:
 
 
 def _token_bytes(engine: Any) -> int:
-    """Bytes of one token's keys and values."""
+    """Bytes of one token's keys and values on a rank, which has its share of the tokens."""
     config = engine.text.config
     heads = config.num_key_value_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = next(engine.text.parameters()).element_size()
-    return int(2 * config.num_hidden_layers * heads * dim * size)
+    whole = 2 * config.num_hidden_layers * heads * dim * size
+    return -(-int(whole) // int(engine.num_ranks))
