@@ -157,7 +157,7 @@ def check_stored(rank: Rank, folder: str) -> None:
 
 
 def test_stored_and_paged_over_ranks(tmp_path: Path) -> None:
-    run_ranks(check_stored, 2, str(tmp_path / "index"), timeout_s=120)
+    run_ranks(check_stored, 2, str(tmp_path / "index"))
 
 
 def check_sources(engine: Engine, inputs: dict[str, Any], expected: list[list[int]]) -> None:
@@ -241,4 +241,4 @@ def fail_alone(rank: Rank, film: str) -> None:
 @pytest.mark.parametrize("check_film", [converse, fail_alone])
 def test_sessions_over_ranks(check_film: Any, tmp_path: Path) -> None:
     film = clip(tmp_path / "film.mp4", 40)
-    run_ranks(check_film, 2, str(film), timeout_s=120)
+    run_ranks(check_film, 2, str(film))

@@ -118,7 +118,7 @@ def kill_all(run: Run, step: int) -> None:
     assert len(ranks) == 2
     run.process.kill()
     assert run.end() == -signal.SIGKILL
-    gone, alive = psutil.wait_procs(ranks, timeout=20)
+    gone, alive = psutil.wait_procs(ranks, timeout=60)
     assert len(gone) == 2 and not alive
     assert not (run.output / "config.json").exists()
 

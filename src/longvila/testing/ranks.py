@@ -162,7 +162,7 @@ def run_ranks(
     function: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout_s: float = 120.0,
+    timeout_s: float = 240.0,
     **kwargs: Any,
 ) -> list[Any]:
     """Run ``function(Rank, *args, **kwargs)`` on ``world_size`` gloo ranks.
@@ -243,7 +243,7 @@ def _collect(pipes: Sequence[Connection], name: str, timeout_s: float) -> list[A
     return [results[rank] for rank in range(len(pipes))]
 
 
-def ranks(*world_sizes: int, timeout_s: float = 120.0) -> Callable[[Callable[..., Any]], Any]:
+def ranks(*world_sizes: int, timeout_s: float = 240.0) -> Callable[[Callable[..., Any]], Any]:
     """Turn a module-level test function into one pytest case a world size.
 
     The function's first parameter receives a :class:`Rank`; further parameters come from
