@@ -149,7 +149,7 @@ def test_the_page_is_opened_in_a_browser(
     monkeypatch.setattr(webbrowser, "open", lambda url: (opened.append(url), done.set()))
     assert ui_cli.main(["--no-browser"]) == 0 and not opened
     assert ui_cli.main(["--frames", "9"]) == 0
-    assert done.wait(5) and opened == ["http://127.0.0.1:1"]
+    assert done.wait(30) and opened == ["http://127.0.0.1:1"]
     assert "the page is at http://127.0.0.1:1/" in capsys.readouterr().out
 
 

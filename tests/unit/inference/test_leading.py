@@ -70,7 +70,7 @@ def lead(rank: Rank) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_followers_do_what_the_leader_does(world: int) -> None:
-    run_ranks(lead, world, timeout_s=120)
+    run_ranks(lead, world)
 
 
 def drop(rank: Rank) -> None:
@@ -100,7 +100,7 @@ def drop(rank: Rank) -> None:
 
 
 def test_what_the_leader_drops_is_dropped_everywhere() -> None:
-    run_ranks(drop, 2, timeout_s=120)
+    run_ranks(drop, 2)
 
 
 def lose(rank: Rank) -> None:
@@ -131,7 +131,7 @@ def lose(rank: Rank) -> None:
 
 
 def test_an_error_of_one_rank_ends_everything() -> None:
-    run_ranks(lose, 2, timeout_s=120)
+    run_ranks(lose, 2)
 
 
 def things() -> list[Any]:
