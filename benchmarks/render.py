@@ -611,12 +611,17 @@ VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] 
     "smol_two_gpus": (["training"], lambda result, folder: smol.two_gpus(folder)),
     "prefill_summary": (
         ["prefill", "suffix=whole"],
-        lambda result, folder: table(*prefill_summary(folder)),
+        lambda result, folder: _prefill_summary(folder),
     ),
     "attention_summary": (["attention"], lambda result, folder: attention_summary(result)),
     "train_step_summary": (["train_step"], lambda result, folder: train_step_summary(result)),
     "attention_hosts": (["attention", "link=sockets"], hosts),
 }
+
+
+def _prefill_summary(folder: Path) -> list[str]:
+    header, lines, remarks = prefill_summary(folder)
+    return [*table(header, lines), *remarks]
 
 
 def _method(row: dict[str, Any]) -> str:
