@@ -3,7 +3,8 @@ PYTHON ?= python3
 ENV ?= .venv
 BIN := $(ENV)/bin
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+# Bytecode is kept, also where the caller's environment says otherwise: hundreds of processes read it.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 WITH_TORCHVISION := tests/unit/model/test_processing.py tests/unit/model/test_pixel_processing.py \
 	tests/integration/test_family_verbs.py tests/unit/model/test_auto.py tests/unit/data/test_families.py tests/unit/inference/test_caller.py \

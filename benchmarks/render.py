@@ -30,6 +30,7 @@ from typing import Any
 
 from benchmarks import smol
 from benchmarks._family_table import family_step
+from benchmarks._prefill_table import prefill_summary
 from benchmarks._results import slug
 
 ROOT = Path(__file__).parents[1]
@@ -608,10 +609,19 @@ VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] 
     "smol_losses": (["training"], lambda result, folder: smol.losses(folder)),
     "smol_views": (["training"], lambda result, folder: smol.views(folder)),
     "smol_two_gpus": (["training"], lambda result, folder: smol.two_gpus(folder)),
+    "prefill_summary": (
+        ["prefill", "suffix=whole"],
+        lambda result, folder: _prefill_summary(folder),
+    ),
     "attention_summary": (["attention"], lambda result, folder: attention_summary(result)),
     "train_step_summary": (["train_step"], lambda result, folder: train_step_summary(result)),
     "attention_hosts": (["attention", "link=sockets"], hosts),
 }
+
+
+def _prefill_summary(folder: Path) -> list[str]:
+    header, lines, remarks = prefill_summary(folder)
+    return [*table(header, lines), *remarks]
 
 
 def _method(row: dict[str, Any]) -> str:

@@ -66,7 +66,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Runner:
     """Where Python runs (see `runner`), and the environment of shell blocks.
 
-    Their ``longvila`` is that of this tree, and runs there too.
+    Their ``longvila`` is that of this tree, and runs there too, as do the ranks of ``torchrun``.
     """
 
     socket: str
@@ -94,10 +94,10 @@ class Runner:
 def run() -> Iterator[Runner]:
     with tempfile.TemporaryDirectory() as folder:  # a socket's path must be short
         address = f"{folder}/socket"
-        longvila = Path(folder, "longvila")
-        command = f"exec '{sys.executable}' '{runner.__file__}' longvila '{address}'"
-        longvila.write_text(f'#!/bin/sh\n{command} "$@"\n')
-        longvila.chmod(0o755)
+        for name in ("longvila", "torchrun"):
+            command = f"exec '{sys.executable}' '{runner.__file__}' {name} '{address}'"
+            Path(folder, name).write_text(f'#!/bin/sh\n{command} "$@"\n')
+            Path(folder, name).chmod(0o755)
         paths = [folder, str(Path(sys.executable).parent), os.environ["PATH"]]
         packages = [os.environ.get("PYTHONPATH", ""), str(ROOT / "src")]
         environment = {

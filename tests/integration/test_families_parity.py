@@ -6,15 +6,18 @@ images and videos of several sizes, samples of text among them, fewer units than
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from family_cases import CASES
@@ -22,7 +25,7 @@ from family_cases import CASES
 from longvila.parallel.apply import ParallelPlan, last_step_plan, parallelize, reduce_gradients
 from longvila.parallel.families import family_of
 from longvila.parallel.mmsp import gather_logits
-from longvila.sp.mesh import build_mesh
+from longvila.sp.mesh import SPMesh, build_mesh
 from longvila.testing import Rank
 from longvila.testing.asserts import TOLERANCE, assert_close
 from longvila.testing.ranks import run_ranks
@@ -30,8 +33,53 @@ from longvila.testing.ranks import run_ranks
 MESHES = {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2), (1, 4)]}
 
 
-def full(gradient: Tensor) -> Tensor:
-    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+class Expected(NamedTuple):
+    """What one process gives for the whole batch."""
+
+    loss: Tensor
+    logits: Tensor
+    gradients: dict[str, Tensor | None]
+
+
+@functools.cache
+def prototype(family: str, dtype: torch.dtype) -> Any:
+    return CASES[family].model(dtype)
+
+
+@functools.cache
+def new_mesh(ring: int, ulysses: int) -> SPMesh:
+    return build_mesh(ring * ulysses, ring, ulysses_size=ulysses)
+
+
+def oracle(family: str, name: str, dtype: torch.dtype) -> Expected:
+    model, batch = copy.deepcopy(prototype(family, dtype)), CASES[family].batches[name](dtype)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs).logits
+    targets = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:].flatten()
+    loss = F.cross_entropy(logits.flatten(0, 1), targets)
+    loss.backward()
+    gradients = {path: parameter.grad for path, parameter in model.named_parameters()}
+    return Expected(loss.detach(), logits.detach(), gradients)
+
+
+@functools.cache
+def told(rank: Rank, dtype: torch.dtype) -> dict[tuple[str, str], Expected]:
+    """The oracles of all families and batches: ranks share the work and tell each other."""
+    cells = [(family, name) for family, case in CASES.items() for name in case.batches]
+    mine = {cell: oracle(*cell, dtype) for cell in cells[rank.rank :: rank.world_size]}
+    everyones: list[Any] = [None] * rank.world_size
+    dist.all_gather_object(everyones, mine)
+    return {cell: expected for each in everyones for cell, expected in each.items()}
+
+
+def error_of(gradient: Tensor, wanted: Tensor) -> Tensor:
+    """The squared distance of this rank's part of a gradient."""
+    if isinstance(gradient, DTensor):
+        whole = distribute_tensor(
+            wanted, gradient.device_mesh, gradient.placements, src_data_rank=None
+        )
+        gradient, wanted = gradient.to_local(), whole.to_local()
+    return (gradient - wanted).norm() ** 2
 
 
 def pack(batch: dict[str, Any]) -> dict[str, Any]:
@@ -53,22 +101,14 @@ def check(
     packed: bool = False,
     fsdp: bool = False,
 ) -> None:
-    case = CASES[family]
-    batch = case.batches[name](dtype)
-    reference = case.model(dtype)
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    expected = reference(**inputs).logits
-    targets = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:].flatten()
-    loss = F.cross_entropy(expected.flatten(0, 1), targets)
-    loss.backward()
-    wanted = dict(reference.named_parameters())
-    scale = max(float(p.grad.norm()) for p in wanted.values() if p.grad is not None)
+    batch = CASES[family].batches[name](dtype)
+    loss, expected, wanted = told(rank, dtype)[family, name]
+    scale = max(float(gradient.norm()) for gradient in wanted.values() if gradient is not None)
     # Norms and rotary embeddings of these models compute in float32 whatever the weights are.
     tolerance = 20 * TOLERANCE[dtype]
     for ring, ulysses in meshes:
         cell = f"[{family} {name} ring {ring} ulysses {ulysses} packed {packed} fsdp {fsdp}]"
-        model = case.model(dtype)
-        mesh = build_mesh(ring * ulysses, ring, ulysses_size=ulysses)
+        model, mesh = copy.deepcopy(prototype(family, dtype)), new_mesh(ring, ulysses)
         plan = ParallelPlan(fsdp=fsdp, parameter_dtype=None, compute_dtype=None, reduce_dtype=None)
         parallelize(model, mesh, plan)
         given = pack(batch) if packed else batch
@@ -76,7 +116,7 @@ def check(
         output.loss.backward()
         if not fsdp:
             reduce_gradients(model)
-        assert_close(output.loss.detach(), loss.detach(), name=f"{cell} loss", tolerance=tolerance)
+        assert_close(output.loss.detach(), loss, name=f"{cell} loss", tolerance=tolerance)
         rows, columns = given["input_ids"].shape
         logits = gather_logits(output, (rows, columns), mesh)
         kept = batch["attention_mask"].bool()
@@ -86,14 +126,21 @@ def check(
             name=f"{cell} logits",
             tolerance=tolerance,
         )
+        assert dict(model.named_parameters()).keys() == wanted.keys()
+        squares = {}
         for path, parameter in model.named_parameters():
-            if wanted[path].grad is None:
+            gradient = wanted[path]
+            if gradient is None:
                 assert parameter.grad is None, f"{cell} {path}: one process gives no gradient"
                 continue
             assert parameter.grad is not None, f"{cell} {path} has no gradient"
-            error = float((full(parameter.grad) - wanted[path].grad).norm())
+            squares[path] = error_of(parameter.grad, gradient)
+        total = torch.stack(list(squares.values())).double()
+        if fsdp:  # each rank has looked at its shards
+            dist.all_reduce(total)
+        for path, error in zip(squares, total.sqrt().tolist(), strict=True):
             # Biases of keys move all scores of a query alike: theirs is rounding around zero.
-            size = max(float(wanted[path].grad.norm()), 1e-3 * scale)
+            size = max(float(wanted[path].norm()), 1e-3 * scale)  # type: ignore[union-attr]
             assert error <= tolerance * size, f"{cell} {path}: {error:.1e} of {size:.1e}"
         step = last_step_plan(model)
         assert step is not None

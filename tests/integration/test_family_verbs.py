@@ -9,8 +9,10 @@ from __future__ import annotations
 import base64
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,61 @@ def test_serve(name: str, folders: dict[str, Path], film: Path, tmp_path: Path) 
         with pytest.raises(openai.BadRequestError, match="own placeholder"):
             said([{"role": "user", "content": f"a {processor.video_token}"}])
         assert local.server.scheduler.alive
+
+
+def serve_over_ranks(rank: Rank, folders: dict[str, Path], film: Path) -> None:
+    import uvicorn
+
+    from longvila.inference.leading import Leader, control_group, follow
+    from longvila.inference.serving.app import Server
+    from longvila.inference.serving.settings import Settings
+
+    shown = {"type": "video_url", "video_url": {"url": uri(film, "video/mp4"), "num_frames": 4}}
+    messages = [{"role": "user", "content": [shown, {"type": "text", "text": QUESTION}]}]
+    for name, folder in folders.items():
+        model, processor = opened(folder)
+        text = model.config.get_text_config()
+        mesh = build_mesh(
+            2, num_heads=text.num_attention_heads, num_kv_heads=text.num_key_value_heads,
+            device_type="cpu",
+        )  # fmt: skip
+        group = control_group()
+        with Engine(model, mesh) as engine:
+            if rank.rank:
+                follow(engine, group)
+                continue
+            expected = conversation(folder, film, QUESTION, frames=4, new=6)[0]
+            leader = Leader(engine, group)
+            settings = Settings(name="tiny", slice_tokens=16)
+            server = Server(leader, processor, settings, on_close=leader.close)
+            with (
+                ThreadPoolExecutor(1) as thread,
+                socket.create_server(("127.0.0.1", 0)) as listener,
+            ):
+                running = uvicorn.Server(uvicorn.Config(server.app, log_level="error"))
+                done = thread.submit(running.run, [listener])
+                url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+                try:
+                    for _ in range(2):
+                        assert answered(url, messages) == expected, name
+                finally:
+                    running.should_exit = True
+                done.result(30)
+
+
+def answered(url: str, messages: list[Any]) -> str:
+    """What a server says."""
+    import openai
+
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        answer = client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=6, temperature=0
+        )
+    return str(answer.choices[0].message.content).strip()
+
+
+def test_serve_over_ranks(folders: dict[str, Path], film: Path) -> None:
+    run_ranks(serve_over_ranks, 2, folders, film, timeout_s=150)
 
 
 def test_another_time_between_frames_is_another_prompt(

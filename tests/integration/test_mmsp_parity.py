@@ -12,15 +12,18 @@ alone to the loss, in the layers to attention.
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from longvila.parallel.apply import ParallelPlan, parallelize, reduce_gradients
 from longvila.parallel.mmsp import gather_logits
@@ -187,8 +190,18 @@ def shifted(labels: Tensor) -> Tensor:
     return F.pad(labels, (0, 1), value=-100)[:, 1:]
 
 
-def oracle(model: Any, cell: Cell, dp_size: int) -> tuple[Tensor, list[Tensor]]:
-    """Loss and logits of the whole world's batch on one process; gradients stay on the model."""
+class Expected(NamedTuple):
+    """What one process gives: the loss, the logits of each data-parallel rank, all gradients."""
+
+    loss: Tensor
+    logits: list[Tensor]
+    gradients: dict[str, Tensor | None]
+
+
+def oracle(cell: Cell) -> Expected:
+    """Compute the whole world's batch on this process."""
+    model = new_model(cell)
+    dp_size = cell.world // (cell.mesh[0] * cell.mesh[1])
     summed, count, logits = 0.0, 0, []
     for dp_rank in range(dp_size):
         samples = samples_of(cell.batch, dp_rank, model.config.tokens_per_frame)
@@ -201,24 +214,43 @@ def oracle(model: Any, cell: Cell, dp_size: int) -> tuple[Tensor, list[Tensor]]:
         logits.append(scores.detach()[batch["attention_mask"].bool()])
     loss = summed / max(count, 1)
     loss.backward()
-    return loss.detach(), logits
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return Expected(loss.detach(), logits, gradients)
+
+
+def oracles(rank: Rank, cells: list[Cell]) -> Iterator[Expected]:
+    """Those of all cells: each is computed by one rank alone, which tells the others."""
+    for n in range(len(cells)):
+        turn = n % rank.world_size
+        if turn == 0:
+            own = oracle(cells[n + rank.rank]) if n + rank.rank < len(cells) else None
+        told = [own]
+        dist.broadcast_object_list(told, src=turn)
+        assert told[0] is not None
+        yield told[0]
 
 
 # ---- a cell ----------------------------------------------------------------------------------
 
 
-def new_model(cell: Cell) -> Any:
-    heads, kv_heads = HEADS[cell.heads]
+@functools.cache
+def prototype(heads: str, dtype: torch.dtype) -> Any:
+    query_heads, kv_heads = HEADS[heads]
     text = {
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "hidden_size": 8 * heads, "head_dim": 8,
+        "num_attention_heads": query_heads, "num_key_value_heads": kv_heads,
+        "hidden_size": 8 * query_heads, "head_dim": 8,
     }  # fmt: skip
-    return tiny_model(dtype=cell.dtype, text_config=text, vision_batch_size=2).train()
+    return tiny_model(dtype=dtype, text_config=text, vision_batch_size=2).train()
 
 
-def mesh_of(cell: Cell) -> SPMesh:
-    ring, ulysses = cell.mesh
-    ring_type, exchange = cell.layout.split()
+def new_model(cell: Cell) -> Any:
+    return copy.deepcopy(prototype(cell.heads, cell.dtype))
+
+
+@functools.cache
+def new_mesh(mesh: tuple[int, int], layout: str) -> SPMesh:
+    ring, ulysses = mesh
+    ring_type, exchange = layout.split()
     return build_mesh(
         ring * ulysses, ring, ring_type, ulysses_size=ulysses, kv_exchange=exchange  # type: ignore[arg-type]
     )  # fmt: skip
@@ -234,15 +266,31 @@ def plan_of(cell: Cell) -> ParallelPlan:
     )  # fmt: skip
 
 
-def full(gradient: Tensor) -> Tensor:
-    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+def gradient_errors(model: Any, gradients: dict[str, Tensor | None]) -> dict[str, float]:
+    """Distance of each gradient from one process's; of shards in one sum over the ranks."""
+    squares, sharded = {}, False
+    for name, parameter in model.named_parameters():
+        wanted, found = gradients[name], parameter.grad
+        if wanted is None:
+            assert found is None, f"{name} has a gradient, one process gives none"
+            continue
+        assert found is not None, f"{name} has no gradient"
+        if isinstance(found, DTensor):
+            sharded = True
+            whole = distribute_tensor(
+                wanted, found.device_mesh, found.placements, src_data_rank=None
+            )
+            found, wanted = found.to_local(), whole.to_local()
+        squares[name] = (found - wanted).norm() ** 2
+    total = torch.stack([square.double() for square in squares.values()])
+    if sharded:  # over all ranks, and every parameter is
+        dist.all_reduce(total)
+    return dict(zip(squares, total.sqrt().tolist(), strict=True))
 
 
-def check_cell(rank: Rank, cell: Cell) -> dict[str, float]:
+def check_cell(cell: Cell, expected: Expected) -> dict[str, float]:
     """Compare one cell; return the largest relative error of loss, logits and gradients."""
-    reference, model = new_model(cell), new_model(cell)
-    mesh = mesh_of(cell)
-    expected, expected_logits = oracle(reference, cell, mesh.dp_size)
+    model, mesh = new_model(cell), new_mesh(cell.mesh, cell.layout)
     parallelize(model, mesh, plan_of(cell))
     batch = batch_of(cell, mesh.dp_rank, model.config.tokens_per_frame)
     output = model(**batch, output_logits=True)
@@ -251,26 +299,22 @@ def check_cell(rank: Rank, cell: Cell) -> dict[str, float]:
         reduce_gradients(model)
 
     tolerance = 20 * TOLERANCE[cell.dtype]
-    assert_close(output.loss.detach(), expected, name="loss", tolerance=tolerance)
+    assert_close(output.loss.detach(), expected.loss, name="loss", tolerance=tolerance)
     shape = (batch["input_ids"].shape[0], batch["input_ids"].shape[1])
     logits = gather_logits(output, shape, mesh).flatten(0, 1)
     if "attention_mask" in batch:
         logits = logits[batch["attention_mask"].bool().flatten()]
-    assert_close(logits, expected_logits[mesh.dp_rank], name="logits", tolerance=tolerance)
+    assert_close(logits, expected.logits[mesh.dp_rank], name="logits", tolerance=tolerance)
     errors = {
-        "loss": relative_error(output.loss, expected),
-        "logits": relative_error(logits, expected_logits[mesh.dp_rank]),
+        "loss": relative_error(output.loss, expected.loss),
+        "logits": relative_error(logits, expected.logits[mesh.dp_rank]),
         "gradients": 0.0,
     }
-    wanted = dict(reference.named_parameters())
-    scale = max(float(p.grad.norm()) for p in wanted.values() if p.grad is not None)
-    for name, parameter in model.named_parameters():
-        if wanted[name].grad is None:
-            assert parameter.grad is None, f"{name} has a gradient, one process gives none"
-            continue
-        assert parameter.grad is not None, f"{name} has no gradient"
-        error = float((full(parameter.grad) - wanted[name].grad).norm())
-        size = float(wanted[name].grad.norm())
+    wanted = expected.gradients
+    assert dict(model.named_parameters()).keys() == wanted.keys()
+    scale = max(float(gradient.norm()) for gradient in wanted.values() if gradient is not None)
+    for name, error in gradient_errors(model, wanted).items():
+        size = float(wanted[name].norm())  # type: ignore[union-attr]
         if "vision_tower" in name and name.endswith("k_proj.bias"):
             # It moves every score of a query alike: its gradient is rounding around zero.
             size = max(size, 1e-3 * scale)
@@ -283,9 +327,9 @@ def check_cell(rank: Rank, cell: Cell) -> dict[str, float]:
 def check_cells(rank: Rank, cells: list[Cell]) -> dict[str, dict[str, float]]:
     """Several cells on the same ranks, which are started once; the largest errors by precision."""
     worst: dict[str, dict[str, float]] = {}
-    for cell in cells:
+    for cell, expected in zip(cells, oracles(rank, cells), strict=True):
         try:
-            errors = check_cell(rank, cell)
+            errors = check_cell(cell, expected)
         except Exception as error:
             raise AssertionError(f"[{cell}] {type(error).__name__}: {error}") from error
         seen = worst.setdefault(str(cell.dtype).removeprefix("torch."), {})

@@ -114,12 +114,19 @@ class Crowd:
     Args:
         server: The server.
         known: Conversations with their answers.
-        until: When clients stop asking.
+        until: When clients stop asking, if all kinds of them have been answered.
     """
+
+    KINDS = frozenset({"talk", "stream", "dawdle", "spoil", "leave", "babble"})
 
     def __init__(self, server: Any, known: list[Script], until: float) -> None:
         self.server, self.known, self.until = server, known, until
         self.seen = Seen()
+
+    def goes_on(self) -> bool:
+        """A slow machine has more time, so that each kind has had its turn."""
+        late = time.monotonic() - self.until
+        return late < 0 or (late < 60 and not set(self.seen.right) >= self.KINDS)
 
     async def run(self) -> None:
         kinds = [
@@ -140,7 +147,7 @@ class Crowd:
         async with openai.AsyncOpenAI(
             base_url=f"{self.server.url}/v1", api_key=f"key{number}", max_retries=0, timeout=60
         ) as api:
-            while time.monotonic() < self.until:
+            while self.goes_on():
                 try:
                     await act(api, chance)
                 except Exception as fault:
@@ -256,7 +263,7 @@ def resident_mib() -> float:
 
 
 def wait_for_quiet(server: Any, tasks: int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         busy = sum(server.server.scheduler.counts().values())
         if busy == 0 and len(asyncio.all_tasks(server.loop)) <= tasks:
@@ -302,7 +309,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    "seconds", [12, pytest.param(120, marks=[pytest.mark.slow, pytest.mark.timeout(400)])]
+    "seconds", [6, pytest.param(120, marks=[pytest.mark.slow, pytest.mark.timeout(400)])]
 )
 def test_fifty_clients_at_once(server: Any, tmp_path: Path, seconds: float) -> None:
     known = scripts(server, tmp_path)
@@ -321,8 +328,7 @@ def test_fifty_clients_at_once(server: Any, tmp_path: Path, seconds: float) -> N
     print(json.dumps({"grown_mib": round(grown, 1), **second.seen.right}))
     for seen in (first.seen, second.seen):
         assert not seen.wrong, f"{len(seen.wrong)} wrong, the first: {seen.wrong[:3]}"
-        kinds = {"talk", "stream", "dawdle", "spoil", "leave", "babble"}
-        assert kinds <= set(seen.right), f"no {kinds - set(seen.right)}"
+        assert set(seen.right) >= Crowd.KINDS, f"no {Crowd.KINDS - set(seen.right)}"
     assert grown < 20, f"{grown:.1f} MiB more than after the first round"
     metrics = server.server.metrics
     answered = metrics.value("requests_total", outcome="answered")

@@ -23,7 +23,7 @@ from longvila.testing import Rank
 from longvila.testing.ranks import run_ranks
 from longvila.testing.tiny import tiny_model
 
-SECONDS = 10.0
+SECONDS = 5.0
 
 
 def load_crowd() -> ModuleType:

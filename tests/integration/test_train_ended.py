@@ -23,6 +23,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from stage_files import SMALL, write_files
 
+from longvila.cli.train import main
+from longvila.testing import Rank
+from longvila.testing.ranks import run_ranks
+
 STEPS = 10
 #: What a step saw and gave; times differ.
 SAME = ("loss", "gradient_norm", "rate", "progress", "documents", "tokens", "targets", "frames")
@@ -38,28 +42,21 @@ class Run:
 
     def __init__(self, files: Path, output: Path) -> None:
         self.output = output
-        sets = [
-            *SMALL[:5], f"max_steps={STEPS}", "epochs=null", "optimizer.eps=1e-4",
-            "samples_per_step=3", "num_frames=3", "seq_parallel_size=2", "saving.every=1",
-        ]  # fmt: skip
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         self.log = output.with_suffix(".log")
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [
-                    sys.executable, "-m", "longvila.cli.train", "sft", "--ranks", "2",
-                    "--model", str(files / "base"), "--data", str(files / "data.yaml"),
-                    "--output", str(output), *(p for s in sets for p in ("--set", s)),
-                ],
-                stderr=log, env={**environment, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
+                [sys.executable, "-m", "longvila.cli.train", *arguments(files, output)],
+                stderr=log,
+                env={**environment, "OMP_NUM_THREADS": "1"},
+            )
 
     def until(self, step: int) -> list[psutil.Process]:
         """Wait until a step is done and a little longer; return the ranks, in order."""
         for _ in range(1800):
             if self.process.poll() is not None:
                 raise AssertionError(f"ended before step {step}:\n{self.said()}")
-            if max((line["step"] for line in self.lines()), default=0) >= step:
+            if max((line["step"] for line in read_lines(self.output)), default=0) >= step:
                 break
             time.sleep(0.1)
         ranks = psutil.Process(self.process.pid).children()
@@ -72,28 +69,47 @@ class Run:
     def said(self) -> str:
         return self.log.read_text()
 
-    def lines(self) -> list[dict[str, Any]]:
-        path = self.output / "metrics.jsonl"
-        # The last line may be on its way.
-        whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
-        return [json.loads(line) for line in whole.splitlines()]
 
-    def steps(self) -> dict[int, list[Any]]:
-        """What each step saw; one that was done again counts as it was done last."""
-        return {line["step"]: [line[name] for name in SAME] for line in self.lines()}
+def arguments(files: Path, output: Path) -> list[str]:
+    sets = [
+        *SMALL[:5], f"max_steps={STEPS}", "epochs=null", "optimizer.eps=1e-4",
+        "samples_per_step=3", "num_frames=3", "seq_parallel_size=2", "saving.every=1",
+    ]  # fmt: skip
+    return [
+        "sft", "--ranks", "2", "--model", str(files / "base"), "--data", str(files / "data.yaml"),
+        "--output", str(output), *(part for each in sets for part in ("--set", each)),
+    ]  # fmt: skip
+
+
+def read_lines(output: Path) -> list[dict[str, Any]]:
+    path = output / "metrics.jsonl"
+    # The last line may be on its way.
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def steps(output: Path) -> dict[int, list[Any]]:
+    """What each step saw; one that was done again counts as it was done last."""
+    return {line["step"]: [line[name] for name in SAME] for line in read_lines(output)}
+
+
+def rank_of_a_run(rank: Rank, given: list[str]) -> int:
+    """What a launcher starts, in a process that has its imports."""
+    os.environ |= {"RANK": str(rank.rank), "WORLD_SIZE": str(rank.world_size)}
+    return main(given)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = Run(files, tmp_path_factory.mktemp("undisturbed") / "out")
-    assert run.end() == 0, run.said()
-    return run
+def undisturbed(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert run_ranks(rank_of_a_run, 2, arguments(files, output), timeout_s=200) == [0, 0]
+    return output
 
 
-def assert_same_run(run: Run, expected: Run) -> None:
-    assert run.steps() == expected.steps() and list(expected.steps()) == [*range(1, STEPS + 1)]
+def assert_same_run(run: Run, expected: Path) -> None:
+    assert steps(run.output) == steps(expected) and list(steps(expected)) == [*range(1, STEPS + 1)]
     for name in ("model.safetensors", "config.json"):
-        assert (run.output / name).read_bytes() == (expected.output / name).read_bytes(), name
+        assert (run.output / name).read_bytes() == (expected / name).read_bytes(), name
 
 
 def kill_all(run: Run, step: int) -> None:
@@ -102,14 +118,14 @@ def kill_all(run: Run, step: int) -> None:
     assert len(ranks) == 2
     run.process.kill()
     assert run.end() == -signal.SIGKILL
-    gone, alive = psutil.wait_procs(ranks, timeout=20)
+    gone, alive = psutil.wait_procs(ranks, timeout=60)
     assert len(gone) == 2 and not alive
     assert not (run.output / "config.json").exists()
 
 
 @pytest.mark.timeout(900)
 def test_ended_in_every_way_it_is_the_undisturbed_run(
-    files: Path, tmp_path: Path, undisturbed: Run
+    files: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     output = tmp_path / "out"
     kill_all(Run(files, output), 2)
@@ -138,7 +154,7 @@ def test_ended_in_every_way_it_is_the_undisturbed_run(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_killed_again_and_again(files: Path, tmp_path: Path, undisturbed: Run) -> None:
+def test_killed_again_and_again(files: Path, tmp_path: Path, undisturbed: Path) -> None:
     done = 0
     for _ in range(5):
         run = Run(files, tmp_path / "out")

@@ -8,11 +8,13 @@ Examples:
     longvila ask film.mp4 "What happens at the end?" --model CHECKPOINT --frames 6000 --gpus 8
     longvila index film.mp4 --output film.index --model CHECKPOINT
     longvila ask film.index "Who arrives first?" --model CHECKPOINT
+    longvila ask film.index --questions questions.txt --json
 
 The answer streams to standard output; progress, timings and warnings go to standard error. A path
 that ends like a picture is an image, anything else (files, addresses, folders of frames) a video.
-In a chat, a video is encoded and read once and asked about any number of times. With several GPUs
-each decodes, encodes and reads its part; the answer is that of one.
+In a chat, a video is encoded and read once and asked about any number of times. Questions of a file
+have nothing to do with one another: several are answered together behind what was read once. With
+several GPUs each decodes, encodes and reads its part; the answer is that of one.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from longvila.inference.session import Answer, Medium, Session
     from longvila.inference.workers import Ranks
 
+#: Questions of a file that are answered together.
+_TOGETHER = 16
 #: Endings that make a last argument a file which is missing rather than a question.
 _VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
 _HELP = """\
@@ -74,7 +78,9 @@ class Options:
     kv_offload: float | None = None
     """GiB of keys and values that stay on each GPU; the rest is paged to the host."""
     json: bool = False
-    """Print one JSON object instead of streaming text."""
+    """Print one JSON object (a line a question) instead of streaming text."""
+    questions: Path | None = None
+    """File of questions, one a line; all arguments are media then."""
     chat: bool = False
     """Go on asking; /help lists the commands."""
 
@@ -89,7 +95,7 @@ def main(argv: list[str]) -> int:
         The exit status.
     """
     options = parse(Options, argv, "ask", __doc__, flag_pairs=False)
-    split_inputs(options.inputs, chat=options.chat)  # refused before processes are started
+    split_inputs(options)  # refused before processes are started
     check_numbers(options)
     if options.max_new_tokens < 1:
         raise LongVILAError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
@@ -159,8 +165,14 @@ def run(ranks: Ranks, options: Options) -> int:
     Returns:
         The exit status.
     """
-    sources, question = split_inputs(options.inputs, chat=options.chat)
+    sources, asked = split_inputs(options)
+    asked = ranks.share(asked)
     index = find_index(sources)
+    sampling = options.frames is not None or options.fps is not None
+    if index is not None and sampling and len(sources) == 1 and not options.chat:
+        raise LongVILAError(
+            f"{index} holds the frames that longvila index took: leave --frames and --fps out"
+        )
     if index is not None and options.model is None:
         options = replace(options, model=read_note(index).get("model"))
     with progress_bars(quiet=not ranks.is_first) as progress:
@@ -169,35 +181,65 @@ def run(ranks: Ranks, options: Options) -> int:
             ranks.together(lambda: session.load(index))
             sources = sources[1:]
         media = ranks.together(lambda: load(session, sources, options))
-    if question is not None:
+    if options.questions is not None:
+        answer_each(session, asked, media, options, ranks)
+        return 0
+    for question in asked:
         turn(session, question, media, options, ranks)
         media = []
     return chat(session, media, options, ranks) if options.chat else 0
 
 
-def split_inputs(inputs: tuple[str, ...], *, chat: bool) -> tuple[list[str], str | None]:
-    """Tell the media from the question.
+def split_inputs(options: Options) -> tuple[list[str], list[str]]:
+    """Tell the media from what is asked.
 
     Args:
-        inputs: The positional arguments.
-        chat: Whether the question may be missing.
+        options: The command line.
 
     Returns:
-        The media, and the question or None.
+        The media and the questions: one, those of a file, or none at the beginning of a chat.
 
     Raises:
         LongVILAError: If the question is missing, or is a medium that is not there.
     """
+    inputs = options.inputs
+    if options.questions is not None:
+        if options.chat:
+            raise LongVILAError("--questions and --chat exclude each other")
+        for source in inputs:
+            if not names_medium(source):
+                raise LongVILAError(f"{source}: no such file (with --questions all are media)")
+        return list(inputs), read_questions(options.questions)
     if not inputs or names_medium(inputs[-1]):
-        if chat:
-            return list(inputs), None
+        if options.chat:
+            return list(inputs), []
         raise LongVILAError(
             'the question is missing: longvila ask VIDEO "question" --model CHECKPOINT'
         )
     last = inputs[-1]
     if not re.search(r"\s", last) and (last.lower().endswith(_VIDEO_SUFFIXES) or is_image(last)):
         raise LongVILAError(f"{last}: no such file, and no question follows it")
-    return list(inputs[:-1]), last
+    return list(inputs[:-1]), [last]
+
+
+def read_questions(path: Path) -> list[str]:
+    """Return the lines of a file that hold something.
+
+    Args:
+        path: The file.
+
+    Raises:
+        LongVILAError: If it cannot be read, or holds no question.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as fault:
+        reason = getattr(fault, "strerror", None) or fault
+        raise LongVILAError(f"--questions {path}: {reason}") from fault
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise LongVILAError(f"--questions {path}: holds no question")
+    return found
 
 
 def find_index(sources: list[str]) -> Path | None:
@@ -310,6 +352,36 @@ def turn(
     else:
         print(flush=True)
         print(summary(seen, answer), file=sys.stderr)
+
+
+def answer_each(
+    session: Session, questions: list[str], media: list[Medium], options: Options, ranks: Ranks
+) -> None:
+    """Answer questions that have nothing to do with one another, some of them at once."""
+    with progress_bars(quiet=not ranks.is_first) as progress:
+        session.progress = progress
+        if media:
+            session.watch(media)
+    for start in range(0, len(questions), _TOGETHER):
+        part = questions[start : start + _TOGETHER]
+        answers = session.ask_each(
+            part,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+        )
+        if not ranks.is_first:
+            continue
+        for question, answer in zip(part, answers, strict=True):
+            if options.json:
+                line = as_json(question, session.watched, answer)
+                print(json.dumps(line, ensure_ascii=False), flush=True)
+            else:
+                print(f"> {question}\n{answer.text}\n", flush=True)
+        if not options.json:
+            number = f"{len(part)} question{'s' if len(part) > 1 else ''}"
+            spent = f"{answers[0].timings.generate_s:.2f} s"
+            print(f"[{number}; generation {spent}]", file=sys.stderr)
 
 
 def summary(media: list[Medium], answer: Answer) -> str:

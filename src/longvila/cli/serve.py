@@ -14,12 +14,13 @@ its part of the caches; the answers are those of one.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import signal
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -132,9 +133,11 @@ def main(argv: list[str]) -> int:
     return serve(options, page=False)
 
 
-def serve(
-    options: Options, *, page: bool, ready: Callable[[str], None] = lambda address: None
-) -> int:
+def _say_nothing(address: str) -> None:
+    """What is called with the address where nobody waits for it."""
+
+
+def serve(options: Options, *, page: bool, ready: Callable[[str], None] = _say_nothing) -> int:
     """Load the model and serve until interrupted.
 
     Args:
@@ -158,18 +161,43 @@ def serve(
         raise LongVILAError(
             f"the server needs {fault.name}: pip install 'longvila[serve]'"
         ) from fault
+    check_numbers(options)
+    settings = to_settings(options, page=page)  # what does not do is said before loading
+    device = find_device(options.device)
+    return run_over_ranks(run, (options, settings, ready), size=options.gpus, device=device)
+
+
+def check_numbers(options: Options) -> None:
+    """Refuse numbers that mean nothing.
+
+    Args:
+        options: Of the command line.
+
+    Raises:
+        LongVILAError: If one is out of range; the message names its option.
+    """
     if options.gpus < 1:
         raise LongVILAError(f"--gpus must be at least 1, got {options.gpus}")
-    device = find_device(options.device)
-    return run_over_ranks(run, (options, page, ready), size=options.gpus, device=device)
+    if not 0 <= options.port < 65536:
+        raise LongVILAError(f"--port must be from 0 to 65535, got {options.port}")
+    if options.frames is not None and options.frames < 1:
+        raise LongVILAError(f"--frames must be at least 1, got {options.frames}")
+    if options.max_new_tokens < 1:
+        raise LongVILAError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+    if not options.temperature >= 0:
+        raise LongVILAError(f"--temperature must be 0 or more, got {options.temperature}")
+    if options.kv_gib is not None and not options.kv_gib > 0:
+        raise LongVILAError(f"--kv-gib must be above 0, got {options.kv_gib}")
+    if options.media_cache_mib < 0:
+        raise LongVILAError(f"--media-cache-mib must be 0 or more, got {options.media_cache_mib}")
 
 
-def run(ranks: Ranks, argument: tuple[Options, bool, Callable[[str], None]]) -> int:
+def run(ranks: Ranks, argument: tuple[Options, Settings, Callable[[str], None]]) -> int:
     """Serve on the first rank; the others do as it says.
 
     Args:
         ranks: This process among those that share the work.
-        argument: Options, whether the page is served, and what to call with the address.
+        argument: Options, settings, and what to call with the address.
 
     Returns:
         The exit status.
@@ -179,15 +207,16 @@ def run(ranks: Ranks, argument: tuple[Options, bool, Callable[[str], None]]) -> 
     """
     from longvila.inference.leading import Leader, control_group, follow
 
-    options, page, ready = argument
+    options, settings, ready = argument
     listener = ranks.together(
         lambda: listen(options.host, options.port) if ranks.is_first else None
     )
     try:
         engine, processor = open_engine(options, ranks)
         kv = min(ranks.gather(kv_bytes(options, engine.model)))
+        settings = replace(settings, kv_bytes=kv)
         if ranks.size == 1:
-            run_server(options, listener, build(options, engine, processor, kv, page=page), ready)
+            run_server(options, listener, build(engine, processor, settings), ready)
             return 0
         group = control_group()
         if not ranks.is_first:
@@ -197,7 +226,7 @@ def run(ranks: Ranks, argument: tuple[Options, bool, Callable[[str], None]]) -> 
             follow(engine, group)
             return 0
         leader = Leader(engine, group)
-        server = build(options, leader, processor, kv, page=page, on_close=leader.close)
+        server = build(leader, processor, settings, on_close=leader.close)
         run_server(options, listener, server, ready, leader=leader)
         leader.check()
         return 0
@@ -269,34 +298,30 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def build(
-    options: Options,
     engine: Any,
     processor: Any,
-    kv: int,
+    settings: Settings,
     *,
-    page: bool,
     on_close: Callable[[], None] = lambda: None,
 ) -> Server:
     """Put the server together.
 
     Args:
-        options: Of the command line.
         engine: The model's engine.
         processor: Its processor.
-        kv: Bytes for keys and values.
-        page: Whether the page is served too.
+        settings: Of the server.
         on_close: Called when the model's thread has stopped.
 
     Returns:
         The server, its model's thread running.
 
     Raises:
-        LongVILAError: If an option does not do.
+        LongVILAError: If the model or an option does not do.
     """
     from longvila.inference.serving.app import Server
 
     try:
-        return Server(engine, processor, to_settings(options, kv, page=page), on_close=on_close)
+        return Server(engine, processor, settings, on_close=on_close)
     except ValueError as fault:
         raise LongVILAError(str(fault)) from fault
 
@@ -328,33 +353,56 @@ def open_engine(options: Options, ranks: Ranks) -> tuple[Any, Any]:
     return Engine(model, ranks.mesh(model.config.get_text_config())), processor
 
 
-def to_settings(options: Options, kv: int, *, page: bool) -> Settings:
-    """Turn options into the server's settings."""
+def to_settings(options: Options, *, page: bool) -> Settings:
+    """Turn options into the server's settings, but for the memory of keys and values.
+
+    Args:
+        options: Of the command line.
+        page: Whether the page is served.
+
+    Raises:
+        LongVILAError: If an option does not do.
+    """
     from longvila.inference.serving.settings import Access, Limits, Settings
 
+    for root in options.root:
+        if not root.is_dir():
+            raise LongVILAError(f"--root {root}: a root must be a folder")
+    for network in options.http_networks:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError as fault:
+            raise LongVILAError(f"--http-networks {network}: {fault}") from fault
     given = options.limits
-    limits = Limits(
-        body_bytes=given.body_mib << 20,
-        held_bytes=given.held_mib << 20,
-        text_chars=given.text_chars,
-        upload_bytes=given.upload_mib << 20,
-        stored_bytes=given.stored_mib << 20,
-        media_items=given.media_items,
-        media_bytes=given.media_mib << 20,
-        frames=given.frames,
-        duration_s=given.duration_s,
-        prompt_tokens=given.prompt_tokens,
-        new_tokens=given.new_tokens,
-        active=given.active,
-        preparing=given.preparing,
-        waiting=given.waiting,
-        per_client=given.per_client,
-        wait_s=given.wait_s,
-        media_s=given.media_s,
-    )
+    try:
+        limits = Limits(
+            body_bytes=given.body_mib << 20,
+            held_bytes=given.held_mib << 20,
+            text_chars=given.text_chars,
+            upload_bytes=given.upload_mib << 20,
+            stored_bytes=given.stored_mib << 20,
+            media_items=given.media_items,
+            media_bytes=given.media_mib << 20,
+            frames=given.frames,
+            duration_s=given.duration_s,
+            prompt_tokens=given.prompt_tokens,
+            new_tokens=given.new_tokens,
+            active=given.active,
+            preparing=given.preparing,
+            waiting=given.waiting,
+            per_client=given.per_client,
+            wait_s=given.wait_s,
+            media_s=given.media_s,
+        )
+    except ValueError as fault:
+        raise LongVILAError(str(fault)) from fault
     keys: tuple[str, ...] = ()
     if options.key_file is not None:
-        lines = options.key_file.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = options.key_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as fault:
+            reason = getattr(fault, "strerror", None) or fault
+            raise LongVILAError(f"--key-file {options.key_file}: {reason}") from fault
         keys = tuple(line.strip() for line in lines if line.strip())
         if not keys:
             raise LongVILAError(f"{options.key_file}: holds no key")
@@ -376,7 +424,6 @@ def to_settings(options: Options, kv: int, *, page: bool) -> Settings:
         frames=options.frames,
         new_tokens=options.max_new_tokens,
         temperature=options.temperature,
-        kv_bytes=kv,
         media_cache_bytes=options.media_cache_mib << 20,
         page=page,
     )
@@ -385,8 +432,6 @@ def to_settings(options: Options, kv: int, *, page: bool) -> Settings:
 def kv_bytes(options: Options, model: Any) -> int:
     """Bytes for keys and values: as given, or four fifths of what the model's device has left."""
     if options.kv_gib is not None:
-        if not options.kv_gib > 0:
-            raise LongVILAError(f"--kv-gib must be above 0, got {options.kv_gib}")
         return int(options.kv_gib * 2**30)
     import torch
 

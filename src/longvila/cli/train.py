@@ -108,8 +108,8 @@ def check_files(model: str, data: Path) -> None:
         ValueError: If the file of datasets cannot be read.
     """
     from longvila.data.datasets import read_file
-    from longvila.model.opening import check_source
-    from longvila.model.vila.loading import is_vila
+    from longvila.model.source import check_source
+    from longvila.model.vila.layout import is_vila
 
     read_file(data)
     check_source(model, label="--model")

@@ -92,7 +92,7 @@ class Engine:
             paged to the host; a number, a `longvila.inference.paging.Pager`, or None for all.
         decode_graphs: How steps of few tokens run (`longvila.inference.static_step.StaticSteps`):
             ``"auto"`` captures them on a GPU, ``"uncaptured"`` launches the same step anew,
-            ``"off"`` leaves all to the general way. Not measured on a GPU yet, so not the default.
+            ``"off"`` leaves all to the general way.
 
     Raises:
         TypeError: If the model is of no known family.
@@ -111,7 +111,7 @@ class Engine:
         split_tokens: int | None = None,
         family: Family | None = None,
         kv_offload: int | Pager | None = None,
-        decode_graphs: Mode = "off",
+        decode_graphs: Mode = "auto",
     ) -> None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")

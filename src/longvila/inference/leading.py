@@ -16,13 +16,15 @@ all ranks alike, and the next call works. Any other error may have come on one r
 middle of a collective that the others wait in. Nothing can be computed after that: the leader
 raises `RanksLostError`, now and ever after, and whoever runs the ranks has to end them.
 
-Cost of a call: one broadcast through the host. Frames reach the other ranks that way, decoded by
-the first.
+Cost of a call: a broadcast through the host of what describes it, and of each larger tensor as it
+lies in memory. Frames reach the other ranks that way, decoded by the first.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
+import pickle
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -30,6 +32,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -75,12 +78,86 @@ class _Call:
         return engine.decode(cache, *self.arguments)
 
 
+# ---- transport -------------------------------------------------------------------------------
+
+#: Tensors of fewer bytes travel inside of the description.
+_SMALL_BYTES = 4096
+
+
+class _Packer(pickle.Pickler):
+    """Leaves larger tensors out, with a note of type and shape in their place."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, obj: Any) -> Any:
+        """Return the note; None for what is written as it is."""
+        if not isinstance(obj, Tensor) or obj.numel() * obj.element_size() < _SMALL_BYTES:
+            return None
+        self.tensors.append(obj.detach().cpu().contiguous())
+        return obj.dtype, tuple(obj.shape)
+
+
+class _Unpacker(pickle.Unpickler):
+    """Makes room for the tensors that were left out, in their order."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Return a tensor that is still to be filled."""
+        dtype, shape = pid
+        self.tensors.append(torch.empty(shape, dtype=dtype))
+        return self.tensors[-1]
+
+
+def send(value: Any, group: Any) -> None:
+    """Tell all ranks something from the first; see `receive`.
+
+    Args:
+        value: Anything that can be pickled.
+        group: Of `control_group`.
+
+    Comm: A broadcast of the description's length, of it, and of each larger tensor.
+    """
+    file = io.BytesIO()
+    packer = _Packer(file)
+    packer.dump(value)
+    data = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+    for each in (torch.tensor([data.numel()]), data, *packer.tensors):
+        dist.broadcast(each.flatten().view(torch.uint8), group=group, group_src=0)
+
+
+def receive(group: Any) -> Any:
+    """Return what the first rank sent.
+
+    Args:
+        group: Of `control_group`.
+
+    Comm: As `send`.
+    """
+    length = torch.zeros(1, dtype=torch.int64)
+    dist.broadcast(length.view(torch.uint8), group=group, group_src=0)
+    data = torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(data, group=group, group_src=0)
+    unpacker = _Unpacker(io.BytesIO(data.numpy().tobytes()))
+    value = unpacker.load()
+    for each in unpacker.tensors:
+        dist.broadcast(each.flatten().view(torch.uint8), group=group, group_src=0)
+    return value
+
+
 def control_group() -> Any:
     """Return the group through which calls are told.
 
     Comm: Creates a process group of all ranks.
     """
     return dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+# ---- ranks -----------------------------------------------------------------------------------
 
 
 class Leader:
@@ -187,7 +264,7 @@ class Leader:
         while self._dropped:
             dropped.append(self._dropped.popleft())
         whole = _Call(call.name, call.cache, call.result, call.arguments, tuple(dropped))
-        dist.broadcast_object_list([whole], src=0, group=self.group)
+        send(whole, self.group)
 
 
 def follow(engine: Engine, group: Any) -> None:
@@ -201,9 +278,7 @@ def follow(engine: Engine, group: Any) -> None:
     """
     caches: dict[int, ShardedCache] = {}
     while True:
-        box: list[Any] = [None]
-        dist.broadcast_object_list(box, src=0, group=group)
-        call: _Call = box[0]
+        call: _Call = receive(group)
         for number in call.dropped:
             caches.pop(number, None)
         if not call.name:
@@ -215,4 +290,4 @@ def follow(engine: Engine, group: Any) -> None:
             continue  # the leader has the same one, and somebody to tell it to
         if call.result is not None:
             caches[call.result] = result
-        del cache, result, call, box
+        del cache, result, call

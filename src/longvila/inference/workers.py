@@ -14,7 +14,9 @@ It starts processes of this machine only; several machines are `torchrun`'s.
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -30,6 +32,8 @@ import torch.multiprocessing as multiprocessing
 
 from longvila.errors import LongVILAError, RankError
 from longvila.sp.mesh import SPMesh, build_mesh
+
+log = logging.getLogger(__name__)
 
 #: How long the first rank may take to fail by itself after another one did.
 _GRACE_S = 5.0
@@ -238,6 +242,18 @@ def _others(
         closing.set()
 
 
+def _last_words(pipe: Connection, status: int) -> str:
+    """What a rank said before it ended, or how it ended if it could not."""
+    try:
+        if pipe.poll():
+            return str(pipe.recv())
+    except EOFError:  # killed: its end of the pipe is closed, and nothing was written
+        log.debug("a rank ended without a word")
+    if status == -signal.SIGKILL:
+        return "was killed; the system does that when the machine's memory runs out"
+    return f"ended with status {status}"
+
+
 def _watch(processes: list[Any], pipes: list[Connection], closing: threading.Event) -> None:
     """End the command when a rank died and the first one does not notice."""
     left = {process.sentinel: number for number, process in enumerate(processes)}
@@ -248,9 +264,7 @@ def _watch(processes: list[Any], pipes: list[Connection], closing: threading.Eve
                 continue
             if closing.wait(_GRACE_S):
                 return
-            message = f"ended with status {processes[number].exitcode}"
-            if pipes[number].poll():
-                message = pipes[number].recv()
+            message = _last_words(pipes[number], processes[number].exitcode)
             for process in processes:
                 process.kill()
             end_line = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hid the cursor

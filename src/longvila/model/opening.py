@@ -1,8 +1,6 @@
 """A checkpoint and its processor in one call, on a device and in a precision that suit it.
 
-1. What the name means is found out first: a folder must hold a configuration, a file is refused,
-   and for anything else the Hub is asked once, so that a mistyped path is known at once and not
-   after every file was tried again and again.
+1. What the name means is found out first; see `longvila.model.source`.
 2. The original's three-folder layout is found out by looking: the Auto classes would take its
    config.json for another model's.
 3. Weights that a checkpoint lacks, or that have another shape than the model, are an error that
@@ -14,24 +12,17 @@ for are left out, as ``from_pretrained`` does.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from longvila.errors import CheckpointError
-from longvila.model.vila.loading import is_vila
+from longvila.model.source import check_source
+from longvila.model.vila.layout import is_vila
 
-#: ``name`` or ``owner/name``, as the Hub writes them.
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
-#: Seconds that the Hub has to say whether it knows a name.
-_ASK_S = 20.0
 _SHOWN = 5
 
 
@@ -98,44 +89,6 @@ def _check_sees(source: str, label: str) -> None:
             "videos; name a model that does (LongVILA, Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision, "
             "InternVL)"
         )
-
-
-def check_source(source: str, *, label: str = "checkpoint") -> None:
-    """Make sure that a name can be a checkpoint's before anything is loaded.
-
-    Args:
-        source: Folder or hub id.
-        label: What the source is called in messages.
-
-    Raises:
-        CheckpointError: If it is a file, a folder without a configuration, or neither a folder nor
-            a repository that the Hub knows.
-    """
-    path = Path(source)
-    if path.is_dir():
-        names = ("config.json", "adapter_config.json")
-        if not any((path / name).is_file() for name in names) and not is_vila(source):
-            raise CheckpointError(
-                f"{label} {source}: there is no config.json in this folder; expected a checkpoint, "
-                "as save_pretrained writes it or in the original's layout"
-            )
-        return
-    if path.exists():
-        raise CheckpointError(f"{label} {source}: is a file; expected the folder of a checkpoint")
-    if not _HUB_ID.fullmatch(source):
-        raise CheckpointError(f"{label} {source}: there is no such folder")
-    if isinstance(try_to_load_from_cache(source, "config.json"), str):
-        return
-    unknown = f"{label} {source}: there is no such folder"
-    try:
-        get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=_ASK_S)
-    except (RepositoryNotFoundError, EntryNotFoundError) as fault:
-        raise CheckpointError(f"{unknown}, and the Hub has no such model") from fault
-    except HfHubHTTPError:
-        return  # Forbidden, or busy: loading says which, and tries again where that helps.
-    except Exception as fault:  # Each HTTP library has its own; all mean that nobody answered.
-        reason = str(fault).partition("\n")[0] or type(fault).__name__
-        raise CheckpointError(f"{unknown}, and the Hub cannot be asked: {reason}") from fault
 
 
 def check_whole(found: dict[str, Any], what: str) -> None:

@@ -97,6 +97,8 @@ def tokenize_pieces(
     kwargs.pop("truncation", None)
     with_offsets = kwargs.pop("return_offsets_mapping", False)
     shorts = [_shorten(text, mark, placeholders) for text in texts]
+    # Its warning of long texts would count what stands for the prompt here, not the prompt.
+    kwargs.setdefault("verbose", False)
     encoded = tokenizer([short.text for short in shorts], return_offsets_mapping=True, **kwargs)
     rows: dict[str, list[Any]] = {name: [] for name in encoded}
     for i, short in enumerate(shorts):

@@ -40,7 +40,7 @@ It does not move the model to a device, build an optimiser or clip gradients.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,8 @@ from longvila.sp.loss import GradientReduction
 from longvila.sp.mesh import SPMesh
 
 _STATE = "_longvila_parallel"
+#: Gradients that are combined in one all-reduce; a model has hundreds, most of them small.
+_BUCKET_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -487,7 +489,9 @@ def reduce_gradients(model: nn.Module) -> None:
     Raises:
         ValueError: If the model was not parallelized, or FSDP shards it and so combines them.
 
-    Comm: One all-reduce of a flag a parameter, one of each parameter's size.
+    Comm: One all-reduce of a flag a parameter, and of every gradient, in buckets.
+
+    Memory: One bucket beside the gradients; a gradient that fills one alone is reduced in place.
     """
     base = _base(model)
     if not is_parallelized(model):
@@ -507,11 +511,33 @@ def reduce_gradients(model: nn.Module) -> None:
     flags = flags.to(parameters[0].device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
     ranks = dist.get_world_size(group)
+    gradients = []
     for parameter, used in zip(parameters, flags.tolist(), strict=True):
-        if not used:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad, group=group)
+        if used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    for bucket in _buckets(gradients):
+        together = bucket[0] if len(bucket) == 1 else torch.cat([x.flatten() for x in bucket])
+        dist.all_reduce(together, group=group)
         if state.plan.gradient_reduction == "mean":
-            parameter.grad /= ranks
+            together /= ranks
+        if len(bucket) > 1:
+            parts = together.split([x.numel() for x in bucket])
+            for gradient, part in zip(bucket, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut a list where the type or the device changes, and where a bucket is full."""
+    bucket: list[Tensor] = []
+    size = 0
+    for gradient in gradients:
+        alike = bucket and (bucket[0].dtype, bucket[0].device) == (gradient.dtype, gradient.device)
+        if bucket and (not alike or size + gradient.nbytes > _BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.nbytes
+    if bucket:
+        yield bucket

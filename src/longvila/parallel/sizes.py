@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from longvila.memory.sizes import ModelSize, PlanError, TextSize, TowerSize, preset
-from longvila.model.vila.loading import is_vila
+from longvila.model.vila.layout import is_vila
 from longvila.parallel.families import Family, find_family
 from longvila.parallel.families.base import patches_per_tile
 

@@ -6,10 +6,11 @@
         torch.distributed.all_reduce(x)
         assert x[0] == rank.world_size
 
-Each process is forked from a server that has torch (and this package) loaded, so eight ranks
-start in well under a second, and inherits no threads of the caller. The ranks meet at a file, not
-a port. If one rank fails, or none answers in time, all are ended and the error shows the
-traceback of every rank that had one.
+Each process is forked from a server that has torch loaded, and what the caller had loaded of this
+package and of transformers' models when it first started ranks; so eight of them start in well
+under a second. It inherits no threads of the caller. The ranks meet at a file, not a port. If one
+rank fails, or none answers in time, all are ended and the error shows the traceback of every rank
+that had one.
 
 It does not emulate GPUs or links; the collectives are real, over shared memory.
 """
@@ -21,6 +22,7 @@ import importlib
 import importlib.util
 import inspect
 import multiprocessing as mp
+import re
 import sys
 import tempfile
 import time
@@ -28,6 +30,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -46,7 +49,13 @@ PRELOAD = (
     # Importing models costs seconds of CPU a process; forked ranks then have them for nothing.
     "longvila.parallel.apply",
     "longvila.testing.tiny",
+    "longvila.model.processing_longvila",
+    # What tiny models are made of, which transformers imports when the first one is built.
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.siglip.modeling_siglip",
 )
+#: What the ranks preload beside if the caller has it: a test's imports are its ranks' imports.
+_SHARED = re.compile(r"longvila\.|transformers\.models\.\w+\.modeling_|hypothesis$|peft$")
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,8 @@ def _worker(
             timeout=timedelta(seconds=timeout_s),
         )
         try:
+            # A rank that ended at once would close connections that others are still making.
+            dist.barrier()
             result = target.load()(Rank(rank, world_size), *args, **kwargs)
             pipe.send((True, result))
         finally:
@@ -128,11 +139,22 @@ def _worker(
         pipe.close()
 
 
+def start_server() -> None:
+    """Start the server of ranks, if this process has none, without waiting for it.
+
+    The first `run_ranks` does so too. A process has one such server: where something else in it
+    forks from one as well, whoever comes first decides what is preloaded.
+    """
+    _context()
+    forkserver.ensure_running()
+
+
 @functools.cache
 def _context() -> Any:
     context = mp.get_context("forkserver")
-    available = [name for name in PRELOAD if importlib.util.find_spec(name) is not None]
-    context.set_forkserver_preload(available)
+    # The server passes over what it cannot import, such as models without transformers.
+    loaded = sorted(name for name in list(sys.modules) if _SHARED.match(name))
+    context.set_forkserver_preload([*PRELOAD, *loaded])
     return context
 
 
@@ -140,7 +162,7 @@ def run_ranks(
     function: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout_s: float = 120.0,
+    timeout_s: float = 240.0,
     **kwargs: Any,
 ) -> list[Any]:
     """Run ``function(Rank, *args, **kwargs)`` on ``world_size`` gloo ranks.
@@ -221,7 +243,7 @@ def _collect(pipes: Sequence[Connection], name: str, timeout_s: float) -> list[A
     return [results[rank] for rank in range(len(pipes))]
 
 
-def ranks(*world_sizes: int, timeout_s: float = 120.0) -> Callable[[Callable[..., Any]], Any]:
+def ranks(*world_sizes: int, timeout_s: float = 240.0) -> Callable[[Callable[..., Any]], Any]:
     """Turn a module-level test function into one pytest case a world size.
 
     The function's first parameter receives a :class:`Rank`; further parameters come from

@@ -277,3 +277,36 @@ def test_a_prompt_beside_the_peer_the_plan_and_what_was_left_out() -> None:
     ]
     assert "12.3 s to the first token; read again: 2.0 s" in lines[6]
     assert lines[8] == "Left out: ours, 9000 tokens: would end after 900 s."
+
+
+def test_prompts_of_all_runs_in_one_table(tmp_path: Path) -> None:
+    def write(name: str, count: int, *rows: dict) -> None:
+        whole = {**result("prefill", "2026-01-01", 1.0), "rows": list(rows)}
+        whole["hardware"] = {"gpu": "GPU", "count": count, "link": ""}
+        whole["notes"] = {} if name in ("1xgpu_a", "1xgpu_long") else {"first_prompt": {}}
+        (tmp_path / f"2026-01-01_prefill_{name}.json").write_text(json.dumps(whole))
+
+    def row(kind: str, tokens: int, **metrics: float) -> dict:
+        return {"method": kind, "kind": kind, "tokens": tokens, "metrics": metrics}
+
+    def ours(tokens: int, seconds: float, **metrics: float) -> dict:
+        more = {"planned_peak_gib": 21, "peak_gib": 20, "sampled": 0, "ttft_over_floor": 1.1}
+        return row("ours", tokens, ttft_s=seconds, **{**more, **metrics})
+
+    first = row("ours", 600, ttft_s=99, sampled=0)  # of an older run
+    write("1xgpu_a", 1, first)
+    peers = row("peer", 600, ttft_s=6, out_of_memory=0), row("peer", 9000, out_of_memory=1)
+    write("1xgpu_peer", 1, ours(600, 3.0, times_peer=2), *peers)
+    write("1xgpu_whole", 1, ours(600, 2.0), ours(9000, 50.0))
+    write("2xgpu_whole", 2, ours(9000, 25.0), ours(9999, 30.0))
+    write("1xgpu_long", 1, ours(9000, 51.0, sampled=1), ours(9999, 57.0, sampled=1))
+    block = render.render_block("prefill_summary", tmp_path).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block[2:7]]
+    assert cells == [
+        ["600", "1", "3.0", "1.10", "", "6.0", "2.00", "20.0", "21.0"],
+        ["9,000", "1", "50.0", "1.10", "", "out of memory", "", "20.0", "21.0"],
+        ["9,000", "2", "25.0", "1.10", "2.00", "", "", "20.0", "21.0"],
+        ["9,999", "1", r"57.0\*", "1.10", "", "", "", "20.0", "21.0"],
+        ["9,999", "2", "30.0", "1.10", r"1.90\*", "", "", "20.0", "21.0"],
+    ]
+    assert block[8].startswith(r"\* added up from a sample")

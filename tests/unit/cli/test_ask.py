@@ -240,9 +240,57 @@ def test_what_counts_as_an_image(source: str, image: bool) -> None:
 
 
 def test_a_very_long_question_is_a_question() -> None:
-    assert ask.split_inputs(("a.mp4", "why " * 2000), chat=False)[1] == "why " * 2000
-    assert ask.split_inputs(("no such",), chat=True) == ([], "no such")
-    assert ask.split_inputs((), chat=True) == ([], None)
+    long = "why " * 2000
+    assert ask.split_inputs(ask.Options(("a.mp4", long))) == (["a.mp4"], [long])
+    assert ask.split_inputs(ask.Options(("no such",), chat=True)) == ([], ["no such"])
+    assert ask.split_inputs(ask.Options((), chat=True)) == ([], [])
+
+
+@pytest.mark.parametrize("gpus", ["1", "2"])
+def test_questions_of_a_file_are_answered_as_one_by_one(
+    checkpoint: str,
+    media: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: str,
+) -> None:
+    if gpus == "1":  # other processes would not know
+        monkeypatch.setattr(ask, "_TOGETHER", 2)
+    file = tmp_path / "questions.txt"
+    questions = ["What is shown?", "Who?", "And what happens at the end of it all?"]
+    file.write_text("\n" + "\n\n".join(questions) + "\n")
+    common = ("--model", checkpoint, "--frames", "4", "--max-new-tokens", "8", "--device", "cpu")
+    several = (media["film"], "--questions", str(file), *common, "--gpus", gpus)
+    status, out, _ = run(capsys, *several, "--json")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and [each["question"] for each in found] == questions
+    if gpus == "1":
+        alone = [run(capsys, media["film"], each, *common)[1].strip() for each in questions]
+        assert [each["answer"] for each in found] == alone and len(set(alone)) > 1
+        status, out, err = run(capsys, *several)
+        shown = "".join(f"> {q}\n{a}\n\n" for q, a in zip(questions, alone, strict=True))
+        assert out == shown and "2 questions" in err and "1 questions" not in err
+    else:
+        _, out, _ = run(capsys, *several[:-1], "1", "--json")
+        alone = [json.loads(line)["answer"] for line in out.splitlines()]
+        assert [each["answer"] for each in found] == alone
+
+
+def test_questions_of_a_file_that_do_not_do(
+    media: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "questions.txt"
+    for content, said in ((None, "No such file"), (b"\n \n", "no question"), (b"\xff", "utf-8")):
+        if content is not None:
+            file.write_bytes(content)
+        status, _, err = run(capsys, media["film"], "--questions", str(file))
+        assert status == 1 and f"--questions {file}: " in err and said in err
+    file.write_text("Who?")
+    status, _, err = run(capsys, media["film"], "What?", "--questions", str(file))
+    assert status == 1 and "What?: no such file (with --questions all are media)" in err
+    status, _, err = run(capsys, media["film"], "--chat", "--questions", str(file))
+    assert status == 1 and "exclude each other" in err
 
 
 @pytest.mark.parametrize(

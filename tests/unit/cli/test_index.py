@@ -38,6 +38,9 @@ def test_index_then_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert status == 1 and "--overwrite" in err
     status, _, err = run(capsys, "ask", film, first, *asked, "--model", model)
     assert status == 1 and "comes before other media" in err
+    for sampling in (("--frames", "9"), ("--fps", "2")):
+        status, _, err = run(capsys, "ask", first, *asked, *sampling)
+        assert status == 1 and "holds the frames that longvila index took" in err
     other = str(save_tiny(tmp_path / "other", seed=1))
     status, _, err = run(capsys, "ask", first, *asked, "--model", other)
     assert status == 1 and "model.weights" in err

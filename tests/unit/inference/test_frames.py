@@ -98,7 +98,7 @@ def test_a_thread_ends_with_its_reader_and_hands_errors_on() -> None:
     stream = in_background(pieces(), 2)
     assert int(next(stream)) == 0
     stream.close()  # type: ignore[attr-defined]
-    assert closed.wait(5)
+    assert closed.wait(30)
 
     def failing() -> Iterator[Tensor]:
         yield torch.zeros(1)

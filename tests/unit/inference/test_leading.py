@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from longvila.errors import ContextLengthError
 from longvila.inference.engine import Engine
-from longvila.inference.leading import Leader, RanksLostError, _Call, control_group, follow
+from longvila.inference.leading import (
+    Leader,
+    RanksLostError,
+    _Call,
+    control_group,
+    follow,
+    receive,
+    send,
+)
 from longvila.sp import build_mesh
 from longvila.testing.ranks import Rank, run_ranks
 from longvila.testing.tiny import tiny_inputs, tiny_model
@@ -63,7 +70,7 @@ def lead(rank: Rank) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_followers_do_what_the_leader_does(world: int) -> None:
-    run_ranks(lead, world, timeout_s=120)
+    run_ranks(lead, world)
 
 
 def drop(rank: Rank) -> None:
@@ -93,7 +100,7 @@ def drop(rank: Rank) -> None:
 
 
 def test_what_the_leader_drops_is_dropped_everywhere() -> None:
-    run_ranks(drop, 2, timeout_s=120)
+    run_ranks(drop, 2)
 
 
 def lose(rank: Rank) -> None:
@@ -119,9 +126,43 @@ def lose(rank: Rank) -> None:
         with pytest.raises(RanksLostError, match="this GPU is full"):
             call()
     leader.close()  # tells nobody: the others may be anywhere
-    dist.broadcast_object_list([_Call("")], src=0, group=group)
+    send(_Call(""), group)
     return None
 
 
 def test_an_error_of_one_rank_ends_everything() -> None:
-    run_ranks(lose, 2, timeout_s=120)
+    run_ranks(lose, 2)
+
+
+def things() -> list[Any]:
+    """Tensors small and large, of many types, not contiguous, one twice, and nothing of one."""
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randn(60, 3, 7, 7, generator=generator)
+    whole = torch.arange(5000)
+    return [
+        {"a": large, "again": large, "turned": large.transpose(0, 3), "half": large.bfloat16()},
+        ("text", whole[None, ::2], whole > 9, torch.empty(0, 4), torch.tensor(3), None),
+        large.double(), "x" * 100_000,
+    ]  # fmt: skip
+
+
+def exchange(rank: Rank) -> None:
+    group = control_group()
+    if rank.rank == 0:
+        send(things(), group)
+        send("end", group)
+        return
+    got, want = receive(group), things()
+    flat, same = (torch.utils._pytree.tree_leaves(each) for each in (got, want))
+    assert len(flat) == len(same)
+    for one, other in zip(flat, same, strict=True):
+        assert type(one) is type(other)
+        if isinstance(one, torch.Tensor):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+        else:
+            assert one == other
+    assert receive(group) == "end"
+
+
+def test_what_is_sent_is_what_is_received() -> None:
+    run_ranks(exchange, 3, timeout_s=60)

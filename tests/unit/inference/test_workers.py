@@ -14,7 +14,7 @@ from longvila.errors import LongVILAError, RankError
 from longvila.inference.workers import Ranks, run_over_ranks
 
 SCRIPT = """
-import sys, time
+import os, signal, sys, time
 import torch, torch.distributed as dist
 from longvila.errors import LongVILAError
 from longvila.inference.workers import run_over_ranks
@@ -24,9 +24,11 @@ def work(ranks, case):
     assert ranks.share({"from": ranks.rank}) == {"from": 0}
     if case == "one" and ranks.rank == 1:
         raise LongVILAError("film.mp4 is gone here")
+    if case == "killed" and ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     if case == "all":
         raise LongVILAError("too long everywhere")
-    if case == "one":
+    if case in ("one", "killed"):
         time.sleep(60)  # as in a collective that nobody else joins
     total = torch.tensor(ranks.rank + 1)
     dist.all_reduce(total)
@@ -48,6 +50,7 @@ if __name__ == "__main__":
     [
         ("none", 7, "sum 3"),
         ("one", 1, "longvila: rank 1: film.mp4 is gone here"),
+        ("killed", 1, "longvila: rank 1: was killed; the system does that when"),
         ("all", 3, "own error: too long everywhere"),
     ],
 )

@@ -43,7 +43,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         if self.path == "/slow.mp4":
-            for _ in range(50):
+            for _ in range(600):
                 self.wfile.write(b"x")
                 self.wfile.flush()
                 time.sleep(0.1)
@@ -134,7 +134,7 @@ def test_fetching_is_limited(address: str, path: str, limits: Limits, message: s
     with pytest.raises(VideoError, match=message) as caught:
         resolve(f"{address}/{path}", limits=limits)
     assert path in str(caught.value)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 30
 
 
 def test_allow_http_is_an_option_of_reading(address: str) -> None:

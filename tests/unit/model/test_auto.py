@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,9 @@ import longvila
 SRC = str(Path(__file__).parents[3] / "src")
 
 
-def run(code: str, *paths: str) -> subprocess.CompletedProcess[str]:
+def run(code: str) -> subprocess.CompletedProcess[str]:
     inherited = os.environ.get("PYTHONPATH", "")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, SRC, inherited])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([SRC, inherited])}
     return subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", code],
         capture_output=True,
@@ -26,10 +28,69 @@ def run(code: str, *paths: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def check(code: str, *paths: str) -> str:
-    done = run(code, *paths)
+def check(code: str) -> str:
+    done = run(code)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
+
+
+#: Forks a child for each request, after what transformers would import of others. What the tests
+#: are about is left to the child: transformers, torchvision and this package.
+SERVER = """
+import json, os, sys, tempfile, traceback
+import accelerate, huggingface_hub, jinja2, numpy, PIL.Image, safetensors.torch, tokenizers
+import torch, torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor
+found = {"transformers", "torchvision", "longvila"} & set(sys.modules)
+assert not found, found
+for line in sys.stdin:
+    request = json.loads(line)
+    with tempfile.TemporaryFile() as log:
+        child = os.fork()
+        if child == 0:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            sys.path[:0] = request["paths"]
+            status = 0
+            try:
+                exec(request["code"], {"__name__": "__main__"})
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        status = os.waitpid(child, 0)[1]
+        log.seek(0)
+        print(json.dumps([status, log.read().decode()]), flush=True)
+"""
+Fork = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def fork() -> Iterator[Fork]:
+    """Run code in a child that has torch; returns its status and what it printed."""
+    paths = os.pathsep.join([SRC, os.environ.get("PYTHONPATH", "")])
+    server = subprocess.Popen(
+        [sys.executable, "-W", "error::UserWarning", "-c", SERVER],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    with server:
+        assert server.stdin is not None and server.stdout is not None
+
+        def run_in_child(code: str, *paths: str) -> tuple[int, str]:
+            server.stdin.write(json.dumps({"code": code, "paths": paths}) + "\n")
+            server.stdin.flush()
+            status, said = json.loads(server.stdout.readline())
+            return status, said
+
+        yield run_in_child
+
+
+def check_forked(fork: Fork, code: str, *paths: str) -> str:
+    status, said = fork(code, *paths)
+    assert status == 0, said
+    return said
 
 
 def test_import_is_fast_and_loads_no_transformers() -> None:
@@ -93,8 +154,8 @@ MORE_ORDERS = [
 @pytest.mark.parametrize(
     "code", [*ORDERS, *(pytest.param(code, marks=pytest.mark.slow) for code in MORE_ORDERS)]
 )
-def test_any_order_of_imports(code: str) -> None:
-    check(code)
+def test_any_order_of_imports(fork: Fork, code: str) -> None:
+    check_forked(fork, code)
 
 
 def test_unknown_names() -> None:
@@ -147,18 +208,18 @@ def broken(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_torchvision_broken(broken: str) -> None:
-    out = check(USE, broken)
+def test_torchvision_broken(fork: Fork, broken: str) -> None:
+    out = check_forked(fork, USE, broken)
     assert out.count("torchvision is installed but cannot be imported (operator") == 1
 
 
 @pytest.mark.slow
-def test_torchvision_broken_and_transformers_first(broken: str) -> None:
-    out = check("import transformers\n" + USE, broken)
+def test_torchvision_broken_and_transformers_first(fork: Fork, broken: str) -> None:
+    out = check_forked(fork, "import transformers\n" + USE, broken)
     assert out.count("torchvision is installed but cannot be imported (operator") == 1
 
 
-def test_torchvision_broken_breaks_transformers_without_us(broken: str) -> None:
+def test_torchvision_broken_breaks_transformers_without_us(fork: Fork, broken: str) -> None:
     """The test above would mean nothing if this one failed."""
-    done = run("from transformers.image_utils import load_image", broken)
-    assert done.returncode != 0 and "torchvision::nms" in done.stderr
+    status, said = fork("from transformers.image_utils import load_image", broken)
+    assert status != 0 and "torchvision::nms" in said

@@ -7,12 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 from safetensors.torch import load_file, save_file
 
 from longvila.errors import CheckpointError
-from longvila.model import opening
 from longvila.model.opening import open_checkpoint
 from longvila.testing.tiny import save_tiny
 
@@ -64,24 +62,8 @@ def test_a_file_cut_off(folder: Path) -> None:
     assert "damaged or cut off" in refused(folder)
 
 
-def test_names_that_are_no_checkpoint(tmp_path: Path) -> None:
+def test_a_name_that_is_no_checkpoint_is_refused_first(tmp_path: Path) -> None:
     assert "there is no config.json in this folder" in refused(tmp_path)
-    (tmp_path / "film.mp4").touch()
-    assert "is a file; expected the folder" in refused(tmp_path / "film.mp4")
-    assert "there is no such folder" in refused(tmp_path / "gone")
-
-
-def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def offline(url: str, **options: Any) -> None:
-        asked.append(url)
-        raise huggingface_hub.errors.OfflineModeIsEnabled("nobody answers")
-
-    monkeypatch.setattr(opening, "get_hf_file_metadata", offline)
-    message = refused("somebody/nothing-of-this-name")
-    assert message.endswith("no such folder, and the Hub cannot be asked: nobody answers")
-    assert len(asked) == 1
 
 
 def test_a_model_of_another_kind_is_named_without_the_list_of_all(folder: Path) -> None:

@@ -95,3 +95,12 @@ def test_an_hour_of_video_is_tokenised_at_once() -> None:
 def test_a_placeholder_that_is_not_kept_whole_is_an_error() -> None:
     with pytest.raises(ValueError, match="does not keep placeholders whole"):
         tokenize_pieces(TOKENIZER, ["a <vila> b"], MARK, placeholders=("<vila>",))
+
+
+def test_no_warning_of_a_length_that_is_not_the_prompt_s() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 8
+    tokenize_pieces(tokenizer, ["a b c d e f g h i j" + CUT + "k"], "<|im_end|>")
+    assert not tokenizer.deprecation_warnings
+    tokenizer("a b c d e f g h i j")  # what it says of a text as such is its own affair
+    assert tokenizer.deprecation_warnings

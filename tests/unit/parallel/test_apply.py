@@ -15,6 +15,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from longvila.memory import tiled as tiled_module
 from longvila.memory.offload import Offload
+from longvila.parallel import apply
 from longvila.parallel.apply import (
     ParallelPlan,
     is_parallelized,
@@ -285,3 +286,15 @@ def test_errors_of_memory_settings() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             parallelize(tiny_model(), SPMesh(), replace(PLAN, **options))
+
+
+def test_gradients_travel_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apply, "_BUCKET_BYTES", 64)
+    sizes = [8, 8, 1, 40, 4, 4]
+    gradients = [torch.zeros(n) for n in sizes]
+    gradients.insert(5, torch.zeros(2, dtype=torch.float64))
+    cut = [[x.numel() for x in bucket] for bucket in apply._buckets(gradients)]
+    # Full; larger than a bucket; a neighbour of another type.
+    assert cut == [[8, 8], [1], [40], [4], [2], [4]]
+    assert [x for bucket in apply._buckets(gradients) for x in bucket] == gradients
+    assert list(apply._buckets([])) == []

@@ -39,7 +39,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(404 if self.path == "/missing" else 200)
         if self.path == "/drip":
             self.end_headers()
-            for _ in range(200):
+            for _ in range(1200):
                 self.wfile.write(b"x")
                 time.sleep(0.05)
             return
@@ -231,7 +231,7 @@ def test_sizes_and_times(site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         start = time.monotonic()
         with pytest.raises(RequestError, match=says):
             fetch(f"http://{host}/{path}", **options)
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 30
     with pytest.raises(RequestError, match="cannot be fetched"):
         fetch("http://127.0.0.1:9/")
     assert not list(tmp_path.iterdir()), "a part of a file was left behind"

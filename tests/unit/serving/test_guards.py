@@ -30,14 +30,14 @@ def test_hosts(header: str, name: str) -> None:
 def test_a_body_that_does_not_come_is_given_up(tmp_path: Path) -> None:
     with running(tmp_path, limits=replace(LIMITS, body_s=0.3)) as server:
         port = int(server.url.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as plug:
+        with socket.create_connection(("127.0.0.1", port), timeout=40) as plug:
             plug.sendall(
                 b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
                 b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
             )
             start = time.monotonic()
             answer = plug.recv(4096)
-        assert b" 408 " in answer and time.monotonic() - start < 5
+        assert b" 408 " in answer and time.monotonic() - start < 30
 
 
 def test_an_answer_that_nobody_takes_is_given_up() -> None:
@@ -58,5 +58,5 @@ def test_an_answer_that_nobody_takes_is_given_up() -> None:
 
     start = time.monotonic()
     asyncio.run(run())
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     assert (b"x-frame-options", b"DENY") in sent[0]["headers"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import pytest
@@ -36,6 +37,21 @@ def square(rank: Rank, power: int) -> int:
 
 def test_results_come_back_by_rank() -> None:
     assert run_ranks(square, 4, 2) == [0, 1, 4, 9]
+
+
+def loaded(rank: Rank, names: list[str]) -> list[str]:
+    return [name for name in names if name not in sys.modules]
+
+
+def test_ranks_have_models_loaded() -> None:
+    names = ["torch.distributed.fsdp", "longvila.testing.tiny", "longvila.parallel.apply"]
+    names += [f"transformers.models.{n}.modeling_{n}" for n in ("qwen2", "siglip")]
+    assert run_ranks(loaded, 1, names) == [[]]
+
+
+def test_ranks_that_end_at_once_leave_nobody_connecting() -> None:
+    for _ in range(5):
+        assert run_ranks(square, 4, 1) == [0, 1, 2, 3]
 
 
 def test_every_failing_rank_shows_its_traceback() -> None:

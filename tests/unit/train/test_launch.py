@@ -40,7 +40,7 @@ def test_a_rank_ends_with_who_started_it() -> None:
     process.kill()
     process.wait()
     process.stdout.close()
-    gone, _ = psutil.wait_procs([child], timeout=10)
+    gone, _ = psutil.wait_procs([child], timeout=30)
     assert gone == [child]
 
 

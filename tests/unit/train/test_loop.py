@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 import torch
 from train_cases import Rows, assert_same, fresh_model, put_on_mesh, whole
 
-from longvila.errors import CheckpointError
+from longvila.errors import CheckpointError, RankError
 from longvila.testing import Rank
 from longvila.testing.ranks import run_ranks
 from longvila.testing.tiny import tiny_model
@@ -183,40 +182,44 @@ def test_a_save_of_another_stage_or_adapter_is_refused(tmp_path: Path) -> None:
         checkpoint.find_saves(tmp_path / "saves")
 
 
-def save_for_ever(output: str) -> None:
-    """Save as fast as possible until killed; what a subprocess of the test below runs."""
-    model, _ = put_on_mesh(fresh_model(), fsdp=False)
+def save_for_ever(_: Rank, output: str, log: str) -> None:
+    """Save as fast as possible until killed, and say what is done."""
+    model, _mesh = put_on_mesh(fresh_model(), fsdp=False)
     optimizer = torch.optim.AdamW(model.parameters())
     folder = Path(output) / "saves"
     checkpoint.clean(folder)
     saves = checkpoint.find_saves(folder)
     step = saves[-1].step if saves else 0
-    while True:
-        step += 1
-        with torch.no_grad():
-            model.lm_head.weight.fill_(step)
-        checkpoint.save(folder, step, model, optimizer, run={}, data={"step": step}, keep=2)
-        print(step, flush=True)
+    with open(log, "w", buffering=1) as said:
+        said.write(f"{os.getpid()}\n")
+        while True:
+            step += 1
+            with torch.no_grad():
+                model.lm_head.weight.fill_(step)
+            checkpoint.save(folder, step, model, optimizer, run={}, data={"step": step}, keep=2)
+            said.write(f"{step}\n")
+
+
+def kill_after(log: Path, saves: int, delay_s: float) -> None:
+    """Kill the process whose id is the first line of a file, some saves later."""
+    while not log.exists() or len(lines := log.read_text().split()) <= saves:
+        time.sleep(0.005)
+    time.sleep(delay_s)
+    os.kill(int(lines[0]), signal.SIGKILL)
 
 
 def test_killed_at_any_moment_there_is_a_whole_save(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); " + (
-        f"import test_loop; test_loop.save_for_ever({str(tmp_path)!r})"
-    )
     last = 0
-    for _ in range(2):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, text=True
-        )
-        assert process.stdout is not None
-        said = [int(process.stdout.readline()) for _ in range(3)]
-        time.sleep(float(generator.uniform(0, 0.15)))
-        process.send_signal(signal.SIGKILL)
-        said += [int(line) for line in process.stdout.read().split()]
-        process.wait()
-        process.stdout.close()
+    for number in range(2):
+        log = tmp_path / f"said{number}"
+        delay_s = float(generator.uniform(0, 0.15))
+        killer = threading.Thread(target=kill_after, args=(log, 3, delay_s), daemon=True)
+        killer.start()
+        with pytest.raises(RankError, match="without an answer"):
+            run_ranks(save_for_ever, 1, str(tmp_path), str(log))
+        killer.join()
+        said = [int(line) for line in log.read_text().split()[1:]]
         saves = checkpoint.find_saves(tmp_path / "saves")
         # The last save that was said to be done is there, or a newer one; it began after the last.
         assert saves[-1].step >= said[-1] > last

@@ -98,6 +98,20 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
+def is_vila(path: Any) -> bool:
+    """Tell whether something names a folder in the original's layout.
+
+    Args:
+        path: What was given to ``from_pretrained``.
+
+    Returns:
+        Whether it is such a folder.
+    """
+    if path is None or not Path(path).is_dir():
+        return False
+    return find_root(path) is not None
+
+
 def find_root(path: str | Path) -> Path | None:
     """Return the folder of a checkpoint in the original's layout.
 

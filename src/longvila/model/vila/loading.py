@@ -19,27 +19,18 @@ from transformers import GenerationConfig, PreTrainedConfig
 from longvila.errors import CheckpointError
 from longvila.log import get_logger
 from longvila.model.generation_longvila import DEFAULT_MAX_NEW_TOKENS
-from longvila.model.vila.layout import find_root, is_vila_config, open_checkpoint, read_json
+from longvila.model.vila.layout import (
+    is_vila,
+    is_vila_config,
+    open_checkpoint,
+    read_json,
+)
 
 if TYPE_CHECKING:
     from longvila.model.processing_longvila import LongVILAProcessor
     from longvila.model.vila.plan import Plan
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-
-
-def is_vila(path: Any) -> bool:
-    """Tell whether something names a folder in the original's layout.
-
-    Args:
-        path: What was given to ``from_pretrained``.
-
-    Returns:
-        Whether it is such a folder.
-    """
-    if path is None or not Path(path).is_dir():
-        return False
-    return find_root(path) is not None
 
 
 def refuse_remote(path: Any, kwargs: dict[str, Any]) -> None:
