@@ -112,8 +112,8 @@ def compile_around_units(tower: PreTrainedModel) -> list[tuple[nn.Module, Callab
     """Return modules of a tower that are worth compiling, and what of them to compile.
 
     Rotary embeddings and root-mean-square norms are written as six to a dozen passes over float32
-    copies of what they change, as long together as the layer's products; gated MLPs keep two
-    products more than their backward needs. Attention is compiled up to the call that is packed,
+    copies of what they change, which take about as long as the layer's products; gated MLPs keep
+    two tensors more than their backward needs. Attention is compiled up to the call that is packed,
     and behind it. Norms of torch's own and MLPs without a gate are few passes already, and stay.
 
     Args:
