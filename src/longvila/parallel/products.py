@@ -12,11 +12,11 @@ case: its MLPs are 3420 wide, 6840 bytes in bfloat16, in two thirds of the tower
 3. What is added is ``act(0)``, times ``0`` where there is a gate, and meets zero columns: it adds
    nothing. Autograd cuts the copies' gradients back to the parameters' shapes.
 
-Cost: a copy of the MLP's weights a call. For a gated one that reads and writes ``6 * M * N`` elements
-beside ``6 * T * M * N`` operations: tens of microseconds beside hundreds at 8192 rows. Calls of few
-rows do without. Parameters keep names and shapes, so nothing that saves, loads, shards or counts
-them is concerned, and they are read at the call, when a sharding wrapper has gathered them. MLPs
-with adapters (LoRA) are left alone, whenever these came.
+Cost: a copy of the MLP's weights a call. A gated one's reads and writes ``6 * M * N`` elements
+beside ``6 * T * M * N`` operations, tens of microseconds beside hundreds at 8192 rows. Calls of
+few rows do without. Parameters keep names and shapes, so nothing that saves, loads, shards or
+counts them is concerned, and they are read at the call, when a sharding wrapper has gathered them.
+MLPs with adapters (LoRA) are left alone, whenever these came.
 
 **Patches.** A convolution whose kernel is its stride, on input of the kernel's size, is a matrix
 product of flattened patches, and runs as one: convolution libraries serve thousands of inputs of
