@@ -606,9 +606,22 @@ VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] 
         ["needle", "method=smol-stages"],
         lambda result, folder: smol.ablations(folder),
     ),
-    "smol_losses": (["training"], lambda result, folder: smol.losses(folder)),
-    "smol_views": (["training"], lambda result, folder: smol.views(folder)),
-    "smol_two_gpus": (["training"], lambda result, folder: smol.two_gpus(folder)),
+    "smol_losses": (
+        ["training", "method=smol-stages"],
+        lambda result, folder: smol.losses(folder),
+    ),
+    "smol_views": (
+        ["training", "method=smol-stages"],
+        lambda result, folder: smol.views(folder),
+    ),
+    "smol_two_gpus": (
+        ["training", "method=smol-two"],
+        lambda result, folder: smol.two_gpus(folder),
+    ),
+    "smol_second": (
+        ["training", "method=smol-second"],
+        lambda result, folder: smol.second(folder),
+    ),
     "prefill_summary": (
         ["prefill", "suffix=whole"],
         lambda result, folder: _prefill_summary(folder),

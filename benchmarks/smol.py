@@ -2,7 +2,8 @@
 
 Results are ``*_needle_smol_PART_TIER.json`` (one for each part that was measured and tier; with
 ``_WAY`` behind, where another protocol was a run of its own) and ``*_training_smol.json`` (losses
-of all parts); the newest by name counts. Every table leaves out what
+of all parts); the newest by name counts. Another recipe's have ``smol-RECIPE`` for ``smol``, so
+that no table mixes two; ``smol-two`` are losses on one GPU and on two. Every table leaves out what
 has not been measured; nothing stands in for it. Tiers are tables of their own, never averaged.
 
 Drawings are SVG, written as text beside the page, so that a check can compare them:
@@ -58,7 +59,8 @@ WAYS = {
     ("grounding", "choice"): "the same, likeliest of the offered times",
     ("paper", "forced"): "the paper's protocol: the true answer read in, every token likeliest",
 }
-NAME = re.compile(r".*_needle_smol_(.+?)_([abc])(?:_([a-z]+))?")
+#: Part, tier and way behind what all names of a run's results have.
+NAME = re.compile(r"(.+?)_([abc])(?:_([a-z]+))?")
 #: What "beyond" means in tables: no video of stage 3 comes near, stage 4 reads so much as text.
 BEYOND = 1024
 
@@ -106,11 +108,11 @@ class Measured:
         return dict(sorted(out.items()))
 
 
-def read(folder: Path) -> dict[tuple[str, str], Measured]:
-    """Newest needle results by part and tier, all ways of asking together."""
+def read(folder: Path, run: str = "smol") -> dict[tuple[str, str], Measured]:
+    """Newest needle results of a run by part and tier, all ways of asking together."""
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
-    for path in sorted(folder.glob("*_needle_smol_*.json")):
-        found = NAME.fullmatch(path.stem)
+    for path in sorted(folder.glob(f"*_needle_{run}_*.json")):
+        found = NAME.fullmatch(path.stem.partition(f"_needle_{run}_")[2])
         if found is not None:
             newest[found.groups("")] = json.loads(path.read_text(encoding="utf-8"))
     out: dict[tuple[str, str], Measured] = {}
@@ -121,9 +123,9 @@ def read(folder: Path) -> dict[tuple[str, str], Measured]:
     return out
 
 
-def read_training(folder: Path) -> list[dict[str, Any]]:
-    """Rows of the newest training result."""
-    files = sorted(folder.glob("*_training_smol.json"))
+def read_training(folder: Path, run: str = "smol") -> list[dict[str, Any]]:
+    """Rows of the newest training result of a run."""
+    files = sorted(folder.glob(f"*_training_{run}.json"))
     if not files:
         return []
     rows: list[dict[str, Any]] = json.loads(files[-1].read_text(encoding="utf-8"))["rows"]
@@ -301,22 +303,54 @@ def _beyond_sentence(found: dict[tuple[str, str], Measured], names: dict[str, st
 
 def losses(folder: Path) -> list[str]:
     """What each part of the training began and ended with, and the drawing."""
-    rows = [row for row in read_training(folder) if not row["shape"]["run"]]
+    lines = [f"![Loss by step, a panel a part]({PAGE_TO_FOLDER}/loss.svg)", ""]
+    return [*lines, *_losses(folder, "smol"), "", "At first and at last: means over a tenth of it."]
+
+
+def _losses(folder: Path, run: str) -> list[str]:
+    rows = read_training(folder, run)
     if not rows:
-        raise FileNotFoundError("no result of `training`")
+        raise FileNotFoundError(f"no result of `training` called {run}")
     cells = []
     for row in rows:
         shape, m = row["shape"], row["metrics"]
         cells.append(
-            [STAGES.get(shape["part"], shape["part"]), f"{shape['steps']:,}",
+            [_part(shape["part"]), f"{shape['steps']:,}",
              f"{row['tokens']:,}", f"{shape['frames']:,}", f"{m['loss_first']:.3f}",
              f"{m['loss_last']:.3f}", f"{m['step_s']:.2f}", _maybe(m, "mfu_percent", "{:.1f}"),
              _maybe(m, "data_wait_share", "{:.0%}"), _maybe(m, "peak_gib", "{:.1f}")]
         )  # fmt: skip
     header = ["part", "steps", "tokens a step", "frames a step", "loss at first", "loss at last",
               "step s", "MFU %", "waiting for data", "peak GiB"]  # fmt: skip
-    lines = [f"![Loss by step, a panel a part]({PAGE_TO_FOLDER}/loss.svg)", ""]
-    return [*lines, *_table(header, cells), "", "At first and at last: means over a tenth of it."]
+    return _table(header, cells)
+
+
+def _part(name: str) -> str:
+    """What tables of losses call a part, those of half the steps among them."""
+    half = name.removeprefix("half-")
+    return STAGES.get(name) or (f"{STAGES[half]}, half" if half in STAGES else name)
+
+
+def second(folder: Path) -> list[str]:
+    """The second recipe's run: right answers of all that it measured, and its losses."""
+    found = read(folder, "smol-second")
+    if not found:
+        raise FileNotFoundError("no result of `smol-second`")
+    names = {part: name.partition(":")[0] for part, name in PARTS.items()}
+    names |= {part: f"half the steps: {name}" for part, name in ABLATIONS.items()}
+    lengths = sorted({n for one in found.values() for way in WAYS for n in one.counts(way)})
+    cells = []
+    for tier in TIERS:
+        for way, asked in WAYS.items():
+            for part in (each for each in names if (each, tier) in found):
+                counts = found[part, tier].counts(way)
+                if counts:
+                    right = [f"{counts[n].right} of {counts[n].n}" if n in counts else ""
+                             for n in lengths]  # fmt: skip
+                    chance = f"{100 * _total(counts).chance:.0f}"
+                    cells.append([names[part], tier, asked.partition(": ")[0], chance, *right])
+    header = ["model", "tier", "question", "a guess, %", *map(_frames, lengths)]
+    return [*_table(header, cells), "", *_losses(folder, "smol-second")]
 
 
 def _maybe(metrics: dict[str, float], name: str, style: str) -> str:
@@ -325,10 +359,7 @@ def _maybe(metrics: dict[str, float], name: str, style: str) -> str:
 
 def views(folder: Path) -> list[str]:
     """How often a trained picture was shown in the parts that show each alike."""
-    rows = [
-        row for row in read_training(folder)
-        if row["shape"]["part"] in ("align", "pretrain") and not row["shape"]["run"]
-    ]  # fmt: skip
+    rows = [row for row in read_training(folder) if row["shape"]["part"] in ("align", "pretrain")]
     if not rows:
         raise FileNotFoundError("no result of `training` for stages 1 and 2")
     pictures = len((SPLITS / "train.tsv").read_text(encoding="utf-8").splitlines())
@@ -345,7 +376,7 @@ def views(folder: Path) -> list[str]:
 
 def two_gpus(folder: Path) -> list[str]:
     """Losses of parts that were run on one GPU and on two, step by step."""
-    rows = read_training(folder)
+    rows = read_training(folder, "smol-two")
     alone = {
         r["shape"]["part"]: dict(map(tuple, r["samples"])) for r in rows if not r["shape"]["run"]
     }

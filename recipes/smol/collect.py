@@ -1,14 +1,19 @@
 """Bring what a run measured into the repository's result files.
 
-    python recipes/smol/collect.py WORK [--two-gpus WORK2]
+    python recipes/smol/collect.py WORK [--run second] [--two-gpus WORK2]
 
 1. Every ``WORK/needle/PART-TIER`` (or ``PART-TIER-WAY``, where another protocol was asked for)
    becomes ``DATE_needle_smol_PART_TIER.json``: the kept copy in ``WORK/results`` if there is one,
    else its ``result.json``, else what its answers say, which is then called cut off.
 2. ``WORK/results/PART.metrics.jsonl`` of all parts become one file, ``DATE_training_smol.json``:
    the loss of each step that was logged, and rates. A part that was cut off has its lines in
-   ``WORK/stages``. ``--two-gpus`` adds those of another folder.
-3. Folders of the machine that ran it are written as ``WORK``; nothing else is changed.
+   ``WORK/stages``.
+3. ``--two-gpus`` brings another folder, and the same parts of this one, into a file of their own,
+   ``DATE_training_smol-two.json``.
+4. Folders of the machine that ran it are written as ``WORK``; nothing else is changed.
+
+``--run NAME`` writes ``smol-NAME`` for ``smol`` in names of files and of methods: the run of
+another recipe, which takes no place of this one's.
 
 ``python -m benchmarks.render`` draws ``docs/results/smol.md`` from these files.
 """
@@ -45,7 +50,7 @@ def without_folders(result: dict[str, Any]) -> dict[str, Any]:
         result: As ``run.py`` keeps it.
     """
     text = json.dumps(result)
-    found = re.search(r"--model (\S+?)/models/", result["command"])
+    found = re.search(r"--model (\S+?)/(?:models|stages)/", result["command"])
     if found is not None:
         text = text.replace(found[1], "WORK")
     clean: dict[str, Any] = json.loads(text)
@@ -53,18 +58,21 @@ def without_folders(result: dict[str, Any]) -> dict[str, Any]:
     return clean
 
 
-def needle_results(work: Path, about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def needle_results(work: Path, about: Mapping[str, Any], run: str) -> dict[str, dict[str, Any]]:
     """Return the needle results of a run by file name.
 
     Args:
         work: The folder of the run.
         about: Date, commit, hardware and versions, where a result does not say.
+        run: Begins its methods, and stands in its files' names.
     """
     out: dict[str, dict[str, Any]] = {}
     names = {}
+    label = "smol" if run == "smol-stages" else run
     for path in sorted((work / "results").glob("*_needle_smol_*.json")):
-        out[path.name] = without_folders(json.loads(path.read_text(encoding="utf-8")))
-        names[path.stem.partition("_needle_smol_")[2].replace("_", "-")] = path.name
+        name = path.name.replace("_needle_smol_", f"_needle_{label}_")
+        out[name] = without_folders(json.loads(path.read_text(encoding="utf-8")))
+        names[path.stem.partition("_needle_smol_")[2].replace("_", "-")] = name
     for folder in sorted((work / "needle").iterdir() if (work / "needle").is_dir() else []):
         found = FOLDER.fullmatch(folder.name)
         if found is None:
@@ -88,19 +96,20 @@ def needle_results(work: Path, about: Mapping[str, Any]) -> dict[str, dict[str, 
         if not result:
             continue
         result.setdefault("grids", grid_rows(records, groups))
-        method = "smol-shipped" if found["part"] == "shipped" else f"smol-stages {found['part']}"
+        method = "smol-shipped" if found["part"] == "shipped" else f"{run} {found['part']}"
         for row in result["rows"]:
             row["method"] = method
         name = "_".join(part for part in found.groups() if part)
-        out[names.get(folder.name, f"{about['date']}_needle_smol_{name}.json")] = result
+        out[names.get(folder.name, f"{about['date']}_needle_{label}_{name}.json")] = result
     return out
 
 
-def training_rows(work: Path, label: str = "") -> list[dict[str, Any]]:
+def training_rows(work: Path, run: str, label: str = "") -> list[dict[str, Any]]:
     """Return a row for each part that was trained.
 
     Args:
         work: The folder of the run.
+        run: Begins its methods.
         label: Follows the part's name, to tell another run of it.
     """
     rows = []
@@ -129,7 +138,7 @@ def training_rows(work: Path, label: str = "") -> list[dict[str, Any]]:
                 metrics[name] = round(max(values), 2)
         rows.append(
             {
-                "method": f"smol-stages {part}{label}",
+                "method": f"{run} {part}{label}",
                 "kind": "ours",
                 "tokens": round(statistics.fmean(line["tokens"] for line in steps)),
                 "shape": {
@@ -149,7 +158,15 @@ def _place(order: list[str], part: str) -> int:
     return order.index(part) if part in order else len(order)
 
 
-def collect(work: Path, out: Path, *, two_gpus: Path | None, about: dict[str, Any]) -> list[Path]:
+def collect(
+    work: Path,
+    out: Path,
+    *,
+    two_gpus: Path | None,
+    about: dict[str, Any],
+    run: str | None = None,
+    two_command: str = "",
+) -> list[Path]:
     """Write the result files of a run.
 
     Args:
@@ -157,27 +174,39 @@ def collect(work: Path, out: Path, *, two_gpus: Path | None, about: dict[str, An
         out: Folder of result files.
         two_gpus: Folder of the same stages on two GPUs.
         about: Date, commit, hardware and versions; what a needle result says takes their place.
+        run: Name of another recipe's run.
+        two_command: What was run on two GPUs.
 
     Returns:
         The files.
     """
-    found = needle_results(work, about)
+    method, label = (f"smol-{run}",) * 2 if run else ("smol-stages", "smol")
+    found = needle_results(work, about, method)
     whole = [each for each in found.values() if "cut_off" not in each.get("notes", {})]
     if whole:
         same = {k: whole[-1][k] for k in ("date", "commit", "hardware", "versions")}
         about = {**about, **{k: v for k, v in same.items() if v}}
     for each in found.values():
         each["commit"] = each["commit"] or about["commit"]
-    rows = training_rows(work)
-    if two_gpus is not None:
-        rows += training_rows(two_gpus, ", 2 GPUs")
-    if rows:
-        found[f"{about['date']}_training_smol.json"] = {
+    if rows := training_rows(work, method):
+        found[f"{about['date']}_training_{label}.json"] = {
             "benchmark": "training",
             "question": "How does the loss fall in each stage?",
             **about,
             "command": "python recipes/smol/run.py --prepared PREPARED --pages PAGES --work WORK",
             "rows": rows,
+        }
+    if two_gpus is not None:
+        shared = training_rows(two_gpus, "smol-two", ", 2 GPUs")
+        parts = {row["shape"]["part"] for row in shared}
+        alone = [r for r in training_rows(work, "smol-two") if r["shape"]["part"] in parts]
+        found[f"{about['date']}_training_smol-two.json"] = {
+            "benchmark": "training",
+            "question": "Is the loss of a stage on two GPUs that of one?",
+            **about,
+            "hardware": {**about["hardware"], "count": 2},
+            "command": two_command,
+            "rows": alone + shared,
         }
     written = []
     for name, result in found.items():
@@ -191,6 +220,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--two-gpus", type=Path)
+    parser.add_argument(
+        "--two-command", help="what was run there",
+        default="python recipes/smol/run.py --prepared PREPARED --work WORK --gpus 2",
+    )  # fmt: skip
+    parser.add_argument("--run", help="name of another recipe's run")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--date", required=True, help="of the run, where its results do not say")
     parser.add_argument("--commit", required=True, help="that the run was made with")
@@ -201,7 +235,11 @@ def main() -> None:
         "date": args.date, "commit": args.commit,
         "hardware": {"gpu": args.gpu, "count": 1, "link": None}, "versions": {"torch": args.torch},
     }  # fmt: skip
-    for path in collect(args.work, args.out, two_gpus=args.two_gpus, about=about):
+    written = collect(
+        args.work, args.out, two_gpus=args.two_gpus, about=about, run=args.run,
+        two_command=args.two_command,
+    )  # fmt: skip
+    for path in written:
         print(f"{path} ({path.stat().st_size / 1e3:.0f} kB)")
 
 

@@ -4,13 +4,14 @@
 
 1. ``prepare.py``'s named pictures and film frames are the only material. Everything else follows
    from the seed: item k of a set is the same whoever draws it, and in whichever process.
-2. ``images``: a picture on a background, turned, cut and coloured its own way in each of some
-   twenty views, as JPEG; a record is an album of many (``align.jsonl`` with captions,
-   ``pretrain.jsonl`` with questions, some pictures together).
-3. ``short`` (2 to 32 frames, log-uniform), ``long`` (64 to 2,048, the same), ``longest`` (3,000 to
-   6,000): shots of the film, each panned, mirrored and lit its own way, with pictures pasted at
-   known times, encoded a frame every ``step_s`` seconds; the processor takes every frame.
-   Conversations have as many turns as the row has room for: a step costs what its frames cost, and
+2. ``images``: a picture on a background, several views of each, as JPEG; a record is an album of
+   many (``align.jsonl`` with captions, ``pretrain.jsonl`` with questions, some pictures together).
+   Names are learnt by seeing few views often: four times as many views, each once or twice and
+   changed in colour and cut, left most pictures of training without their exact name.
+3. ``short`` (8 to 32 frames), ``long`` (64 to 2,048, log-uniform), ``longest`` (3,000 to 6,000):
+   shots of the film, each panned, mirrored and lit its own way, with pictures pasted at known
+   times, encoded a frame every ``step_s`` seconds; the processor takes every frame. Conversations
+   of long videos have as many turns as the row has room for: a step costs what its frames cost, and
    teaches what its answers say.
 4. ``needles``: pictures of the tiers a (trained), b (unseen pictures of trained names) and c
    (unseen names), and ``haystack.mp4`` of film that training never shows.
@@ -39,33 +40,27 @@ from typing import Any
 
 import av
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image
 from questions import IMAGE, Shown, clock, conversation
 
 SIDE, FRAME = 160, 224
 #: Samples of a set at full share, and how many a part has.
 SIZES = {
-    "images": (200000, 500),
-    "short": (12000, 60),
+    "images": (52000, 520),
+    "short": (6000, 60),
     "log": (2400, 120),
     "text": (400, 10),
     "long": (900, 6),
     "longest": (90, 1),
 }
-#: Tokens of the rows that long videos must fit, as their stages say, and no more than so many of a
-#: frame and of a turn.
+#: Tokens that a long video and all that is asked about it must fit, as their stages say; and no
+#: more than so many of a frame and of a turn.
 ROWS = {"long": 57344, "longest": 147456}
 FRAME_TOKENS, TURN_TOKENS = 23, 32
 ALBUM = 20
 HAYSTACK = 6000
 #: Root mean square difference of thumbnails, in [0, 1], below which two pictures are twins.
 TWIN = 0.08
-#: Names that say a colour or a side; pictures of these keep theirs.
-COLOURS = {
-    "black", "blue", "brown", "golden", "green", "grey", "mandarin", "orange", "pink", "purple",
-    "red", "silver", "white", "yellow",
-}  # fmt: skip
-SIDES = {"left", "right"}
 Rng = np.random.Generator
 
 
@@ -162,68 +157,8 @@ class _whole:
 
 
 @dataclass(frozen=True)
-class Look:
-    """How a picture itself is changed, so that a name is not learnt from its pixels.
-
-    Attributes:
-        crop: What is cut off on the left, top, right and bottom, as shares of it.
-        gains: Factors of red, green and blue.
-        colour: Factor of the saturation; zero is grey.
-        contrast: Factor of the contrast.
-        blur: Radius in pixels, zero for none.
-    """
-
-    crop: tuple[float, float, float, float]
-    gains: tuple[float, float, float]
-    colour: float
-    contrast: float
-    blur: float
-
-
-def draw_look(rng: Rng, *, strong: bool, coloured: bool = False) -> Look:
-    """Choose a look.
-
-    Args:
-        rng: Chance.
-        strong: As single pictures are shown; gentler in videos, where times are to be learnt.
-        coloured: Its colours are in its name, and stay.
-    """
-    edge, spread = (0.2, 0.35) if strong else (0.1, 0.15)
-    cut = rng.uniform(0, edge, 4) * (rng.random(4) < 0.5)
-    colour = float(rng.uniform(0.4, 1.7) if strong else rng.uniform(0.8, 1.3))
-    gains = tuple(float(g) for g in rng.uniform(1 - spread, 1 + spread, 3))
-    colour = 0.0 if strong and rng.random() < 0.12 else colour
-    return Look(
-        crop=tuple(float(c) for c in cut),  # type: ignore[arg-type]
-        gains=(1.0, 1.0, 1.0) if coloured else gains,  # type: ignore[arg-type]
-        colour=1.0 if coloured else colour,
-        contrast=float(rng.uniform(0.6, 1.4) if strong else rng.uniform(0.85, 1.2)),
-        blur=float(rng.uniform(0.5, 1.6)) if strong and rng.random() < 0.2 else 0.0,
-    )
-
-
-def look(picture: Image.Image, how: Look) -> Image.Image:
-    """Return a picture as a look has it; what is transparent stays so."""
-    width, height = picture.size
-    left, top, right, bottom = how.crop
-    picture = picture.crop(
-        (round(left * width), round(top * height),
-         round((1 - right) * width), round((1 - bottom) * height))
-    )  # fmt: skip
-    alpha, plain = picture.getchannel("A"), picture.convert("RGB")
-    plain = ImageEnhance.Color(plain).enhance(how.colour)
-    plain = ImageEnhance.Contrast(plain).enhance(how.contrast)
-    table = np.outer(how.gains, np.arange(256)).clip(0, 255).astype(np.uint8).reshape(-1)
-    plain = plain.point(table.tolist())
-    if how.blur:
-        plain = plain.filter(ImageFilter.GaussianBlur(how.blur))
-    plain.putalpha(alpha)
-    return plain
-
-
-@dataclass(frozen=True)
 class Paste:
-    """How a picture lies on a frame: centre and size as shares of it, turn, mirror, paper, look."""
+    """How a picture lies on a frame: centre and size as shares of it, turn, mirror, paper."""
 
     x: float
     y: float
@@ -233,20 +168,15 @@ class Paste:
     mirrored: bool
     paper: str  # "none", "card" or "full"
     colour: tuple[int, int, int]
-    look: Look | None = None
 
 
-def draw_paste(
-    size: Sequence[int], rng: Rng, *, name: str = "", small: bool = False, strong: bool = False
-) -> Paste:
+def draw_paste(size: Sequence[int], rng: Rng, *, small: bool = False) -> Paste:
     """Choose how a picture lies on a frame.
 
     Args:
         size: Its height and width.
         rng: Chance.
-        name: What it shows; a colour or a side that is in its name stays.
         small: Leave room for others.
-        strong: Change it more than videos do: turned further, in other colours, cut, blurred.
     """
     h, w = (float(s) / max(size) for s in size)
     scale = float(rng.uniform(0.3, 0.48) if small else rng.uniform(0.4, 0.95))
@@ -255,20 +185,16 @@ def draw_paste(
     # A wide film is squeezed into the square input, and with it what was pasted on it.
     squeeze = 9 / 16 if rng.random() < 0.25 else float(rng.uniform(0.8, 1.1))
     width, height = min(1.0, w * scale * squeeze), min(1.0, h * scale)
-    white, words = rng.random() < 0.6, set(name.split())
-    # One in five is shown as it is, as needles are.
-    kept = rng.random() < 0.2
-    angle = float(rng.normal(0, 16) if strong and not kept else rng.normal(0, 6))
+    white = rng.random() < 0.6
     return Paste(
         x=float(rng.uniform(width / 2, 1 - width / 2)),
         y=float(rng.uniform(height / 2, 1 - height / 2)),
         width=width,
         height=height,
-        angle=angle,
-        mirrored=bool(rng.random() < 0.3) and not words & SIDES,
+        angle=float(rng.normal(0, 6)),
+        mirrored=bool(rng.random() < 0.3),
         paper=str(rng.choice(("none", "card", "full"), p=(0.25, 0.55, 0.2))),
         colour=(255, 255, 255) if white else tuple(int(c) for c in rng.integers(150, 256, 3)),
-        look=None if kept else draw_look(rng, strong=strong, coloured=bool(words & COLOURS)),
     )
 
 
@@ -276,8 +202,6 @@ def paste(frame: np.ndarray, picture: Image.Image, how: Paste) -> np.ndarray:
     """Return a frame with a picture on it."""
     out = Image.fromarray(frame)
     size = (max(8, round(how.width * FRAME)), max(8, round(how.height * FRAME)))
-    if how.look is not None:
-        picture = look(picture, how.look)
     if how.mirrored:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     picture = picture.resize(size, Image.Resampling.BILINEAR)
@@ -435,13 +359,11 @@ def video_sample(store: Store, names: Names, kind: str, number: int, seed: int) 
     """
     rng = np.random.default_rng([seed, number, *kind.encode()])
     if kind == "short":
-        # Half have two to eight frames: there a time is found and read most easily.
-        num_frames = round(2 ** float(rng.uniform(1, 5)))
+        num_frames = int(rng.integers(8, 33))
         # A third are nearly all pictures: every time names one.
-        share = float(rng.choice((0.2, 0.6, 1.5)))
-        # To 100 minutes, so that all times of the longest videos are read here already.
-        step_s = float(rng.choice((1, 1, 1, 2, 3, 5, 7, 13, 29, 61, 180)))
-        turns, at = 16, 0.5
+        share = float(rng.choice((0.15, 0.4, 1.5)))
+        step_s = float(rng.choice((1, 1, 1, 2, 3, 5, 10, 20)))
+        turns, at = 16, 0.65
     else:
         num_frames = round(2 ** float(rng.uniform(6, 11)))
         if kind == "longest":
@@ -449,7 +371,10 @@ def video_sample(store: Store, names: Names, kind: str, number: int, seed: int) 
         share = float(rng.choice((0.04, 0.3, 0.8) if kind == "long" else (0.02, 0.12, 0.3)))
         steps = (1, 1, 1, 2) if num_frames > 1024 else (1, 1, 1, 2, 3, 5)
         step_s = 1.0 if kind == "longest" else float(rng.choice(steps))
-        turns, at = (ROWS[kind] - FRAME_TOKENS * num_frames) // TURN_TOKENS - 20, 0.65
+        turns = (ROWS[kind] - FRAME_TOKENS * num_frames) // TURN_TOKENS - 20
+        # Nearly all by their times: the answers' times are not learnt in so few steps, and their
+        # loss would drown that of the names.
+        at = 0.9
     shown = place(names, num_frames, rng, share=share)
     if not shown:
         picture = names.picture(rng)
@@ -460,9 +385,7 @@ def video_sample(store: Store, names: Names, kind: str, number: int, seed: int) 
     return {
         "num_frames": num_frames, "step_s": step_s, "shown": shown, "pairs": pairs,
         "shots": draw_shots(store.runs["train"], num_frames, rng),
-        "pastes": [
-            draw_paste(store.entries[each.picture]["size"], rng, name=each.name) for each in shown
-        ],
+        "pastes": [draw_paste(store.entries[each.picture]["size"], rng) for each in shown],
     }  # fmt: skip
 
 
@@ -509,10 +432,6 @@ def draw_images(store: Store, items: range, out: Path, seed: int) -> list[Any]:
         rng = np.random.default_rng([seed, number, 7])
         shot = draw_shots(store.runs["train"], 1, rng)[0]
         frame = next(shot_frames(store, shot))
-        if rng.random() < 0.3:
-            # What is behind is nobody's name; blurred, it is still film.
-            behind = ImageFilter.GaussianBlur(float(rng.uniform(1, 6)))
-            frame = np.asarray(Image.fromarray(frame).filter(behind))
         first = names.all[number % len(names.all)]
         pair = [first]
         if rng.random() < 0.2:
@@ -521,13 +440,7 @@ def draw_images(store: Store, items: range, out: Path, seed: int) -> list[Any]:
         if len(pair) == 2:
             rng.shuffle(pair)
         for side, picture in enumerate(pair):
-            how = draw_paste(
-                store.entries[picture]["size"],
-                rng,
-                name=store.name(picture),
-                small=len(pair) == 2,
-                strong=True,
-            )
+            how = draw_paste(store.entries[picture]["size"], rng, small=len(pair) == 2)
             if len(pair) == 2:
                 paper = "card" if how.paper == "full" else how.paper
                 how = Paste(**{**vars(how), "x": 0.26 + 0.48 * side, "paper": paper})
@@ -577,7 +490,7 @@ def draw_text(store: Store, kind: str, items: range, seed: int, pages: Sequence[
     names, records = sorted(store.by_name()), []
     for number in items:
         rng = np.random.default_rng([seed, number, 13 if kind == "text" else 19])
-        tokens = 2 ** float(rng.uniform(10, 16.6) if kind == "text" else rng.uniform(5, 10))
+        tokens = 2 ** float(rng.uniform(10, 16.9) if kind == "text" else rng.uniform(5, 10))
         pairs: list[tuple[str, str]] = []
         if kind == "log" or rng.random() < 0.6 or not pages:
             count = int(tokens / 11)

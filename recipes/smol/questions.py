@@ -2,7 +2,7 @@
 
 1. A video has frames at ``k * step_s`` seconds and shows some pictures, each in a stretch of
    frames. The same picture may appear more than once.
-2. ``conversation`` draws questions of eight kinds and orders them so that an answer does not give
+2. ``conversation`` draws questions of seven kinds and orders them so that an answer does not give
    the next one away: what is asked by its time is not asked for its time, lists come last.
 3. Times are written as the prompt writes them; a time that two frames share is never asked for.
 
@@ -31,7 +31,6 @@ AT = (
     "What picture is there at {t}?",
 )
 WHEN = ("When does the {name} appear?", "At what time is the {name} shown?")
-WHEN_EACH = ("When does each picture appear?",)
 THERE = ("Is there {a_name}?", "Does {a_name} appear in the video?")
 WHICH = ("Which pictures appear in the video?", "List the pictures that appear.")
 COUNT = ("How many pictures appear in the video?",)
@@ -75,7 +74,7 @@ def conversation(
     *,
     turns: int,
     absent: Callable[[], str],
-    at: float = 0.5,
+    at: float = 0.65,
 ) -> list[tuple[str, str]]:
     """Draw questions about a video, with their answers.
 
@@ -98,6 +97,7 @@ def conversation(
     covered = {k for each in shown for k in range(each.start, each.start + each.length)}
     missing = list(dict.fromkeys(n for n in (absent() for _ in range(8)) if n not in names))
     pairs: list[tuple[str, str]] = []
+    last = at + (1 - at) * 5 / 7
     for each in (shown[i] for i in rng.permutation(len(shown))):
         kind = rng.random()
         if kind < at:
@@ -105,9 +105,9 @@ def conversation(
             if single(k):
                 pairs.append((_say(rng, AT, t=times[k]), each.name))
         elif names.count(each.name) == 1:
-            if kind < 1 - 0.14 * (1 - at) and single(each.start):
+            if kind < last and single(each.start):
                 pairs.append((_say(rng, WHEN, name=each.name), times[each.start]))
-            elif kind >= 1 - 0.14 * (1 - at):
+            elif kind >= last:
                 pairs.append((_say(rng, THERE, a_name=with_article(each.name)), "yes"))
         else:
             pairs.append((_say(rng, TIMES, name=each.name), str(names.count(each.name))))
@@ -120,13 +120,11 @@ def conversation(
     if missing and rng.random() < 0.5:
         pairs.append((_say(rng, WHEN, name=missing[-1]), NEVER))
     pairs = [pairs[i] for i in rng.permutation(len(pairs))][:turns]
-    pairs += _about_all(names, [times[each.start] for each in shown], rng)
+    pairs += _about_all(names, rng)
     return list(dict(reversed(pairs)).items())[::-1]
 
 
-def _about_all(
-    names: list[str], times: list[str], rng: np.random.Generator
-) -> list[tuple[str, str]]:
+def _about_all(names: list[str], rng: np.random.Generator) -> list[tuple[str, str]]:
     """Questions whose answers tell others; they come last."""
     once = [name for name in names if names.count(name) == 1]
     pairs = []
@@ -137,10 +135,6 @@ def _about_all(
         pairs.append((_say(rng, COUNT), str(len(names))))
     if 0 < len(names) <= 6 and rng.random() < 0.3:
         pairs.append((_say(rng, WHICH), ", ".join(dict.fromkeys(names))))
-    if 0 < len(names) <= 16 and len(set(times)) == len(times) and rng.random() < 0.6:
-        # Every answer before it gives the next time less away than the last name does.
-        told = ", ".join(f"{time} {name}" for time, name in zip(times, names, strict=True))
-        pairs.append((_say(rng, WHEN_EACH), told))
     return pairs
 
 

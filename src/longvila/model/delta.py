@@ -265,9 +265,15 @@ def apply_delta(model: nn.Module, path: Path) -> dict[str, Any]:
 
 
 def _set_context(model: Any, context: Mapping[str, Any]) -> None:
-    """Give the text model a rotary base and a context; its angles are computed anew."""
+    """Give the text model a rotary base and a context; its angles are computed anew.
+
+    ``rope_parameters`` holds what else there is to say where angles are scaled too.
+    """
     config = model.config.get_text_config()
-    config.rope_parameters = {**config.rope_parameters, "rope_theta": context["rope_theta"]}
+    scaled = context.get("rope_parameters", {})
+    config.rope_parameters = {
+        **config.rope_parameters, **scaled, "rope_theta": context["rope_theta"],
+    }  # fmt: skip
     config.max_position_embeddings = context["max_position_embeddings"]
     text = model.model.language_model
     text.rotary_emb = type(text.rotary_emb)(config=config).to(text.embed_tokens.weight.device)

@@ -125,7 +125,14 @@ def set_context(model: PreTrainedModel, context: Context) -> None:
             f"the model's context is {config.max_position_embeddings} already, the stage would "
             f"make it {context.max_position_embeddings}"
         )
-    config.rope_parameters = {**rope, "rope_theta": context.rope_theta}
+    changed: dict[str, Any] = {**rope, "rope_theta": context.rope_theta}
+    if context.yarn_factor is not None:
+        changed |= {
+            "rope_type": "yarn",
+            "factor": float(context.yarn_factor),
+            "original_max_position_embeddings": config.max_position_embeddings,
+        }
+    config.rope_parameters = changed
     config.max_position_embeddings = context.max_position_embeddings
     rotary = [name for name, m in text.named_modules() if hasattr(m, "inv_freq")]
     if not rotary:

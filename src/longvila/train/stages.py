@@ -112,10 +112,18 @@ class Context:
     Attributes:
         rope_theta: Base of the rotary embedding.
         max_position_embeddings: Context afterwards.
+        yarn_factor: How much slower YaRN turns the pairs that did not come round in the context so
+            far; those that turned often stay as they are, and near tokens look as they did. Null
+            for a base alone, which slows down all but the first.
     """
 
     rope_theta: float
     max_position_embeddings: int
+    yarn_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.yarn_factor is not None and self.yarn_factor < 1:
+            raise ValueError(f"context.yarn_factor must be at least 1, got {self.yarn_factor}")
 
 
 @dataclass(frozen=True, kw_only=True)

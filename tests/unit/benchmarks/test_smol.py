@@ -24,7 +24,7 @@ PAGE = "".join(
     f"<!-- bench:{name} -->\n<!-- /bench -->\n"
     for name in (
         "smol_losses", "smol_heat", "smol_lengths", "smol_tiers", "smol_ablations",
-        "smol_two_gpus", "smol_shipped", "smol_summary", "smol_views",
+        "smol_two_gpus", "smol_shipped", "smol_summary", "smol_views", "smol_second",
     )
 )  # fmt: skip
 
@@ -110,7 +110,8 @@ def test_a_page_of_a_whole_run(root: Path, collect: Callable[..., Any]) -> None:
     keep(work, "longest", "b", lambda frames, ask: ask == "choice")
     train(work, "sft", [4.0, 3.0, 2.0, 1.0])
     train(root / "two", "sft", [4.0, 3.0, 2.0, 1.001])
-    collect(work, root / "out", two_gpus=root / "two", about={**ABOUT, "commit": ""})
+    about = {**ABOUT, "commit": "abc"}
+    collect(work, root / "out", two_gpus=root / "two", about=about, two_command="longvila on two")
     text = run(root)
     assert run(root, "--check") == text
 
@@ -129,6 +130,7 @@ def test_a_page_of_a_whole_run(root: Path, collect: Callable[..., Any]) -> None:
     assert "| stage 3, short videos | 4 | 1,000 | 30 | 4.000 | 1.000 | 0.50 |  | 10% |" in heading
     assert "no result of half-long, half-extend" in text
     assert "| stage 3, short videos | 2 GPUs | 4 | 0.0e+00 | 2.5e-04 | 1.0e-03 |" in text
+    assert "2 x H, torch 2; 2026-01-02, commit `abc`. `longvila on two`" in text
     assert "no result of `needle method=smol-shipped`" in text
 
     assert "no result of" in text.partition("<!-- bench:smol_summary -->")[2]  # of what ships
@@ -140,7 +142,7 @@ def test_a_page_of_a_whole_run(root: Path, collect: Callable[..., Any]) -> None:
     assert all(f"](smol/{name})" in text for name in drawn)
     heat = (root / "docs" / "results" / "smol" / "heat-sft-free.svg").read_text()
     assert heat.count("1/1") == 3 and heat.count("0/1") == 3 and "3 of 6 right" in heat
-    assert (root / "docs" / "results" / "smol" / "loss.svg").read_text().count("<polyline") == 3
+    assert (root / "docs" / "results" / "smol" / "loss.svg").read_text().count("<polyline") == 2
 
 
 def test_drawings_are_checked_and_old_ones_go(root: Path, collect: Callable[..., Any]) -> None:
@@ -219,3 +221,35 @@ def test_another_protocol_joins_its_tier(root: Path, collect: Callable[..., Any]
     assert "The model as shipped" in shipped
     assert f"| {smol.WAYS['paper', 'forced']} | 6 | 100 [61, 100] | 5 | 100 | 100 |" in text
     assert "](smol/heat-longest-forced.svg)" in text
+
+
+def test_another_recipe_takes_no_place_of_the_first(
+    root: Path, collect: Callable[..., Any]
+) -> None:
+    first, other = root / "first", root / "other"
+    keep(first, "longest", "a", lambda frames, ask: True)
+    train(first, "sft", [4.0, 1.0])
+    collect(first, root / "out", two_gpus=None, about=ABOUT)
+    before = run(root)
+    keep(other, "longest", "a", lambda frames, ask: frames < 1000)
+    keep(other, "half-long", "b", lambda frames, ask: ask == "choice")
+    train(other, "sft", [4.0, 3.0])
+    train(other, "half-long", [2.0])
+    train(root / "two", "sft", [4.0, 3.0])
+    files = collect(other, root / "out", two_gpus=root / "two", about=ABOUT, run="second")
+    assert [path.name for path in files if "smol-second" not in path.name] == [
+        "2026-01-02_training_smol-two.json"
+    ]
+    text = run(root)
+    for block in PAGE.split("<!-- /bench -->"):
+        name = block.partition("<!-- bench:")[2].partition(" ")[0]
+        same = [t.partition(f"<!-- bench:{name} -->")[2].partition("<!-- /bench")[0]
+                for t in (before, text)]  # fmt: skip
+        assert (same[0] == same[1]) == (name not in ("smol_second", "smol_two_gpus")), name
+    second = text.partition("<!-- bench:smol_second -->")[2]
+    words, choice = (smol.WAYS["retrieval", ask] for ask in ("free", "choice"))
+    assert f"| after stage 5 | a | {words} | 5 | 3 of 3 | 0 of 3 |" in second
+    half = f"half the steps: {smol.ABLATIONS['half-long']}"
+    assert f"| {half} | b | {choice} | 5 | 3 of 3 | 3 of 3 |" in second
+    assert "| stage 3, short videos | 2 | 1,000 | 30 | 4.000 | 3.000 |" in second
+    assert "| stage 5, to 2,048 frames, half | 1 |" in second

@@ -125,7 +125,16 @@ def test_difference_of_two_models(tmp_path: Path) -> None:
         torch.testing.assert_close(value, after[name], atol=1e-5, rtol=1e-5)
     assert base.config.context_length == 131072
     assert base.config.get_text_config().rope_parameters["rope_theta"] == 5e6
-    assert not torch.equal(base.model.language_model.rotary_emb.inv_freq, angles)
+    slowed = base.model.language_model.rotary_emb.inv_freq.clone()
+    assert not torch.equal(slowed, angles)
+    # Scaled angles come with it.
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16384}
+    scaled = json.dumps({**context, "rope_parameters": yarn})
+    save_delta(delta, file, init={}, dtype=torch.float32, context=scaled)
+    other = tiny_model(seed=0)
+    apply_delta(other, file)
+    torch.testing.assert_close(other.model.language_model.rotary_emb.inv_freq[0], slowed[0])
+    assert other.model.language_model.rotary_emb.inv_freq[-1] < 0.5 * slowed[-1]
     # A rank that is too small is told.
     _, left_out = difference(before, after, rank=lambda name: None if "projector" in name else 1)
     assert 0.05 < left_out < 1

@@ -149,6 +149,24 @@ def test_a_new_context_reaches_config_and_rotary_embedding() -> None:
         set_context(model, Context(rope_theta=1e7, max_position_embeddings=2**20))
 
 
+def test_yarn_leaves_pairs_that_turned_often_and_slows_down_the_others() -> None:
+    model = tiny_model()
+    text = model.model.language_model
+    length, base = text.config.max_position_embeddings, 1e6
+    pairs = text.rotary_emb.inv_freq.numel()
+    before = base ** (-torch.arange(pairs).float() / pairs)
+    context = Context(rope_theta=base, max_position_embeddings=18 * length, yarn_factor=18)
+    set_context(model, context)
+    after = text.rotary_emb.inv_freq
+    turns = before * length / (2 * torch.pi)
+    torch.testing.assert_close(after[turns > 40], before[turns > 40])
+    torch.testing.assert_close(after[turns < 0.5], before[turns < 0.5] / 18)
+    assert (turns > 40).any() and (turns < 0.5).any()
+    assert model.config.context_length == 18 * length
+    with pytest.raises(ValueError, match=r"yarn_factor must be at least 1, got 0\.5"):
+        Context(rope_theta=base, max_position_embeddings=length, yarn_factor=0.5)
+
+
 def test_adapters_in_the_tower_are_merged_too() -> None:
     rates = Rates(vision_tower=1e-3, projector=1e-3, language_model=1e-3)
     adapter = Adapter(rank=2, alpha=4, also_tune=("norms",), tower_targets=("fc1", "q_proj"))
