@@ -175,7 +175,7 @@ def test_an_idle_client_does_not_save_time_up(make: Make, monkeypatch: pytest.Mo
     before = len(busy.job.new)
     late.wait(30)
     beside = len(busy.job.new) - before
-    # Shares are of time, so a machine that stalls moves them; with time saved up it were next to none.
+    # Shares are of time, which a machine that stalls moves; with time saved up it were next to 0.
     assert beside > 12, f"the busy client wrote {beside} tokens beside 60"
     bench.scheduler.cancel(busy.job)
 
