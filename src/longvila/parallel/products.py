@@ -1,8 +1,8 @@
 """Matrix products of a model in the shapes that fast kernels take; the sums stay what they are.
 
 **Inner widths.** cuBLAS reads and writes 16 bytes at a time. Where the rows of a matrix are no
-multiple of that long, it falls back to kernels several times slower. Qwen2.5-VL's tower is the
-case: its MLPs are 3420 wide, 6840 bytes in bfloat16, in two thirds of the tower's operations. So:
+multiple of that long, it takes other kernels, which are slower. Qwen2.5-VL's tower is the case: its
+MLPs are 3420 wide, 6840 bytes in bfloat16, in two thirds of the tower's operations. So:
 
 1. Find MLPs: one or two linear maps in, an activation, one linear map out, nothing else. The inner
    width is odd (no multiple of 16 bytes in a 16-bit type), the outer one is not.
