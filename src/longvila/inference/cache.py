@@ -29,7 +29,7 @@ Letters: B rows, T new tokens, L tokens of this rank, K kv heads, D head dim, R 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -514,6 +514,24 @@ class ShardedCache(Cache):
         other.text_runs = self.text_runs
         other.pads, other._shared = self.pads, self._shared
         return other
+
+    def remember(self) -> Callable[[], None]:
+        """Return what makes the cache again what it is now; it must not have been cut and refilled.
+
+        Buffers are not copied: what is written later is behind the tokens that they hold now.
+        """
+        whole = {**vars(self), "held": list(self.held), "_arrivals": list(self._arrivals)}
+        layers = [
+            {**vars(each), "paged": list(each.paged), "segments": list(each.segments)}
+            for each in self.shards
+        ]
+
+        def restore() -> None:
+            vars(self).update(whole)
+            for each, before in zip(self.shards, layers, strict=True):
+                vars(each).update(before)
+
+        return restore
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens.

@@ -30,7 +30,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -423,8 +423,6 @@ def ask_until(
             return read(reply)
         except ValueError as fault:
             complaint = str(fault)
-        asked = Prompt(
-            f"{prompt.text}\n\nAn earlier answer could not be used: {complaint}. Answer again.",
-            prompt.pictures, prompt.system, prompt.max_new_tokens,
-        )  # fmt: skip
+        again = f"An earlier answer could not be used: {complaint}. Answer again."
+        asked = replace(prompt, text=f"{prompt.text}\n\n{again}")
     raise ValueError(f"{complaint}; after {attempts} answers, the last begins {said[:120]!r}")

@@ -75,6 +75,18 @@ class CacheEngine(Protocol):
         ...
 
 
+@contextlib.contextmanager
+def _whole_or_not(cache: ShardedCache) -> Iterator[None]:
+    """Forget what was read of some tokens if not all of them could be."""
+    length, logits = cache.get_seq_length(), cache.logits
+    try:
+        yield
+    except BaseException:
+        cache.crop(length - cache.get_seq_length())
+        cache.logits = logits
+        raise
+
+
 class Engine:
     """Prefill, fork, decode and generate with one model.
 
@@ -269,23 +281,24 @@ class Engine:
         self.static.compile_ahead()
         positions = self._positions(cache, batch)
         path = self._path(batch, onto)
-        if path == "one pass":
-            assert self._two_stage is not None
-            cache.logits = prefill_ranks(self._two_stage, cache, ids, rest)
-            if positions is not None and cache.text_runs is not None:
-                is_media = media_mask(self.model, self.family, ids[0])
-                cache.text_runs = cache.text_runs.read(positions, is_media)
-        elif path == "over ranks":
-            cache.logits = prefill_rank_chunks(
-                self.model, self.family, cache, ids, rest,
-                chunk_tokens=self.chunk_tokens, positions=positions, times=times,
-            )  # fmt: skip
-        else:
-            cache.logits = prefill_chunks(
-                self.model, self.family, cache, ids, rest,
-                chunk_tokens=self.chunk_tokens, split_tokens=self.split_tokens,
-                positions=positions, times=times,
-            )  # fmt: skip
+        with _whole_or_not(cache):
+            if path == "one pass":
+                assert self._two_stage is not None
+                cache.logits = prefill_ranks(self._two_stage, cache, ids, rest)
+                if positions is not None and cache.text_runs is not None:
+                    is_media = media_mask(self.model, self.family, ids[0])
+                    cache.text_runs = cache.text_runs.read(positions, is_media)
+            elif path == "over ranks":
+                cache.logits = prefill_rank_chunks(
+                    self.model, self.family, cache, ids, rest,
+                    chunk_tokens=self.chunk_tokens, positions=positions, times=times,
+                )  # fmt: skip
+            else:
+                cache.logits = prefill_chunks(
+                    self.model, self.family, cache, ids, rest,
+                    chunk_tokens=self.chunk_tokens, split_tokens=self.split_tokens,
+                    positions=positions, times=times,
+                )  # fmt: skip
         append_ids(cache, ids.to(self._device))
         return cache
 
@@ -317,8 +330,8 @@ class Engine:
         Comm: As a step of `longvila.inference.decode`, a chunk of the tokens.
         """
         ids, mask = pad_rows(ids)
-        if ids.dim() != 2 or ids.shape[1] == 0:
-            raise ValueError(f"ids must be (B, T) with at least one token, got {tuple(ids.shape)}")
+        if ids.shape[1] == 0:
+            raise ValueError(f"ids must hold at least one token, got {tuple(ids.shape)}")
         self._refuse_media(ids)
         self.check_context(cache.get_seq_length() + ids.shape[1])
         ids = ids.to(self._device)
@@ -326,11 +339,12 @@ class Engine:
             past = mask.new_ones(len(mask), cache.get_seq_length())
             mask = torch.cat([past, mask], dim=1).to(self._device)
         logits = None
-        for part in ids.split(self.chunk_tokens if mask is None else ids.shape[1], dim=1):
-            output = self.model(
-                input_ids=part, past_key_values=cache, logits_to_keep=1, attention_mask=mask
-            )
-            logits = output.logits[:, -1]
+        with _whole_or_not(cache):
+            for part in ids.split(self.chunk_tokens if mask is None else ids.shape[1], dim=1):
+                output = self.model(
+                    input_ids=part, past_key_values=cache, logits_to_keep=1, attention_mask=mask
+                )
+                logits = output.logits[:, -1]
         assert logits is not None
         cache.logits = logits
         append_ids(cache, ids)
@@ -401,7 +415,8 @@ class Engine:
                 one rank alone.
 
         Returns:
-            What ``generate`` returns; the sequences begin with everything in the prefix.
+            What ``generate`` returns; the sequences begin with everything in the prefix. After an
+            error the cache is what it was.
 
         Raises:
             ValueError: If ``max_time`` is given on several ranks, whose clocks differ, or the cache
@@ -411,10 +426,9 @@ class Engine:
             and of a flag a token with criteria of the caller's.
         """
         cache = prompt if isinstance(prompt, ShardedCache) else self.prefill(prompt)
-        config = options.get("generation_config") or self.model.generation_config
 
         def option(name: str) -> Any:
-            return options[name] if name in options else getattr(config, name, None)
+            return self._option(name, options)
 
         mask: Tensor | None = None
         if ids is not None:
@@ -424,6 +438,7 @@ class Engine:
         many = max(rows, option("num_beams") or 1, option("num_return_sequences") or 1) > 1
         if cache.input_ids is None or cache.input_ids.shape[0] != 1:
             raise ValueError("generate needs a cache of one row from prefill, or a fork of it")
+        restore = cache.remember()
         working = cache.fork() if many else cache
         whole = cache.input_ids
         if ids is not None and ids.shape[1]:
@@ -441,8 +456,14 @@ class Engine:
         if mask is not None:
             seen[:, -mask.shape[1] :] = mask
         options.setdefault("attention_mask", seen)
-        with self._seeded(seed, bool(option("do_sample"))), self._no_rope_deltas():
-            out = self.model.generate(whole, past_key_values=working, **options)  # type: ignore[operator]
+        if option("use_cache") is False:  # as many models say that were trained with checkpointing
+            options["use_cache"] = True
+        try:
+            with self._seeded(seed, bool(option("do_sample"))), self._no_rope_deltas():
+                out = self.model.generate(whole, past_key_values=working, **options)  # type: ignore[operator]
+        except BaseException:
+            restore()
+            raise
         if not many:
             sequences = out if isinstance(out, Tensor) else out.sequences
             working.input_ids = sequences[:, : working.get_seq_length()]
@@ -465,17 +486,24 @@ class Engine:
         Comm: As `generate`.
         """
         rows = [question.flatten() for question in questions]
-        out = self.generate(prompt, rows, **options)
+        # Rows that multiply leave the prefix alone; one row goes on behind it.
+        out = self.generate(prompt if len(rows) > 1 else self.fork(prompt), rows, **options)
         sequences = out if isinstance(out, Tensor) else out.sequences
         start = prompt.get_seq_length() + max(row.numel() for row in rows)
-        config = options.get("generation_config") or self.model.generation_config
-        ends = options.get("eos_token_id", config.eos_token_id)
+        ends = self._option("eos_token_id", options)
         ends = torch.tensor([] if ends is None else ends, device=sequences.device).flatten()
         answers = []
         for row in sequences[:, start:]:
             found = torch.isin(row, ends).nonzero().flatten()
             answers.append(row[: int(found[0]) + 1] if len(found) else row)
         return answers
+
+    def _option(self, name: str, options: Mapping[str, Any]) -> Any:
+        """Return an option of ``generate`` as it resolves it: what is not given is the model's."""
+        if name in options:
+            return options[name]
+        found = getattr(options.get("generation_config"), name, None)
+        return getattr(self.model.generation_config, name, None) if found is None else found
 
     @contextlib.contextmanager
     def _seeded(self, seed: int | None, sampling: bool) -> Iterator[None]:

@@ -121,7 +121,12 @@ class Session:
         if family.name == "LongVILA":
             self.prompts = LongVILAPrompts(self.model, processor, family, background=background)
         else:
-            self.prompts = FamilyPrompts(self.model, processor, family)
+            try:
+                self.prompts = FamilyPrompts(self.model, processor, family)
+            except BaseException:
+                if self.engine is not model:
+                    self.engine.close()
+                raise
         self.progress = progress
         self.clear()
 
@@ -474,8 +479,12 @@ class Session:
     def _config(self, max_new_tokens: int, temperature: float, top_p: float) -> GenerationConfig:
         tokenizer, stops = self.processor.tokenizer, sorted(self._stops())
         sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+        # What is left out here is the model's own.
         return GenerationConfig(
             do_sample=temperature > 0,
+            num_beams=1,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
             max_new_tokens=max_new_tokens,
             eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +197,10 @@ class Listed:
     """A caller that gives its answers one after another."""
 
     def __init__(self, *texts: str) -> None:
-        self.texts, self.prompts = list(texts), []
+        self.texts, self.asked = list(texts), []
 
     def __call__(self, prompt: Prompt) -> Reply:
-        self.prompts.append(prompt.text)
+        self.asked.append(prompt)
         return Reply(self.texts.pop(0))
 
 
@@ -209,7 +210,10 @@ def number(reply: Reply) -> int:
 
 def test_an_answer_that_cannot_be_used_is_asked_for_again() -> None:
     ask = Listed("one", "2")
-    assert ask_until(ask, Prompt("How many?"), number, attempts=3) == 2
-    assert ask.prompts[1].startswith("How many?\n\nAn earlier answer could not be used: invalid")
+    prompt = Prompt("How many?", system="Count.", turns=(("Who?", "Two cats."),))
+    assert ask_until(ask, prompt, number, attempts=3) == 2
+    second = ask.asked[1]
+    assert second.text.startswith("How many?\n\nAn earlier answer could not be used: invalid")
+    assert replace(second, text=prompt.text) == prompt
     with pytest.raises(ValueError, match="after 2 answers, the last begins 'b'"):
         ask_until(Listed("a", "b"), Prompt("How many?"), number, attempts=2)
