@@ -30,7 +30,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -110,8 +109,6 @@ class Engine:
         TypeError: If the model is of no known family.
         ValueError: If ``chunk_tokens`` is not positive, ``decode_graphs`` is none of the three, or
             an engine holds the model already.
-
-    Comm: Making one: none.
     """
 
     def __init__(
@@ -130,14 +127,13 @@ class Engine:
         if hasattr(vars(model).get("forward"), "cache_forward"):
             raise ValueError(f"an engine holds this {type(model).__name__} already; close it first")
         self.model, self.mesh = model, mesh
-        known = find_family(model)
-        self.family = known if family is None else family
+        self.family = find_family(model) if family is None else family
         self.places_in_3d = (
             self.family.position_ids is not Family.__dataclass_fields__["position_ids"].default
         )
         self.text = self.family.text_model(model)
         self.static = StaticSteps(model, self.family, mesh, decode_graphs)
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens, self.split_tokens = chunk_tokens, split_tokens
         self.pager = kv_offload if isinstance(kv_offload, Pager) else None
         if isinstance(kv_offload, int):
             self.pager = Pager(self._device, kv_offload)
@@ -146,7 +142,6 @@ class Engine:
         self._before = vars(model).get("forward")
         original = model.forward
         cache_forward = CacheForward(model, self.family, original, self.static, split_tokens)
-        self._cache_forward = cache_forward
 
         # wraps: generate reads the signature to see which arguments the model takes.
         @functools.wraps(original)
@@ -190,22 +185,8 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.close()
-
-    @property
-    def split_tokens(self) -> int | None:
-        """Tokens of the chunks that few queries read a long segment in; may be changed."""
-        return self._cache_forward.split_tokens
-
-    @split_tokens.setter
-    def split_tokens(self, tokens: int | None) -> None:
-        self._cache_forward.split_tokens = tokens
 
     @property
     def num_ranks(self) -> int:
@@ -386,8 +367,6 @@ class Engine:
         Returns:
             The cache.
 
-        Raises:
-            StoreError: If it is not there, not whole, or of another model or media.
         """
         whole = {**(key or {}), "model": model_key(self.model)}
         return load_cache(path, whole, mesh=self.mesh, device=self._device, pager=self.pager)
@@ -426,10 +405,7 @@ class Engine:
             and of a flag a token with criteria of the caller's.
         """
         cache = prompt if isinstance(prompt, ShardedCache) else self.prefill(prompt)
-
-        def option(name: str) -> Any:
-            return self._option(name, options)
-
+        option = functools.partial(self._option, options)
         mask: Tensor | None = None
         if ids is not None:
             ids, mask = pad_rows(ids)
@@ -490,7 +466,7 @@ class Engine:
         out = self.generate(prompt if len(rows) > 1 else self.fork(prompt), rows, **options)
         sequences = out if isinstance(out, Tensor) else out.sequences
         start = prompt.get_seq_length() + max(row.numel() for row in rows)
-        ends = self._option("eos_token_id", options)
+        ends = self._option(options, "eos_token_id")
         ends = torch.tensor([] if ends is None else ends, device=sequences.device).flatten()
         answers = []
         for row in sequences[:, start:]:
@@ -498,7 +474,7 @@ class Engine:
             answers.append(row[: int(found[0]) + 1] if len(found) else row)
         return answers
 
-    def _option(self, name: str, options: Mapping[str, Any]) -> Any:
+    def _option(self, options: Mapping[str, Any], name: str) -> Any:
         """Return an option of ``generate`` as it resolves it: what is not given is the model's."""
         if name in options:
             return options[name]
@@ -590,16 +566,12 @@ class Engine:
         """``(3, S)`` positions of a prompt that follows a cache; None where tokens are counted."""
         if cache.text_runs is None:
             return None
-        given = batch.get("position_ids")
-        if given is not None:
-            positions: Tensor | None = given
-        else:
+        positions: Tensor | None = batch.get("position_ids")
+        if positions is None:
             positions = self.family.position_ids(self.model, batch)
-            start = cache.get_seq_length() + cache.text_runs.offset
             if positions is None:  # no media
                 positions = torch.arange(batch["input_ids"].shape[1]).expand(3, 1, -1)
-            positions = positions[-3:] + start
-        assert positions is not None
+            positions = positions + cache.get_seq_length() + cache.text_runs.offset
         return positions[-3:, 0]
 
     def check_context(self, length: int) -> None:
