@@ -121,7 +121,7 @@ def check_numbers(options: Any) -> None:
         raise LongVILAError(f"--fps must be a number above 0, got {options.fps}")
     if options.gpus < 1:
         raise LongVILAError(f"--gpus must be at least 1, got {options.gpus}")
-    if options.kv_offload is not None and not options.kv_offload >= 0:
+    if options.kv_offload is not None and not 0 <= options.kv_offload < float("inf"):
         raise LongVILAError(f"--kv-offload must be 0 GiB or more, got {options.kv_offload}")
 
 
@@ -232,7 +232,7 @@ def read_questions(path: Path) -> list[str]:
         LongVILAError: If it cannot be read, or holds no question.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as fault:
         reason = getattr(fault, "strerror", None) or fault
         raise LongVILAError(f"--questions {path}: {reason}") from fault

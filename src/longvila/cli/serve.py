@@ -60,6 +60,8 @@ class Bounds:
     """Frames of a conversation's videos."""
     duration_s: float = 21600.0
     """Length of a video."""
+    decoded_mib: int = 16384
+    """Frames of a video, for models that take them in their own size."""
     prompt_tokens: int | None = None
     """Tokens of a prompt; what the context holds if absent."""
     new_tokens: int = 4096
@@ -186,8 +188,8 @@ def check_numbers(options: Options) -> None:
         raise LongVILAError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
     if not options.temperature >= 0:
         raise LongVILAError(f"--temperature must be 0 or more, got {options.temperature}")
-    if options.kv_gib is not None and not options.kv_gib > 0:
-        raise LongVILAError(f"--kv-gib must be above 0, got {options.kv_gib}")
+    if options.kv_gib is not None and not 0 < options.kv_gib < float("inf"):
+        raise LongVILAError(f"--kv-gib must be a number above 0, got {options.kv_gib}")
     if options.media_cache_mib < 0:
         raise LongVILAError(f"--media-cache-mib must be 0 or more, got {options.media_cache_mib}")
 
@@ -373,33 +375,19 @@ def to_settings(options: Options, *, page: bool) -> Settings:
             ipaddress.ip_network(network)
         except ValueError as fault:
             raise LongVILAError(f"--http-networks {network}: {fault}") from fault
-    given = options.limits
     try:
         limits = Limits(
-            body_bytes=given.body_mib << 20,
-            held_bytes=given.held_mib << 20,
-            text_chars=given.text_chars,
-            upload_bytes=given.upload_mib << 20,
-            stored_bytes=given.stored_mib << 20,
-            media_items=given.media_items,
-            media_bytes=given.media_mib << 20,
-            frames=given.frames,
-            duration_s=given.duration_s,
-            prompt_tokens=given.prompt_tokens,
-            new_tokens=given.new_tokens,
-            active=given.active,
-            preparing=given.preparing,
-            waiting=given.waiting,
-            per_client=given.per_client,
-            wait_s=given.wait_s,
-            media_s=given.media_s,
+            **{
+                name.replace("_mib", "_bytes"): value << 20 if name.endswith("_mib") else value
+                for name, value in vars(options.limits).items()
+            }
         )
     except ValueError as fault:
         raise LongVILAError(str(fault)) from fault
     keys: tuple[str, ...] = ()
     if options.key_file is not None:
         try:
-            lines = options.key_file.read_text(encoding="utf-8").splitlines()
+            lines = options.key_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as fault:
             reason = getattr(fault, "strerror", None) or fault
             raise LongVILAError(f"--key-file {options.key_file}: {reason}") from fault
@@ -414,7 +402,8 @@ def to_settings(options: Options, *, page: bool) -> Settings:
         # Everything is listened on, under whatever names this machine has, unless they are given.
         hosts = set(options.host_names) - {"*"}
         hosts |= set(_LOOPBACK) if hosts else set()
-    name = options.name or (Path(options.model).name if options.model else "longvila-smol")
+    folder = Path(options.model or "longvila-smol")
+    name = options.name or (folder.resolve() if folder.is_dir() else folder).name
     return Settings(
         name=name,
         limits=limits,

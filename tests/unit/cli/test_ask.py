@@ -259,7 +259,7 @@ def test_questions_of_a_file_are_answered_as_one_by_one(
         monkeypatch.setattr(ask, "_TOGETHER", 2)
     file = tmp_path / "questions.txt"
     questions = ["What is shown?", "Who?", "And what happens at the end of it all?"]
-    file.write_text("\n" + "\n\n".join(questions) + "\n")
+    file.write_text("\ufeff\n" + "\n\n".join(questions) + "\n")
     common = ("--model", checkpoint, "--frames", "4", "--max-new-tokens", "8", "--device", "cpu")
     several = (media["film"], "--questions", str(file), *common, "--gpus", gpus)
     status, out, _ = run(capsys, *several, "--json")
@@ -300,6 +300,7 @@ def test_questions_of_a_file_that_do_not_do(
         ("--fps nan", "--fps must be a number above 0, got nan"),
         ("--gpus 0", "--gpus must be at least 1, got 0"),
         ("--kv-offload -1", "--kv-offload must be 0 GiB or more, got -1.0"),
+        ("--kv-offload inf", "--kv-offload must be 0 GiB or more, got inf"),
         ("--max-new-tokens 0", "--max-new-tokens must be at least 1, got 0"),
         ("--temperature -1", "--temperature must be 0 or more, got -1.0"),
         ("--temperature 1 --top-p 0", "--top-p must be above 0 and at most 1, got 0.0"),
