@@ -11,6 +11,7 @@ by any number of them. Asking checks that model, file and frames are those it wa
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,27 @@ def main(argv: list[str]) -> int:
     return ask.run_over_ranks(run, options, size=options.gpus, device=device)
 
 
+def check_output(options: Options) -> None:
+    """Refuse a folder that cannot be written.
+
+    Args:
+        options: With ``output`` and ``overwrite``.
+
+    Raises:
+        StoreError: If it holds a stored prompt, or is none and cannot become one.
+    """
+    from longvila.inference.store import StoreError, is_stored
+
+    output = options.output
+    if is_stored(output) and not options.overwrite:
+        raise StoreError(f"{output} holds a stored prompt already; give --overwrite")
+    there = next(each for each in (output, *output.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise StoreError(f"--output {output}: {there} is a file; a stored prompt is a folder")
+    if not os.access(there, os.W_OK):
+        raise StoreError(f"--output {output}: {there} cannot be written to")
+
+
 def run(ranks: Ranks, options: Options) -> int:
     """Read and write on one rank.
 
@@ -79,15 +101,15 @@ def run(ranks: Ranks, options: Options) -> int:
     Returns:
         The exit status.
     """
-    from longvila.inference.store import StoreError, is_stored
-
-    if is_stored(options.output) and not options.overwrite:
-        raise StoreError(f"{options.output} holds a stored prompt already; give --overwrite")
+    check_output(options)  # hours of reading come before the first byte is written
     with ask.progress_bars(quiet=not ranks.is_first) as progress:
         session = ask.open_session(options, ranks, progress)
         media = ranks.together(lambda: ask.load(session, list(options.inputs), options))
         timings = session.watch(media)
-        note = {"model": options.model}
+        model = options.model
+        if model is not None and Path(model).is_dir():
+            model = str(Path(model).resolve())  # to be found from anywhere
+        note = {"model": model}
         session.save(options.output, note=note, overwrite=options.overwrite)
     if ranks.is_first:
         written = sum(file.stat().st_size for file in options.output.iterdir())

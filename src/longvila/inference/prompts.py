@@ -242,6 +242,7 @@ class LongVILAPrompts:
         family: Its family.
         progress: Called with ``"decode"``, frames done and to do.
         background: Whether videos are decoded in a thread; None for on a GPU.
+        context: Tokens that fit the model; a video that alone has more is counted, not written.
     """
 
     def __init__(
@@ -252,9 +253,10 @@ class LongVILAPrompts:
         *,
         progress: Progress | None = None,
         background: bool | None = None,
+        context: int | None = None,
     ) -> None:
         self.model, self.processor, self.family = model, processor, family
-        self.progress, self.background = progress, background
+        self.progress, self.background, self.context = progress, background, context
 
     def load_video(
         self,
@@ -336,13 +338,20 @@ class LongVILAPrompts:
 
     def _describe(self, medium: Medium) -> None:
         medium.frames = len(medium.pixels.indices)
-        medium.text = self.processor.video_text(
-            medium.frames,
-            separator=self.processor.frame_separator,
-            times_s=medium.timestamps_s if self.processor.timestamps else None,
-            cut=CUT,
-        )
+        rows = 0 if self.processor.pool_sizes else medium.frames * self.processor.tokens_per_frame
+        if self.context is not None and rows > self.context:
+            medium.tokens = medium.frames * len(self._tokenise(self._text(medium, 1)))
+            return
+        medium.text = self._text(medium, medium.frames)
         medium.tokens = len(self._tokenise(medium.text))
+
+    def _text(self, medium: Medium, frames: int) -> str:
+        """What the first frames of a video become in the prompt."""
+        times = medium.timestamps_s[:frames] if self.processor.timestamps else None
+        text: str = self.processor.video_text(
+            frames, separator=self.processor.frame_separator, times_s=times, cut=CUT
+        )
+        return text
 
     def _pixels(self, frames: Any) -> Tensor:
         part = self.processor.video_processor

@@ -119,7 +119,10 @@ class Session:
         family = self.engine.family
         self.prompts: Prompts
         if family.name == "LongVILA":
-            self.prompts = LongVILAPrompts(self.model, processor, family, background=background)
+            self.prompts = LongVILAPrompts(
+                self.model, processor, family,
+                background=background, context=self.engine.context_length,
+            )  # fmt: skip
         else:
             try:
                 self.prompts = FamilyPrompts(self.model, processor, family)
@@ -390,18 +393,20 @@ class Session:
     # ---- steps
 
     def _render(self, question: str, media: Sequence[Medium]) -> Rendered:
+        everything = [*self.media, *media]
+        self._check_context(sum(each.tokens for each in everything), 0, everything)
         messages = [*self.messages, said("user", question, media)]
-        return self.prompts.render(messages, [*self.media, *media])
+        return self.prompts.render(messages, everything)
 
     def _check_context(self, length: int, new: int, media: Sequence[Medium]) -> None:
         limit = self.engine.context_length
         if limit is None or length + new <= limit:
             return
         parts = ", ".join(f"{one.name}: {one.tokens}" for one in media) or "text only"
+        asked = f" and {new} new ones were asked for" if new else ""
         raise ContextLengthError(
-            f"the prompt has {length} tokens ({parts}) and {new} new ones were asked for, but the "
-            f"model's context is {limit}: use fewer frames or tokens, or a model whose context was "
-            "extended"
+            f"the prompt has {length} tokens ({parts}){asked}, but the model's context is {limit}: "
+            "use fewer frames or tokens, or a model whose context was extended"
         )
 
     def _read(

@@ -199,6 +199,11 @@ def test_a_prompt_that_is_too_long_is_refused_before_anything_is_encoded(film: P
     with pytest.raises(ContextLengthError, match=r"film\.mp4: 160\).*the model's context is 128"):
         session.ask("What?", [long], max_new_tokens=4)
     assert session.messages == [] and session.media == []
+    vast = session.load_video(film, num_frames=10**6)
+    assert vast.tokens == 10**7 and not vast.text  # counted, not written
+    for call in (session.watch, lambda media: session.ask("What?", media)):
+        with pytest.raises(ContextLengthError, match=r"film\.mp4: 10000000\), but the model's"):
+            call([vast])
     with pytest.raises(ContextLengthError, match="100 new ones"):
         session.ask("What?", max_new_tokens=100)
     assert session.ask("What?", max_new_tokens=4).timings.new_tokens <= 4
