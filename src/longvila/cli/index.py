@@ -15,12 +15,12 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from longvila.cli import ask
-from longvila.cli._options import parse
+from longvila.cli._options import ReadingOptions, parse
 from longvila.errors import LongVILAError
 
 if TYPE_CHECKING:
@@ -28,27 +28,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ReadingOptions):
     """Read a video once and keep what was read."""
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MEDIUM...")]
     """Videos and images in the order they are shown."""
     output: Path
     """Folder to write."""
-    model: str | None = None
-    """Folder or hub id of the checkpoint; the small model of this package if absent."""
-    frames: int | None = None
-    """Frames sampled from each video; with --fps, at most so many."""
-    fps: float | None = None
-    """Frames a second sampled from each video."""
-    gpus: int = 1
-    """GPUs (with --device cpu: processes) that share the work; torchrun's count instead."""
-    device: str = "auto"
-    """Where the model runs, as torch names it; auto is the first GPU, or the CPU."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Precision; auto is bfloat16 on a GPU and float32 on a CPU."""
-    kv_offload: float | None = None
-    """GiB of keys and values that stay on each GPU; the rest is paged to the host."""
     overwrite: bool = False
     """Replace a stored prompt that is there."""
 
@@ -101,9 +87,11 @@ def run(ranks: Ranks, options: Options) -> int:
     Returns:
         The exit status.
     """
+    from longvila.inference.session import Session
+
     check_output(options)  # hours of reading come before the first byte is written
     with ask.progress_bars(quiet=not ranks.is_first) as progress:
-        session = ask.open_session(options, ranks, progress)
+        session = Session(*ask.open_engine(options, ranks), progress=progress)
         media = ranks.together(lambda: ask.load(session, list(options.inputs), options))
         timings = session.watch(media)
         model = options.model

@@ -22,11 +22,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from longvila.cli._options import parse
+from longvila.cli._options import ModelOptions, parse
+from longvila.cli.ask import find_device, open_engine, run_over_ranks
 from longvila.errors import LongVILAError
-from longvila.packaged import default_model
 
 if TYPE_CHECKING:
     from longvila.inference.serving.app import Server
@@ -81,11 +81,9 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ModelOptions):
     """Serve a model to OpenAI clients."""
 
-    model: str | None = None
-    """Folder or hub id of the checkpoint; the small model of this package if absent."""
     name: str | None = None
     """What requests call the model; the last part of --model if absent."""
     host: str = "127.0.0.1"
@@ -114,12 +112,6 @@ class Options:
     """Decoded frames that are kept."""
     limits: Bounds = field(default_factory=Bounds)
     """Limits on requests."""
-    gpus: int = 1
-    """GPUs (with --device cpu: processes) that share the work; torchrun's count instead."""
-    device: str = "auto"
-    """Where the model runs, as torch names it; auto is the first GPU, or the CPU."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Precision; auto is bfloat16 on a GPU and float32 on a CPU."""
 
 
 def main(argv: list[str]) -> int:
@@ -154,8 +146,6 @@ def serve(options: Options, *, page: bool, ready: Callable[[str], None] = _say_n
     Raises:
         LongVILAError: If the server cannot start.
     """
-    from longvila.cli.ask import find_device, run_over_ranks
-
     try:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
@@ -326,33 +316,6 @@ def build(
         return Server(engine, processor, settings, on_close=on_close)
     except ValueError as fault:
         raise LongVILAError(str(fault)) from fault
-
-
-def open_engine(options: Options, ranks: Ranks) -> tuple[Any, Any]:
-    """Load the model on this rank.
-
-    Args:
-        options: Of the command line.
-        ranks: Where this process computes, and with whom.
-
-    Returns:
-        Its engine and its processor.
-
-    Raises:
-        CheckpointError: If there is no such checkpoint.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    from longvila.inference.engine import Engine
-    from longvila.model.opening import open_checkpoint
-
-    if not sys.stderr.isatty() or not ranks.is_first:
-        transformers_logging.disable_progress_bar()
-    source = options.model or str(default_model())
-    model, processor = ranks.together(
-        lambda: open_checkpoint(source, device=ranks.device, dtype=options.dtype, label="--model")
-    )
-    return Engine(model, ranks.mesh(model.config.get_text_config())), processor
 
 
 def to_settings(options: Options, *, page: bool) -> Settings:

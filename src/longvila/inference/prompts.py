@@ -185,12 +185,8 @@ class Prompts(Protocol):
         """Write a conversation with its media."""
         ...
 
-    def describe(self, medium: Medium) -> dict[str, Any]:
-        """Return plain data that `recall` makes a medium of again."""
-        ...
-
     def recall(self, described: dict[str, Any]) -> Medium:
-        """Return a medium whose pixels have been read."""
+        """Return a medium, described before, whose pixels have been read."""
         ...
 
 
@@ -240,7 +236,6 @@ class LongVILAPrompts:
         model: The model, for its configuration, device and type.
         processor: Its processor.
         family: Its family.
-        progress: Called with ``"decode"``, frames done and to do.
         background: Whether videos are decoded in a thread; None for on a GPU.
         context: Tokens that fit the model; a video that alone has more is counted, not written.
     """
@@ -251,12 +246,12 @@ class LongVILAPrompts:
         processor: Any,
         family: Family,
         *,
-        progress: Progress | None = None,
         background: bool | None = None,
         context: int | None = None,
     ) -> None:
         self.model, self.processor, self.family = model, processor, family
-        self.progress, self.background, self.context = progress, background, context
+        self.background, self.context = background, context
+        self.progress: Progress | None = None
 
     def load_video(
         self,
@@ -395,10 +390,6 @@ class LongVILAPrompts:
             "image", name, text, tiles, len(self._tokenise(text)),
             pixels=TensorFrames(out["pixel_values"]),
         )  # fmt: skip
-
-    def describe(self, medium: Medium) -> dict[str, Any]:
-        """Return a medium as plain data."""
-        return describe(medium)
 
     def recall(self, described: dict[str, Any]) -> Medium:
         """Return a medium of a stored prompt; its frames are not needed any more."""

@@ -42,8 +42,10 @@ from longvila.inference.prompts import (
     Prompts,
     Rendered,
     common_prefix,
+    describe,
     said,
 )
+from longvila.inference.serving.sampling import LEAST_TEMPERATURE, stop_tokens
 from longvila.inference.store import file_key, read_index
 
 __all__ = ["Answer", "Medium", "Progress", "Session", "Timings"]
@@ -250,7 +252,7 @@ class Session:
         """
         if not self.watched or self.messages or self._cache is None:
             raise ValueError("only what was watched, before any question, can be saved")
-        media = [self.prompts.describe(medium) for medium in self.watched]
+        media = [describe(medium) for medium in self.watched]
         key = {"media": [_media_key(each) for each in media]}
         extra = {"media": media, "note": note}
         return self.engine.save(self._cache, path, key, extra=extra, overwrite=overwrite)
@@ -483,10 +485,11 @@ class Session:
 
     def _config(self, max_new_tokens: int, temperature: float, top_p: float) -> GenerationConfig:
         tokenizer, stops = self.processor.tokenizer, sorted(self._stops())
-        sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+        sampled = temperature >= LEAST_TEMPERATURE
+        sampling = {"temperature": temperature, "top_p": top_p} if sampled else {}
         # What is left out here is the model's own.
         return GenerationConfig(
-            do_sample=temperature > 0,
+            do_sample=sampled,
             num_beams=1,
             num_return_sequences=1,
             return_dict_in_generate=False,
@@ -496,12 +499,8 @@ class Session:
             **sampling,
         )
 
-    def _stops(self) -> set[int]:
-        given = self.model.generation_config.eos_token_id
-        stops = set(given) if isinstance(given, list | tuple) else {given}
-        return {
-            token for token in (*stops, self.processor.tokenizer.eos_token_id) if token is not None
-        }
+    def _stops(self) -> frozenset[int]:
+        return stop_tokens(self.model, self.processor.tokenizer)
 
     @contextmanager
     def _timed(self) -> Iterator[list[float]]:

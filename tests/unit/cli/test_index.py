@@ -23,7 +23,7 @@ def test_what_cannot_be_written_is_said_before_anything_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     film = str(clip(tmp_path / "film.mp4", 4))
-    monkeypatch.setattr(ask, "open_session", lambda *args: pytest.fail("it was loaded"))
+    monkeypatch.setattr(ask, "open_engine", lambda *args: pytest.fail("it was loaded"))
     for output in (film, f"{film}/x/y"):
         status, _, err = run(capsys, "index", film, "--output", output)
         assert status == 1 and "film.mp4 is a file; a stored prompt is a folder" in err

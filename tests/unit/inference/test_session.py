@@ -334,6 +334,10 @@ def test_sampling_follows_the_seed() -> None:
         torch.manual_seed(0)
         found.append(session.ask("What?", max_new_tokens=8, temperature=1.5, top_p=0.9).token_ids)
     assert found[0] == found[1]
+    session.clear()
+    likeliest = session.ask("What?", max_new_tokens=8).token_ids
+    session.clear()  # so small that nothing can be divided by it
+    assert session.ask("What?", max_new_tokens=8, temperature=1e-40).token_ids == likeliest
 
 
 def test_a_checkpoint_s_own_way_of_generating_breaks_no_conversation() -> None:

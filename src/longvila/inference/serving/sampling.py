@@ -26,7 +26,7 @@ from transformers import (
 )
 
 #: Below it, logits divided by it overflow, and the likeliest token is what is meant.
-_LEAST_TEMPERATURE = 1e-3
+LEAST_TEMPERATURE = 1e-3
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 #: Settings of a generation configuration that change logits, and what leaves them alone.
 _OTHERS: dict[str, tuple[Any, ...]] = {
@@ -99,7 +99,7 @@ class Sampler:
     """
 
     def __init__(self, wanted: Sampling, config: Any, device: torch.device) -> None:
-        self.greedy = wanted.temperature < _LEAST_TEMPERATURE
+        self.greedy = wanted.temperature < LEAST_TEMPERATURE
         self.processors = LogitsProcessorList()
         penalty = getattr(config, "repetition_penalty", None)
         if penalty is not None and penalty != 1.0:
