@@ -186,7 +186,7 @@ class EndpointCaller:
         self._lock = threading.Lock()
         self._headers = {"Content-Type": "application/json"}
         if key_variable is not None:
-            key = os.environ.get(key_variable)
+            key = os.environ.get(key_variable, "").strip()
             if not key:
                 raise CallError(f"the environment variable {key_variable} holds no key")
             self._headers["Authorization"] = f"Bearer {key}"

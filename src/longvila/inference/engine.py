@@ -56,6 +56,8 @@ from longvila.sp.mesh import SPMesh
 
 #: So few tokens of text behind a cache are read by every rank: dealing them out costs more.
 _FEW_TOKENS = 512
+#: Inputs with an entry a token.
+_PER_TOKEN = {"mm_token_type_ids", "position_ids"}
 
 
 class CacheEngine(Protocol):
@@ -224,7 +226,10 @@ class Engine:
         Comm: On one process none, else as `longvila.inference.prefill.prefill_ranks`.
         """
         rest = {name: value for name, value in inputs.items() if value is not None}
-        ids = whole_row(rest.pop("input_ids"), rest.pop("attention_mask", None))
+        mask = rest.pop("attention_mask", None)
+        ids = whole_row(rest.pop("input_ids"), mask)
+        if mask is not None:
+            rest |= {name: rest[name][..., mask[0].bool()] for name in _PER_TOKEN & rest.keys()}
         return self.read(
             self.family.prepare(self.model.config, {"input_ids": ids, **rest}),
             onto=onto, times=times,
@@ -350,9 +355,6 @@ class Engine:
             key: What it depends on beside the model, which is added.
             extra: What else to keep beside it; not compared.
             overwrite: Whether a stored prompt that is there may be replaced.
-
-        Returns:
-            The folder.
         """
         whole = {**(key or {}), "model": model_key(self.model)}
         return save_cache(cache, path, whole, extra=extra, overwrite=overwrite)
@@ -363,10 +365,6 @@ class Engine:
         Args:
             path: Its folder.
             key: What to compare beside the model.
-
-        Returns:
-            The cache.
-
         """
         whole = {**(key or {}), "model": model_key(self.model)}
         return load_cache(path, whole, mesh=self.mesh, device=self._device, pager=self.pager)

@@ -56,7 +56,7 @@ def test_what_was_said_before_is_sent_in_order(endpoint: Endpoint) -> None:
 
 
 def test_text_and_pictures_are_sent(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MY_KEY", "secret")
+    monkeypatch.setenv("MY_KEY", "secret\n")  # as a file has it
     ask, _ = caller(endpoint, key_variable="MY_KEY", longest_side=64)
     pictures = tuple(numbered_frame(n, 96, 128) for n in (7, 9))
     reply = ask(Prompt("What?", pictures, "Be short.", max_new_tokens=5))
