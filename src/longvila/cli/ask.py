@@ -173,10 +173,10 @@ def run(ranks: Ranks, options: Options) -> int:
     if options.questions is not None:
         answer_each(session, asked, media, options, ranks)
         return 0
-    for question in asked:
-        turn(session, question, media, options, ranks)
-        media = []
-    return chat(session, media, options, ranks) if options.chat else 0
+    if options.chat:
+        return chat(session, asked, media, options, ranks)
+    turn(session, asked[0], media, options, ranks)
+    return 0
 
 
 def split_inputs(options: Options) -> tuple[list[str], list[str]]:
@@ -432,10 +432,12 @@ def as_json(question: str, media: list[Medium], answer: Answer) -> dict[str, Any
     }
 
 
-def chat(session: Session, media: list[Medium], options: Options, ranks: Ranks) -> int:
-    """Ask until the user leaves; an error ends the turn, not the chat."""
+def chat(
+    session: Session, asked: list[str], media: list[Medium], options: Options, ranks: Ranks
+) -> int:
+    """Ask until the user leaves, first what was asked before; an error ends the turn only."""
     while True:
-        line = ranks.share(read_line() if ranks.is_first else None)
+        line = asked.pop(0) if asked else ranks.share(read_line() if ranks.is_first else None)
         if line is None:
             return 0
         if not line:

@@ -39,20 +39,7 @@ class FamilyPrompts:
         fps: float | None = None,
         **options: Any,
     ) -> Medium:
-        """Sample and decode a video.
-
-        Args:
-            source: Whatever `longvila.media.video.open_video` takes.
-            num_frames: Frames to sample; with ``fps``, at most so many; None as the processor says.
-            fps: Frames per second to sample.
-            **options: Of `longvila.media.video.read_frames`.
-
-        Returns:
-            The medium.
-
-        Raises:
-            VideoError: If the video gives no frame.
-        """
+        """Sample and decode a video; see `longvila.inference.session.Session.load_video`."""
         if num_frames is None and fps is None:
             num_frames, fps = self.sampler.num_frames, self.sampler.fps
         video = self.sampler.sample(
@@ -69,15 +56,7 @@ class FamilyPrompts:
         self.progress("decode", done, total)
 
     def load_image(self, source: Any, *, tiled: bool = True) -> Medium:
-        """Load an image; the processor decides about tiles.
-
-        Args:
-            source: Whatever `longvila.media.image.load_image` takes.
-            tiled: Not used.
-
-        Returns:
-            The medium.
-        """
+        """Load an image; the processor decides about tiles."""
         from longvila.media.image import load_image
 
         name = str(source) if isinstance(source, str) else f"<{type(source).__name__}>"

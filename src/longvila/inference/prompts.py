@@ -264,22 +264,16 @@ class LongVILAPrompts:
         overflow: Any = "spread",
         **options: Any,
     ) -> Medium:
-        """Open a video and choose its frames.
+        """Open a video and choose its frames; see `longvila.inference.session.Session.load_video`.
 
         Args:
-            source: Whatever `longvila.media.video.open_video` takes.
-            num_frames: Frames to sample; with ``fps``, at most so many; None as the processor says.
+            source: The video.
+            num_frames: Frames to sample.
             fps: Frames per second to sample.
             indices: Frames to take instead.
             timestamps_s: Frames on screen at these seconds instead.
             overflow: As for `longvila.media.video.choose_indices`.
             **options: Of `longvila.media.video.open_video`.
-
-        Returns:
-            The medium.
-
-        Raises:
-            VideoError: If it cannot be opened.
         """
         part = self.processor.video_processor
         if num_frames is None and fps is None and indices is None and timestamps_s is None:
@@ -364,18 +358,7 @@ class LongVILAPrompts:
         return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
     def load_image(self, source: Any, *, tiled: bool = True) -> Medium:
-        """Load an image.
-
-        Args:
-            source: Whatever `longvila.media.image.load_image` takes.
-            tiled: Whether it may be cut into tiles, where the processor is set to that.
-
-        Returns:
-            The medium.
-
-        Raises:
-            ImageError: If it cannot be read.
-        """
+        """Load an image; see `longvila.inference.session.Session.load_image`."""
         part = self.processor.image_processor
         out = part([source], dynamic=[tiled], return_tensors="pt")
         tiles = int(out["image_num_tiles"][0])

@@ -192,6 +192,28 @@ def test_chat_may_start_with_a_question_and_ends_with_its_input(
     assert sum(line.startswith("[") for line in err.splitlines()) == 2
 
 
+def test_a_first_question_that_is_stopped_or_too_long_does_not_end_the_chat(
+    checkpoint: str,
+    media: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turn, faults = ask.turn, [KeyboardInterrupt()]
+
+    def interrupted(*args: object) -> None:
+        if faults:
+            raise faults.pop()
+        turn(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ask, "turn", interrupted)
+    argv = (media["film"], "What? " * 2000, "--chat", "--model", checkpoint, "--frames", "2")
+    for said in ("(stopped)", "the model's context is 4096"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("And?\n"))
+        status, _, err = run(capsys, *argv, "--max-new-tokens", "2")
+        # The film waits for the next question.
+        assert status == 0 and said in err and "2 frames x 10 tokens" in err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

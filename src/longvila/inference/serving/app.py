@@ -244,7 +244,7 @@ class Server:
             return await self._whole(request, job, events, answer)
         # The first event decides whether this is an answer at all, with its own status.
         try:
-            held = await self._until_text(request, events)
+            held = await self._until_text(events)
         except BaseException:
             self.scheduler.cancel(job)
             raise
@@ -256,7 +256,7 @@ class Server:
 
         return EventStream(pieces, finish)
 
-    async def _until_text(self, request: Request, events: asyncio.Queue[Event]) -> Event | None:
+    async def _until_text(self, events: asyncio.Queue[Event]) -> Event | None:
         """Wait a moment for the first text or failure; None if it takes longer."""
         try:
             async with asyncio.timeout(_SILENCE_S):

@@ -72,7 +72,7 @@ class Uploads:
             return sum(self._files.values())
 
     def new_path(self) -> Path:
-        """Return a path to write a file to; `add` or `drop` it afterwards."""
+        """Return a path to write a file to; `add` or remove it afterwards."""
         return self.folder / f"part-{secrets.token_urlsafe(24)}"
 
     def add(self, path: Path) -> str:
