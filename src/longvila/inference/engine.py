@@ -412,6 +412,8 @@ class Engine:
         many = max(rows, option("num_beams") or 1, option("num_return_sequences") or 1) > 1
         if cache.input_ids is None or cache.input_ids.shape[0] != 1:
             raise ValueError("generate needs a cache of one row from prefill, or a fork of it")
+        if self.num_ranks > 1 and option("max_time") is not None:
+            raise ValueError("max_time would stop ranks at different tokens; use a criterion")
         restore = cache.remember()
         working = cache.fork() if many else cache
         whole = cache.input_ids
@@ -420,8 +422,6 @@ class Engine:
         else:
             working.crop(-1)  # generate needs a token to read
         if self.num_ranks > 1:
-            if option("max_time") is not None:
-                raise ValueError("max_time would stop ranks at different tokens; use a criterion")
             given = options.get("stopping_criteria") or []
             options["stopping_criteria"] = StoppingCriteriaList(
                 [FirstRankDecides(each, cache) for each in given]
