@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -207,6 +208,12 @@ def check_deep(rank: Rank, engine: Engine, film: Any) -> tuple[Tensor, Tensor]:
     same_everywhere(drawn, "sampled tokens")
     seeded = engine.generate(engine.fork(film), question, seed=4, **SAMPLED)
     same_everywhere(seeded, "tokens sampled with a seed")
+    # That the model samples may be said by its own configuration alone.
+    engine.model.generation_config.do_sample = True
+    given = GenerationConfig(max_new_tokens=8, temperature=2.0, pad_token_id=0)
+    drawn = engine.generate(engine.fork(film), question, generation_config=given)
+    same_everywhere(drawn, "tokens sampled as the model says")
+    engine.model.generation_config.do_sample = None
     stopped = engine.generate(
         engine.fork(film), max_new_tokens=20, do_sample=False, pad_token_id=0,
         stopping_criteria=[FirstRankStops(rank.rank, film.get_seq_length() + 3)],
@@ -224,7 +231,7 @@ def check_deep(rank: Rank, engine: Engine, film: Any) -> tuple[Tensor, Tensor]:
     torch.testing.assert_close(mixed, logits)
     if engine.num_ranks > 1:
         with pytest.raises(ValueError, match="max_time"):
-            engine.generate(engine.fork(film), max_time=1.0)
+            engine.generate(film, max_time=1.0)
     return seeded, beams
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import types
 import typing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -17,6 +18,32 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 T = TypeVar("T")
 _PLAIN: dict[type, str] = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 _REGISTRY = ConstructorRegistry()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and where it runs."""
+
+    model: str | None = None
+    """Folder or hub id of the checkpoint; the small model of this package if absent."""
+    gpus: int = 1
+    """GPUs (with --device cpu: processes) that share the work; torchrun's count instead."""
+    device: str = "auto"
+    """Where the model runs, as torch names it; auto is the first GPU, or the CPU."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision; auto is bfloat16 on a GPU and float32 on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions(ModelOptions):
+    """How videos are read."""
+
+    frames: int | None = None
+    """Frames sampled from each video; with --fps, at most so many."""
+    fps: float | None = None
+    """Frames a second sampled from each video."""
+    kv_offload: float | None = None
+    """GiB of keys and values that stay on each GPU; the rest is paged to the host."""
 
 
 @_REGISTRY.primitive_rule

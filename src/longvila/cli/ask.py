@@ -26,15 +26,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from longvila.cli._options import parse
+from longvila.cli._options import ReadingOptions, parse
 from longvila.errors import LongVILAError
 from longvila.packaged import default_model
 
 if TYPE_CHECKING:
+    from longvila.inference.engine import Engine
     from longvila.inference.session import Answer, Medium, Session
     from longvila.inference.workers import Ranks
 
@@ -50,33 +51,19 @@ _HELP = """\
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ReadingOptions):
     """Ask a model about videos and images."""
 
     inputs: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MEDIUM... QUESTION")
     ]
     """Videos and images in the order they are shown, then the question."""
-    model: str | None = None
-    """Folder or hub id of the checkpoint; the small model of this package if absent."""
-    frames: int | None = None
-    """Frames sampled from each video; with --fps, at most so many."""
-    fps: float | None = None
-    """Frames a second sampled from each video."""
     max_new_tokens: int = 512
     """Longest answer."""
     temperature: float = 0.0
     """Of sampling; 0 takes the likeliest token."""
     top_p: float = 1.0
     """Probability mass sampled from."""
-    gpus: int = 1
-    """GPUs (with --device cpu: processes) that share the work; torchrun's count instead."""
-    device: str = "auto"
-    """Where the model runs, as torch names it; auto is the first GPU, or the CPU."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Precision; auto is bfloat16 on a GPU and float32 on a CPU."""
-    kv_offload: float | None = None
-    """GiB of keys and values that stay on each GPU; the rest is paged to the host."""
     json: bool = False
     """Print one JSON object (a line a question) instead of streaming text."""
     questions: Path | None = None
@@ -121,7 +108,7 @@ def check_numbers(options: Any) -> None:
         raise LongVILAError(f"--fps must be a number above 0, got {options.fps}")
     if options.gpus < 1:
         raise LongVILAError(f"--gpus must be at least 1, got {options.gpus}")
-    if options.kv_offload is not None and not options.kv_offload >= 0:
+    if options.kv_offload is not None and not 0 <= options.kv_offload < float("inf"):
         raise LongVILAError(f"--kv-offload must be 0 GiB or more, got {options.kv_offload}")
 
 
@@ -165,6 +152,8 @@ def run(ranks: Ranks, options: Options) -> int:
     Returns:
         The exit status.
     """
+    from longvila.inference.session import Session
+
     sources, asked = split_inputs(options)
     asked = ranks.share(asked)
     index = find_index(sources)
@@ -176,7 +165,7 @@ def run(ranks: Ranks, options: Options) -> int:
     if index is not None and options.model is None:
         options = replace(options, model=read_note(index).get("model"))
     with progress_bars(quiet=not ranks.is_first) as progress:
-        session = open_session(options, ranks, progress)
+        session = Session(*open_engine(options, ranks), progress=progress)
         if index is not None:
             ranks.together(lambda: session.load(index))
             sources = sources[1:]
@@ -184,10 +173,10 @@ def run(ranks: Ranks, options: Options) -> int:
     if options.questions is not None:
         answer_each(session, asked, media, options, ranks)
         return 0
-    for question in asked:
-        turn(session, question, media, options, ranks)
-        media = []
-    return chat(session, media, options, ranks) if options.chat else 0
+    if options.chat:
+        return chat(session, asked, media, options, ranks)
+    turn(session, asked[0], media, options, ranks)
+    return 0
 
 
 def split_inputs(options: Options) -> tuple[list[str], list[str]]:
@@ -232,7 +221,7 @@ def read_questions(path: Path) -> list[str]:
         LongVILAError: If it cannot be read, or holds no question.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as fault:
         reason = getattr(fault, "strerror", None) or fault
         raise LongVILAError(f"--questions {path}: {reason}") from fault
@@ -285,13 +274,15 @@ def is_image(source: str) -> bool:
     return Path(source.partition("?")[0]).suffix.lower() in IMAGE_SUFFIXES
 
 
-def open_session(options: Any, ranks: Ranks, progress: Any) -> Session:
-    """Load the model and its processor.
+def open_engine(options: Any, ranks: Ranks) -> tuple[Engine, Any]:
+    """Load the model on this rank.
 
     Args:
-        options: With ``model``, ``dtype`` and ``kv_offload``.
+        options: With ``model``, ``dtype`` and perhaps ``kv_offload``.
         ranks: Where this process computes, and with whom.
-        progress: As for `Session`.
+
+    Returns:
+        Its engine and its processor.
 
     Raises:
         CheckpointError: If there is no such checkpoint, or its processor needs what is missing.
@@ -299,7 +290,6 @@ def open_session(options: Any, ranks: Ranks, progress: Any) -> Session:
     from transformers.utils import logging as transformers_logging
 
     from longvila.inference.engine import Engine
-    from longvila.inference.session import Session
     from longvila.model.opening import open_checkpoint
 
     if not sys.stderr.isatty() or not ranks.is_first:
@@ -308,9 +298,10 @@ def open_session(options: Any, ranks: Ranks, progress: Any) -> Session:
     model, processor = ranks.together(
         lambda: open_checkpoint(source, device=ranks.device, dtype=options.dtype, label="--model")
     )
+    offload = getattr(options, "kv_offload", None)
+    offload = None if offload is None else int(offload * 2**30)
     mesh = ranks.mesh(model.config.get_text_config())
-    offload = None if options.kv_offload is None else int(options.kv_offload * 2**30)
-    return Session(Engine(model, mesh, kv_offload=offload), processor, progress=progress)
+    return Engine(model, mesh, kv_offload=offload), processor
 
 
 def load(session: Session, sources: list[str], options: Any) -> list[Medium]:
@@ -441,10 +432,12 @@ def as_json(question: str, media: list[Medium], answer: Answer) -> dict[str, Any
     }
 
 
-def chat(session: Session, media: list[Medium], options: Options, ranks: Ranks) -> int:
-    """Ask until the user leaves; an error ends the turn, not the chat."""
+def chat(
+    session: Session, asked: list[str], media: list[Medium], options: Options, ranks: Ranks
+) -> int:
+    """Ask until the user leaves, first what was asked before; an error ends the turn only."""
     while True:
-        line = ranks.share(read_line() if ranks.is_first else None)
+        line = asked.pop(0) if asked else ranks.share(read_line() if ranks.is_first else None)
         if line is None:
             return 0
         if not line:

@@ -11,15 +11,16 @@ by any number of them. Asking checks that model, file and frames are those it wa
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from longvila.cli import ask
-from longvila.cli._options import parse
+from longvila.cli._options import ReadingOptions, parse
 from longvila.errors import LongVILAError
 
 if TYPE_CHECKING:
@@ -27,27 +28,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ReadingOptions):
     """Read a video once and keep what was read."""
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MEDIUM...")]
     """Videos and images in the order they are shown."""
     output: Path
     """Folder to write."""
-    model: str | None = None
-    """Folder or hub id of the checkpoint; the small model of this package if absent."""
-    frames: int | None = None
-    """Frames sampled from each video; with --fps, at most so many."""
-    fps: float | None = None
-    """Frames a second sampled from each video."""
-    gpus: int = 1
-    """GPUs (with --device cpu: processes) that share the work; torchrun's count instead."""
-    device: str = "auto"
-    """Where the model runs, as torch names it; auto is the first GPU, or the CPU."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Precision; auto is bfloat16 on a GPU and float32 on a CPU."""
-    kv_offload: float | None = None
-    """GiB of keys and values that stay on each GPU; the rest is paged to the host."""
     overwrite: bool = False
     """Replace a stored prompt that is there."""
 
@@ -69,6 +56,27 @@ def main(argv: list[str]) -> int:
     return ask.run_over_ranks(run, options, size=options.gpus, device=device)
 
 
+def check_output(options: Options) -> None:
+    """Refuse a folder that cannot be written.
+
+    Args:
+        options: With ``output`` and ``overwrite``.
+
+    Raises:
+        StoreError: If it holds a stored prompt, or is none and cannot become one.
+    """
+    from longvila.inference.store import StoreError, is_stored
+
+    output = options.output
+    if is_stored(output) and not options.overwrite:
+        raise StoreError(f"{output} holds a stored prompt already; give --overwrite")
+    there = next(each for each in (output, *output.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise StoreError(f"--output {output}: {there} is a file; a stored prompt is a folder")
+    if not os.access(there, os.W_OK):
+        raise StoreError(f"--output {output}: {there} cannot be written to")
+
+
 def run(ranks: Ranks, options: Options) -> int:
     """Read and write on one rank.
 
@@ -79,15 +87,17 @@ def run(ranks: Ranks, options: Options) -> int:
     Returns:
         The exit status.
     """
-    from longvila.inference.store import StoreError, is_stored
+    from longvila.inference.session import Session
 
-    if is_stored(options.output) and not options.overwrite:
-        raise StoreError(f"{options.output} holds a stored prompt already; give --overwrite")
+    check_output(options)  # hours of reading come before the first byte is written
     with ask.progress_bars(quiet=not ranks.is_first) as progress:
-        session = ask.open_session(options, ranks, progress)
+        session = Session(*ask.open_engine(options, ranks), progress=progress)
         media = ranks.together(lambda: ask.load(session, list(options.inputs), options))
         timings = session.watch(media)
-        note = {"model": options.model}
+        model = options.model
+        if model is not None and Path(model).is_dir():
+            model = str(Path(model).resolve())  # to be found from anywhere
+        note = {"model": model}
         session.save(options.output, note=note, overwrite=options.overwrite)
     if ranks.is_first:
         written = sum(file.stat().st_size for file in options.output.iterdir())

@@ -22,11 +22,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from longvila.cli._options import parse
+from longvila.cli._options import ModelOptions, parse
+from longvila.cli.ask import find_device, open_engine, run_over_ranks
 from longvila.errors import LongVILAError
-from longvila.packaged import default_model
 
 if TYPE_CHECKING:
     from longvila.inference.serving.app import Server
@@ -60,6 +60,8 @@ class Bounds:
     """Frames of a conversation's videos."""
     duration_s: float = 21600.0
     """Length of a video."""
+    decoded_mib: int = 16384
+    """Frames of a video, for models that take them in their own size."""
     prompt_tokens: int | None = None
     """Tokens of a prompt; what the context holds if absent."""
     new_tokens: int = 4096
@@ -79,11 +81,9 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ModelOptions):
     """Serve a model to OpenAI clients."""
 
-    model: str | None = None
-    """Folder or hub id of the checkpoint; the small model of this package if absent."""
     name: str | None = None
     """What requests call the model; the last part of --model if absent."""
     host: str = "127.0.0.1"
@@ -112,12 +112,6 @@ class Options:
     """Decoded frames that are kept."""
     limits: Bounds = field(default_factory=Bounds)
     """Limits on requests."""
-    gpus: int = 1
-    """GPUs (with --device cpu: processes) that share the work; torchrun's count instead."""
-    device: str = "auto"
-    """Where the model runs, as torch names it; auto is the first GPU, or the CPU."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Precision; auto is bfloat16 on a GPU and float32 on a CPU."""
 
 
 def main(argv: list[str]) -> int:
@@ -152,8 +146,6 @@ def serve(options: Options, *, page: bool, ready: Callable[[str], None] = _say_n
     Raises:
         LongVILAError: If the server cannot start.
     """
-    from longvila.cli.ask import find_device, run_over_ranks
-
     try:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
@@ -186,8 +178,8 @@ def check_numbers(options: Options) -> None:
         raise LongVILAError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
     if not options.temperature >= 0:
         raise LongVILAError(f"--temperature must be 0 or more, got {options.temperature}")
-    if options.kv_gib is not None and not options.kv_gib > 0:
-        raise LongVILAError(f"--kv-gib must be above 0, got {options.kv_gib}")
+    if options.kv_gib is not None and not 0 < options.kv_gib < float("inf"):
+        raise LongVILAError(f"--kv-gib must be a number above 0, got {options.kv_gib}")
     if options.media_cache_mib < 0:
         raise LongVILAError(f"--media-cache-mib must be 0 or more, got {options.media_cache_mib}")
 
@@ -326,33 +318,6 @@ def build(
         raise LongVILAError(str(fault)) from fault
 
 
-def open_engine(options: Options, ranks: Ranks) -> tuple[Any, Any]:
-    """Load the model on this rank.
-
-    Args:
-        options: Of the command line.
-        ranks: Where this process computes, and with whom.
-
-    Returns:
-        Its engine and its processor.
-
-    Raises:
-        CheckpointError: If there is no such checkpoint.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    from longvila.inference.engine import Engine
-    from longvila.model.opening import open_checkpoint
-
-    if not sys.stderr.isatty() or not ranks.is_first:
-        transformers_logging.disable_progress_bar()
-    source = options.model or str(default_model())
-    model, processor = ranks.together(
-        lambda: open_checkpoint(source, device=ranks.device, dtype=options.dtype, label="--model")
-    )
-    return Engine(model, ranks.mesh(model.config.get_text_config())), processor
-
-
 def to_settings(options: Options, *, page: bool) -> Settings:
     """Turn options into the server's settings, but for the memory of keys and values.
 
@@ -373,33 +338,19 @@ def to_settings(options: Options, *, page: bool) -> Settings:
             ipaddress.ip_network(network)
         except ValueError as fault:
             raise LongVILAError(f"--http-networks {network}: {fault}") from fault
-    given = options.limits
     try:
         limits = Limits(
-            body_bytes=given.body_mib << 20,
-            held_bytes=given.held_mib << 20,
-            text_chars=given.text_chars,
-            upload_bytes=given.upload_mib << 20,
-            stored_bytes=given.stored_mib << 20,
-            media_items=given.media_items,
-            media_bytes=given.media_mib << 20,
-            frames=given.frames,
-            duration_s=given.duration_s,
-            prompt_tokens=given.prompt_tokens,
-            new_tokens=given.new_tokens,
-            active=given.active,
-            preparing=given.preparing,
-            waiting=given.waiting,
-            per_client=given.per_client,
-            wait_s=given.wait_s,
-            media_s=given.media_s,
+            **{
+                name.replace("_mib", "_bytes"): value << 20 if name.endswith("_mib") else value
+                for name, value in vars(options.limits).items()
+            }
         )
     except ValueError as fault:
         raise LongVILAError(str(fault)) from fault
     keys: tuple[str, ...] = ()
     if options.key_file is not None:
         try:
-            lines = options.key_file.read_text(encoding="utf-8").splitlines()
+            lines = options.key_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as fault:
             reason = getattr(fault, "strerror", None) or fault
             raise LongVILAError(f"--key-file {options.key_file}: {reason}") from fault
@@ -414,7 +365,8 @@ def to_settings(options: Options, *, page: bool) -> Settings:
         # Everything is listened on, under whatever names this machine has, unless they are given.
         hosts = set(options.host_names) - {"*"}
         hosts |= set(_LOOPBACK) if hosts else set()
-    name = options.name or (Path(options.model).name if options.model else "longvila-smol")
+    folder = Path(options.model or "longvila-smol")
+    name = options.name or (folder.resolve() if folder.is_dir() else folder).name
     return Settings(
         name=name,
         limits=limits,

@@ -29,7 +29,7 @@ Letters: B rows, T new tokens, L tokens of this rank, K kv heads, D head dim, R 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -268,7 +268,7 @@ class ShardLayer(CacheLayerMixin):
         self.paged, self.segments, self.padded = [], [], None
         self.keys, self.values, self.used = None, None, 0
 
-    def _select(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor) -> None:
         """Reorder rows; what has one row serves all of them and stays."""
         rows = rows.to(self.device) if self.is_initialized else rows
         self.segments = [
@@ -279,23 +279,6 @@ class ShardLayer(CacheLayerMixin):
             self.keys, self.values = self.keys[rows], self.values[rows]
         if self.padded is not None:
             self.padded = (self.padded[0], take_rows(self.padded[1], rows))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
-        """Reorder the rows for beam search; a prefix of one row is not touched."""
-        self._select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        self._select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat rows; what has one row serves any number of them."""
-        if self.keys is not None and self.keys.shape[0] == 1:
-            self.seal()
-        rows = {part[0].shape[0] for part in self.parts()} - {1}
-        if rows:
-            order = torch.arange(max(rows)).repeat_interleave(repeats)
-            self._select(order)
 
 
 def take_rows(values: tuple[int, ...], rows: Tensor) -> tuple[int, ...]:
@@ -515,6 +498,24 @@ class ShardedCache(Cache):
         other.pads, other._shared = self.pads, self._shared
         return other
 
+    def remember(self) -> Callable[[], None]:
+        """Return what makes the cache again what it is now; it must not have been cut and refilled.
+
+        Buffers are not copied: what is written later is behind the tokens that they hold now.
+        """
+        whole = {**vars(self), "held": list(self.held), "_arrivals": list(self._arrivals)}
+        layers = [
+            {**vars(each), "paged": list(each.paged), "segments": list(each.segments)}
+            for each in self.shards
+        ]
+
+        def restore() -> None:
+            vars(self).update(whole)
+            for each, before in zip(self.shards, layers, strict=True):
+                vars(each).update(before)
+
+        return restore
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens.
 
@@ -560,21 +561,20 @@ class ShardedCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder rows for beam search."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        for layer in self.shards:
+            layer.select(beam_idx)
         if self.pads is not None:
             self.pads = take_rows(self.pads, beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
-        super().batch_select_indices(indices)
-        if self.pads is not None:
-            self.pads = take_rows(self.pads, indices)
+        self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat rows."""
-        super().batch_repeat_interleave(repeats)
-        if self.pads is not None:
-            self.pads = tuple(pad for pad in self.pads for _ in range(repeats))
+        """Repeat rows; what has one row serves any number of them."""
+        rows = max((part[0].shape[0] for part in self.shards[0].parts()), default=1)
+        if rows > 1:
+            self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Forget everything."""

@@ -30,7 +30,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -186,7 +186,7 @@ class EndpointCaller:
         self._lock = threading.Lock()
         self._headers = {"Content-Type": "application/json"}
         if key_variable is not None:
-            key = os.environ.get(key_variable)
+            key = os.environ.get(key_variable, "").strip()
             if not key:
                 raise CallError(f"the environment variable {key_variable} holds no key")
             self._headers["Authorization"] = f"Bearer {key}"
@@ -423,8 +423,6 @@ def ask_until(
             return read(reply)
         except ValueError as fault:
             complaint = str(fault)
-        asked = Prompt(
-            f"{prompt.text}\n\nAn earlier answer could not be used: {complaint}. Answer again.",
-            prompt.pictures, prompt.system, prompt.max_new_tokens,
-        )  # fmt: skip
+        again = f"An earlier answer could not be used: {complaint}. Answer again."
+        asked = replace(prompt, text=f"{prompt.text}\n\n{again}")
     raise ValueError(f"{complaint}; after {attempts} answers, the last begins {said[:120]!r}")

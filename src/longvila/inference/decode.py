@@ -525,7 +525,8 @@ class CacheForward:
         if cache.text_runs is not None or pads is not None or cache.pads is not None:
             # generate has not seen the prefix's media, and makes positions that count tokens.
             positions = None
-        keep = given.get("logits_to_keep") or 0
+        keep = given.get("logits_to_keep")
+        keep = 0 if keep is None else keep
         logits: Tensor | None = None
         if ids is not None and pads is None and isinstance(keep, int) and self.split_tokens is None:
             at = _text_positions(cache, ids, cache.pads) if positions is None else positions

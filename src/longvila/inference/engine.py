@@ -30,7 +30,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -57,6 +56,8 @@ from longvila.sp.mesh import SPMesh
 
 #: So few tokens of text behind a cache are read by every rank: dealing them out costs more.
 _FEW_TOKENS = 512
+#: Inputs with an entry a token.
+_PER_TOKEN = {"mm_token_type_ids", "position_ids"}
 
 
 class CacheEngine(Protocol):
@@ -73,6 +74,18 @@ class CacheEngine(Protocol):
     def decode(self, cache: ShardedCache, ids: Tensor) -> Tensor:
         """Read further tokens; return the last one's logits."""
         ...
+
+
+@contextlib.contextmanager
+def _whole_or_not(cache: ShardedCache) -> Iterator[None]:
+    """Forget what was read of some tokens if not all of them could be."""
+    length, logits = cache.get_seq_length(), cache.logits
+    try:
+        yield
+    except BaseException:
+        cache.crop(length - cache.get_seq_length())
+        cache.logits = logits
+        raise
 
 
 class Engine:
@@ -98,8 +111,6 @@ class Engine:
         TypeError: If the model is of no known family.
         ValueError: If ``chunk_tokens`` is not positive, ``decode_graphs`` is none of the three, or
             an engine holds the model already.
-
-    Comm: Making one: none.
     """
 
     def __init__(
@@ -118,14 +129,13 @@ class Engine:
         if hasattr(vars(model).get("forward"), "cache_forward"):
             raise ValueError(f"an engine holds this {type(model).__name__} already; close it first")
         self.model, self.mesh = model, mesh
-        known = find_family(model)
-        self.family = known if family is None else family
+        self.family = find_family(model) if family is None else family
         self.places_in_3d = (
             self.family.position_ids is not Family.__dataclass_fields__["position_ids"].default
         )
         self.text = self.family.text_model(model)
         self.static = StaticSteps(model, self.family, mesh, decode_graphs)
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens, self.split_tokens = chunk_tokens, split_tokens
         self.pager = kv_offload if isinstance(kv_offload, Pager) else None
         if isinstance(kv_offload, int):
             self.pager = Pager(self._device, kv_offload)
@@ -134,7 +144,6 @@ class Engine:
         self._before = vars(model).get("forward")
         original = model.forward
         cache_forward = CacheForward(model, self.family, original, self.static, split_tokens)
-        self._cache_forward = cache_forward
 
         # wraps: generate reads the signature to see which arguments the model takes.
         @functools.wraps(original)
@@ -178,22 +187,8 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.close()
-
-    @property
-    def split_tokens(self) -> int | None:
-        """Tokens of the chunks that few queries read a long segment in; may be changed."""
-        return self._cache_forward.split_tokens
-
-    @split_tokens.setter
-    def split_tokens(self, tokens: int | None) -> None:
-        self._cache_forward.split_tokens = tokens
 
     @property
     def num_ranks(self) -> int:
@@ -231,7 +226,10 @@ class Engine:
         Comm: On one process none, else as `longvila.inference.prefill.prefill_ranks`.
         """
         rest = {name: value for name, value in inputs.items() if value is not None}
-        ids = whole_row(rest.pop("input_ids"), rest.pop("attention_mask", None))
+        mask = rest.pop("attention_mask", None)
+        ids = whole_row(rest.pop("input_ids"), mask)
+        if mask is not None:
+            rest |= {name: rest[name][..., mask[0].bool()] for name in _PER_TOKEN & rest.keys()}
         return self.read(
             self.family.prepare(self.model.config, {"input_ids": ids, **rest}),
             onto=onto, times=times,
@@ -269,23 +267,24 @@ class Engine:
         self.static.compile_ahead()
         positions = self._positions(cache, batch)
         path = self._path(batch, onto)
-        if path == "one pass":
-            assert self._two_stage is not None
-            cache.logits = prefill_ranks(self._two_stage, cache, ids, rest)
-            if positions is not None and cache.text_runs is not None:
-                is_media = media_mask(self.model, self.family, ids[0])
-                cache.text_runs = cache.text_runs.read(positions, is_media)
-        elif path == "over ranks":
-            cache.logits = prefill_rank_chunks(
-                self.model, self.family, cache, ids, rest,
-                chunk_tokens=self.chunk_tokens, positions=positions, times=times,
-            )  # fmt: skip
-        else:
-            cache.logits = prefill_chunks(
-                self.model, self.family, cache, ids, rest,
-                chunk_tokens=self.chunk_tokens, split_tokens=self.split_tokens,
-                positions=positions, times=times,
-            )  # fmt: skip
+        with _whole_or_not(cache):
+            if path == "one pass":
+                assert self._two_stage is not None
+                cache.logits = prefill_ranks(self._two_stage, cache, ids, rest)
+                if positions is not None and cache.text_runs is not None:
+                    is_media = media_mask(self.model, self.family, ids[0])
+                    cache.text_runs = cache.text_runs.read(positions, is_media)
+            elif path == "over ranks":
+                cache.logits = prefill_rank_chunks(
+                    self.model, self.family, cache, ids, rest,
+                    chunk_tokens=self.chunk_tokens, positions=positions, times=times,
+                )  # fmt: skip
+            else:
+                cache.logits = prefill_chunks(
+                    self.model, self.family, cache, ids, rest,
+                    chunk_tokens=self.chunk_tokens, split_tokens=self.split_tokens,
+                    positions=positions, times=times,
+                )  # fmt: skip
         append_ids(cache, ids.to(self._device))
         return cache
 
@@ -317,8 +316,8 @@ class Engine:
         Comm: As a step of `longvila.inference.decode`, a chunk of the tokens.
         """
         ids, mask = pad_rows(ids)
-        if ids.dim() != 2 or ids.shape[1] == 0:
-            raise ValueError(f"ids must be (B, T) with at least one token, got {tuple(ids.shape)}")
+        if ids.shape[1] == 0:
+            raise ValueError(f"ids must hold at least one token, got {tuple(ids.shape)}")
         self._refuse_media(ids)
         self.check_context(cache.get_seq_length() + ids.shape[1])
         ids = ids.to(self._device)
@@ -326,11 +325,12 @@ class Engine:
             past = mask.new_ones(len(mask), cache.get_seq_length())
             mask = torch.cat([past, mask], dim=1).to(self._device)
         logits = None
-        for part in ids.split(self.chunk_tokens if mask is None else ids.shape[1], dim=1):
-            output = self.model(
-                input_ids=part, past_key_values=cache, logits_to_keep=1, attention_mask=mask
-            )
-            logits = output.logits[:, -1]
+        with _whole_or_not(cache):
+            for part in ids.split(self.chunk_tokens if mask is None else ids.shape[1], dim=1):
+                output = self.model(
+                    input_ids=part, past_key_values=cache, logits_to_keep=1, attention_mask=mask
+                )
+                logits = output.logits[:, -1]
         assert logits is not None
         cache.logits = logits
         append_ids(cache, ids)
@@ -355,9 +355,6 @@ class Engine:
             key: What it depends on beside the model, which is added.
             extra: What else to keep beside it; not compared.
             overwrite: Whether a stored prompt that is there may be replaced.
-
-        Returns:
-            The folder.
         """
         whole = {**(key or {}), "model": model_key(self.model)}
         return save_cache(cache, path, whole, extra=extra, overwrite=overwrite)
@@ -368,12 +365,6 @@ class Engine:
         Args:
             path: Its folder.
             key: What to compare beside the model.
-
-        Returns:
-            The cache.
-
-        Raises:
-            StoreError: If it is not there, not whole, or of another model or media.
         """
         whole = {**(key or {}), "model": model_key(self.model)}
         return load_cache(path, whole, mesh=self.mesh, device=self._device, pager=self.pager)
@@ -401,7 +392,8 @@ class Engine:
                 one rank alone.
 
         Returns:
-            What ``generate`` returns; the sequences begin with everything in the prefix.
+            What ``generate`` returns; the sequences begin with everything in the prefix. After an
+            error the cache is what it was.
 
         Raises:
             ValueError: If ``max_time`` is given on several ranks, whose clocks differ, or the cache
@@ -411,11 +403,7 @@ class Engine:
             and of a flag a token with criteria of the caller's.
         """
         cache = prompt if isinstance(prompt, ShardedCache) else self.prefill(prompt)
-        config = options.get("generation_config") or self.model.generation_config
-
-        def option(name: str) -> Any:
-            return options[name] if name in options else getattr(config, name, None)
-
+        option = functools.partial(self._option, options)
         mask: Tensor | None = None
         if ids is not None:
             ids, mask = pad_rows(ids)
@@ -424,6 +412,9 @@ class Engine:
         many = max(rows, option("num_beams") or 1, option("num_return_sequences") or 1) > 1
         if cache.input_ids is None or cache.input_ids.shape[0] != 1:
             raise ValueError("generate needs a cache of one row from prefill, or a fork of it")
+        if self.num_ranks > 1 and option("max_time") is not None:
+            raise ValueError("max_time would stop ranks at different tokens; use a criterion")
+        restore = cache.remember()
         working = cache.fork() if many else cache
         whole = cache.input_ids
         if ids is not None and ids.shape[1]:
@@ -431,8 +422,6 @@ class Engine:
         else:
             working.crop(-1)  # generate needs a token to read
         if self.num_ranks > 1:
-            if option("max_time") is not None:
-                raise ValueError("max_time would stop ranks at different tokens; use a criterion")
             given = options.get("stopping_criteria") or []
             options["stopping_criteria"] = StoppingCriteriaList(
                 [FirstRankDecides(each, cache) for each in given]
@@ -441,8 +430,14 @@ class Engine:
         if mask is not None:
             seen[:, -mask.shape[1] :] = mask
         options.setdefault("attention_mask", seen)
-        with self._seeded(seed, bool(option("do_sample"))), self._no_rope_deltas():
-            out = self.model.generate(whole, past_key_values=working, **options)  # type: ignore[operator]
+        if option("use_cache") is False:  # as many models say that were trained with checkpointing
+            options["use_cache"] = True
+        try:
+            with self._seeded(seed, bool(option("do_sample"))), self._no_rope_deltas():
+                out = self.model.generate(whole, past_key_values=working, **options)  # type: ignore[operator]
+        except BaseException:
+            restore()
+            raise
         if not many:
             sequences = out if isinstance(out, Tensor) else out.sequences
             working.input_ids = sequences[:, : working.get_seq_length()]
@@ -465,17 +460,24 @@ class Engine:
         Comm: As `generate`.
         """
         rows = [question.flatten() for question in questions]
-        out = self.generate(prompt, rows, **options)
+        # Rows that multiply leave the prefix alone; one row goes on behind it.
+        out = self.generate(prompt if len(rows) > 1 else self.fork(prompt), rows, **options)
         sequences = out if isinstance(out, Tensor) else out.sequences
         start = prompt.get_seq_length() + max(row.numel() for row in rows)
-        config = options.get("generation_config") or self.model.generation_config
-        ends = options.get("eos_token_id", config.eos_token_id)
+        ends = self._option(options, "eos_token_id")
         ends = torch.tensor([] if ends is None else ends, device=sequences.device).flatten()
         answers = []
         for row in sequences[:, start:]:
             found = torch.isin(row, ends).nonzero().flatten()
             answers.append(row[: int(found[0]) + 1] if len(found) else row)
         return answers
+
+    def _option(self, options: Mapping[str, Any], name: str) -> Any:
+        """Return an option of ``generate`` as it resolves it: what is not given is the model's."""
+        if name in options:
+            return options[name]
+        found = getattr(options.get("generation_config"), name, None)
+        return getattr(self.model.generation_config, name, None) if found is None else found
 
     @contextlib.contextmanager
     def _seeded(self, seed: int | None, sampling: bool) -> Iterator[None]:
@@ -562,16 +564,12 @@ class Engine:
         """``(3, S)`` positions of a prompt that follows a cache; None where tokens are counted."""
         if cache.text_runs is None:
             return None
-        given = batch.get("position_ids")
-        if given is not None:
-            positions: Tensor | None = given
-        else:
+        positions: Tensor | None = batch.get("position_ids")
+        if positions is None:
             positions = self.family.position_ids(self.model, batch)
-            start = cache.get_seq_length() + cache.text_runs.offset
             if positions is None:  # no media
                 positions = torch.arange(batch["input_ids"].shape[1]).expand(3, 1, -1)
-            positions = positions[-3:] + start
-        assert positions is not None
+            positions = positions + cache.get_seq_length() + cache.text_runs.offset
         return positions[-3:, 0]
 
     def check_context(self, length: int) -> None:

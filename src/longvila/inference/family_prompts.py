@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from longvila.inference.frames import MissingFrames, TensorFrames
-from longvila.inference.prompts import Item, Medium, Message, Progress, Rendered, describe, said
+from longvila.inference.prompts import Item, Medium, Message, Progress, Rendered, said
 from longvila.inference.sight import FamilySampler
 from longvila.media.video import SampledVideo
 from longvila.parallel.families import Family
@@ -20,21 +20,16 @@ from longvila.parallel.families import Family
 class FamilyPrompts:
     """Prompts of another family's processor, which needs the decoded pictures.
 
-    Frames are decoded when a video is loaded and stay in memory as uint8; the processor turns all
-    of a conversation's media into pixels in every turn.
-
     Args:
         model: The model.
         processor: What AutoProcessor gives for it.
         family: Its family.
-        progress: Called with ``"decode"``, frames done and to do.
     """
 
-    def __init__(
-        self, model: Any, processor: Any, family: Family, *, progress: Progress | None = None
-    ) -> None:
+    def __init__(self, model: Any, processor: Any, family: Family) -> None:
         self.model, self.processor, self.family = model, processor, family
-        self.sampler, self.progress = FamilySampler(processor), progress
+        self.sampler = FamilySampler(processor)
+        self.progress: Progress | None = None
 
     def load_video(
         self,
@@ -44,20 +39,7 @@ class FamilyPrompts:
         fps: float | None = None,
         **options: Any,
     ) -> Medium:
-        """Sample and decode a video.
-
-        Args:
-            source: Whatever `longvila.media.video.open_video` takes.
-            num_frames: Frames to sample; with ``fps``, at most so many; None as the processor says.
-            fps: Frames per second to sample.
-            **options: Of `longvila.media.video.read_frames`.
-
-        Returns:
-            The medium.
-
-        Raises:
-            VideoError: If the video gives no frame.
-        """
+        """Sample and decode a video; see `longvila.inference.session.Session.load_video`."""
         if num_frames is None and fps is None:
             num_frames, fps = self.sampler.num_frames, self.sampler.fps
         video = self.sampler.sample(
@@ -74,15 +56,7 @@ class FamilyPrompts:
         self.progress("decode", done, total)
 
     def load_image(self, source: Any, *, tiled: bool = True) -> Medium:
-        """Load an image; the processor decides about tiles.
-
-        Args:
-            source: Whatever `longvila.media.image.load_image` takes.
-            tiled: Not used.
-
-        Returns:
-            The medium.
-        """
+        """Load an image; the processor decides about tiles."""
         from longvila.media.image import load_image
 
         name = str(source) if isinstance(source, str) else f"<{type(source).__name__}>"
@@ -97,10 +71,6 @@ class FamilyPrompts:
     def _count(self, medium: Medium) -> None:
         rendered = self.render([said("user", "", [medium])], [medium])
         medium.tokens = sum(item.rows for items in rendered.items.values() for item in items)
-
-    def describe(self, medium: Medium) -> dict[str, Any]:
-        """Return a medium as plain data."""
-        return describe(medium)
 
     def recall(self, described: dict[str, Any]) -> Medium:
         """Decode a medium of a stored prompt again: the processor says what it becomes."""

@@ -43,9 +43,11 @@ def pad_rows(ids: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         ``(B, T)`` ids, and a mask of their shape; None where there is no filler.
 
     Raises:
-        ValueError: If a row has no token.
+        ValueError: If a tensor is not ``(B, T)``, or a row of several has no token.
     """
     if isinstance(ids, Tensor):
+        if ids.dim() != 2:
+            raise ValueError(f"ids must be (B, T), or a list of rows; got {tuple(ids.shape)}")
         return ids, None
     rows = [row.flatten() for row in ids]
     longest = max((row.numel() for row in rows), default=0)

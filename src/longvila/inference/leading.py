@@ -177,6 +177,7 @@ class Leader:
     ) -> None:
         self.engine, self.group, self.on_lost = engine, group, on_lost
         self.model, self.text, self.family = engine.model, engine.text, engine.family
+        self.context_length = engine.context_length
         self.lost: BaseException | None = None
         self._told_to_end = False
         self._counter = itertools.count()

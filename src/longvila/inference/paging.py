@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -172,11 +173,8 @@ class Walk:
 
     def __init__(self, pager: Pager, layers: Sequence[Sequence[HostBlock]]) -> None:
         self.pager = pager
-        self.layers = [list(blocks) for blocks in layers]
-        self._order = [block for blocks in self.layers for block in blocks]
-        self._edges = [0]
-        for blocks in self.layers:
-            self._edges.append(self._edges[-1] + len(blocks))
+        self._order = [block for blocks in layers for block in blocks]
+        self._edges = [0, *accumulate(map(len, layers))]
         self._slots: list[int] = []
         self._next = 0
 

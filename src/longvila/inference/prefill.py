@@ -139,11 +139,6 @@ class RowStream:
         units = torch.arange(len(self.units.rows)).repeat_interleave(torch.tensor(self.units.rows))
         self._needs = units[self.units.slots.argsort()].cummax(0).values if len(units) else units
 
-    @property
-    def num_rows(self) -> int:
-        """N, rows of all items."""
-        return self.units.slots.numel()
-
     def take(self, stop: int) -> Tensor:
         """Return the rows of all placeholders before ``stop`` that were not taken yet.
 

@@ -185,12 +185,8 @@ class Prompts(Protocol):
         """Write a conversation with its media."""
         ...
 
-    def describe(self, medium: Medium) -> dict[str, Any]:
-        """Return plain data that `recall` makes a medium of again."""
-        ...
-
     def recall(self, described: dict[str, Any]) -> Medium:
-        """Return a medium whose pixels have been read."""
+        """Return a medium, described before, whose pixels have been read."""
         ...
 
 
@@ -240,8 +236,8 @@ class LongVILAPrompts:
         model: The model, for its configuration, device and type.
         processor: Its processor.
         family: Its family.
-        progress: Called with ``"decode"``, frames done and to do.
         background: Whether videos are decoded in a thread; None for on a GPU.
+        context: Tokens that fit the model; a video that alone has more is counted, not written.
     """
 
     def __init__(
@@ -250,11 +246,12 @@ class LongVILAPrompts:
         processor: Any,
         family: Family,
         *,
-        progress: Progress | None = None,
         background: bool | None = None,
+        context: int | None = None,
     ) -> None:
         self.model, self.processor, self.family = model, processor, family
-        self.progress, self.background = progress, background
+        self.background, self.context = background, context
+        self.progress: Progress | None = None
 
     def load_video(
         self,
@@ -267,22 +264,16 @@ class LongVILAPrompts:
         overflow: Any = "spread",
         **options: Any,
     ) -> Medium:
-        """Open a video and choose its frames.
+        """Open a video and choose its frames; see `longvila.inference.session.Session.load_video`.
 
         Args:
-            source: Whatever `longvila.media.video.open_video` takes.
-            num_frames: Frames to sample; with ``fps``, at most so many; None as the processor says.
+            source: The video.
+            num_frames: Frames to sample.
             fps: Frames per second to sample.
             indices: Frames to take instead.
             timestamps_s: Frames on screen at these seconds instead.
             overflow: As for `longvila.media.video.choose_indices`.
             **options: Of `longvila.media.video.open_video`.
-
-        Returns:
-            The medium.
-
-        Raises:
-            VideoError: If it cannot be opened.
         """
         part = self.processor.video_processor
         if num_frames is None and fps is None and indices is None and timestamps_s is None:
@@ -336,13 +327,20 @@ class LongVILAPrompts:
 
     def _describe(self, medium: Medium) -> None:
         medium.frames = len(medium.pixels.indices)
-        medium.text = self.processor.video_text(
-            medium.frames,
-            separator=self.processor.frame_separator,
-            times_s=medium.timestamps_s if self.processor.timestamps else None,
-            cut=CUT,
-        )
+        rows = 0 if self.processor.pool_sizes else medium.frames * self.processor.tokens_per_frame
+        if self.context is not None and rows > self.context:
+            medium.tokens = medium.frames * len(self._tokenise(self._text(medium, 1)))
+            return
+        medium.text = self._text(medium, medium.frames)
         medium.tokens = len(self._tokenise(medium.text))
+
+    def _text(self, medium: Medium, frames: int) -> str:
+        """What the first frames of a video become in the prompt."""
+        times = medium.timestamps_s[:frames] if self.processor.timestamps else None
+        text: str = self.processor.video_text(
+            frames, separator=self.processor.frame_separator, times_s=times, cut=CUT
+        )
+        return text
 
     def _pixels(self, frames: Any) -> Tensor:
         part = self.processor.video_processor
@@ -360,18 +358,7 @@ class LongVILAPrompts:
         return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
     def load_image(self, source: Any, *, tiled: bool = True) -> Medium:
-        """Load an image.
-
-        Args:
-            source: Whatever `longvila.media.image.load_image` takes.
-            tiled: Whether it may be cut into tiles, where the processor is set to that.
-
-        Returns:
-            The medium.
-
-        Raises:
-            ImageError: If it cannot be read.
-        """
+        """Load an image; see `longvila.inference.session.Session.load_image`."""
         part = self.processor.image_processor
         out = part([source], dynamic=[tiled], return_tensors="pt")
         tiles = int(out["image_num_tiles"][0])
@@ -386,10 +373,6 @@ class LongVILAPrompts:
             "image", name, text, tiles, len(self._tokenise(text)),
             pixels=TensorFrames(out["pixel_values"]),
         )  # fmt: skip
-
-    def describe(self, medium: Medium) -> dict[str, Any]:
-        """Return a medium as plain data."""
-        return describe(medium)
 
     def recall(self, described: dict[str, Any]) -> Medium:
         """Return a medium of a stored prompt; its frames are not needed any more."""

@@ -222,7 +222,7 @@ class DealtRows:
         """Encode this rank's units that a chunk is the first to need."""
         todo = list(self.chunks[chunk][1])
         while todo:
-            group, frames = [todo.pop(0)], 0
+            group = [todo.pop(0)]
             frames = self.units.frames[group[0]]
             while todo and (
                 self.batch is None or frames + self.units.frames[todo[0]] <= self.batch

@@ -42,8 +42,10 @@ from longvila.inference.prompts import (
     Prompts,
     Rendered,
     common_prefix,
+    describe,
     said,
 )
+from longvila.inference.serving.sampling import LEAST_TEMPERATURE, stop_tokens
 from longvila.inference.store import file_key, read_index
 
 __all__ = ["Answer", "Medium", "Progress", "Session", "Timings"]
@@ -119,9 +121,17 @@ class Session:
         family = self.engine.family
         self.prompts: Prompts
         if family.name == "LongVILA":
-            self.prompts = LongVILAPrompts(self.model, processor, family, background=background)
+            self.prompts = LongVILAPrompts(
+                self.model, processor, family,
+                background=background, context=self.engine.context_length,
+            )  # fmt: skip
         else:
-            self.prompts = FamilyPrompts(self.model, processor, family)
+            try:
+                self.prompts = FamilyPrompts(self.model, processor, family)
+            except BaseException:
+                if self.engine is not model:
+                    self.engine.close()
+                raise
         self.progress = progress
         self.clear()
 
@@ -242,7 +252,7 @@ class Session:
         """
         if not self.watched or self.messages or self._cache is None:
             raise ValueError("only what was watched, before any question, can be saved")
-        media = [self.prompts.describe(medium) for medium in self.watched]
+        media = [describe(medium) for medium in self.watched]
         key = {"media": [_media_key(each) for each in media]}
         extra = {"media": media, "note": note}
         return self.engine.save(self._cache, path, key, extra=extra, overwrite=overwrite)
@@ -385,18 +395,20 @@ class Session:
     # ---- steps
 
     def _render(self, question: str, media: Sequence[Medium]) -> Rendered:
+        everything = [*self.media, *media]
+        self._check_context(sum(each.tokens for each in everything), 0, everything)
         messages = [*self.messages, said("user", question, media)]
-        return self.prompts.render(messages, [*self.media, *media])
+        return self.prompts.render(messages, everything)
 
     def _check_context(self, length: int, new: int, media: Sequence[Medium]) -> None:
         limit = self.engine.context_length
         if limit is None or length + new <= limit:
             return
         parts = ", ".join(f"{one.name}: {one.tokens}" for one in media) or "text only"
+        asked = f" and {new} new ones were asked for" if new else ""
         raise ContextLengthError(
-            f"the prompt has {length} tokens ({parts}) and {new} new ones were asked for, but the "
-            f"model's context is {limit}: use fewer frames or tokens, or a model whose context was "
-            "extended"
+            f"the prompt has {length} tokens ({parts}){asked}, but the model's context is {limit}: "
+            "use fewer frames or tokens, or a model whose context was extended"
         )
 
     def _read(
@@ -473,21 +485,22 @@ class Session:
 
     def _config(self, max_new_tokens: int, temperature: float, top_p: float) -> GenerationConfig:
         tokenizer, stops = self.processor.tokenizer, sorted(self._stops())
-        sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+        sampled = temperature >= LEAST_TEMPERATURE
+        sampling = {"temperature": temperature, "top_p": top_p} if sampled else {}
+        # What is left out here is the model's own.
         return GenerationConfig(
-            do_sample=temperature > 0,
+            do_sample=sampled,
+            num_beams=1,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
             max_new_tokens=max_new_tokens,
             eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
             **sampling,
         )
 
-    def _stops(self) -> set[int]:
-        given = self.model.generation_config.eos_token_id
-        stops = set(given) if isinstance(given, list | tuple) else {given}
-        return {
-            token for token in (*stops, self.processor.tokenizer.eos_token_id) if token is not None
-        }
+    def _stops(self) -> frozenset[int]:
+        return stop_tokens(self.model, self.processor.tokenizer)
 
     @contextmanager
     def _timed(self) -> Iterator[list[float]]:

@@ -264,7 +264,7 @@ def save_cache(
             "extra": extra or {},
         }
         part = folder / f"{INDEX}.part"
-        part.write_text(json.dumps(index, indent=1))
+        part.write_text(json.dumps(index, indent=1), encoding="utf-8")
         os.replace(part, folder / INDEX)
     _barrier(cache)
     return folder
@@ -297,7 +297,11 @@ def read_index(path: str | Path) -> dict[str, Any]:
         unfinished = any(folder.glob("cache-*")) if folder.is_dir() else False
         why = "was not written to the end" if unfinished else f"has no {INDEX}"
         raise StoreError(f"{folder} is no stored prompt: it {why}")
-    index: dict[str, Any] = json.loads((folder / INDEX).read_text())
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index.get("format")
+    except (ValueError, AttributeError) as fault:
+        raise StoreError(f"{folder} is no stored prompt: its {INDEX} is another's") from fault
     if index.get("format") != _FORMAT:
         raise StoreError(
             f"{folder} has format {index.get('format')!r}, this version reads {_FORMAT}; make it "

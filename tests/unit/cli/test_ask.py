@@ -192,6 +192,28 @@ def test_chat_may_start_with_a_question_and_ends_with_its_input(
     assert sum(line.startswith("[") for line in err.splitlines()) == 2
 
 
+def test_a_first_question_that_is_stopped_or_too_long_does_not_end_the_chat(
+    checkpoint: str,
+    media: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turn, faults = ask.turn, [KeyboardInterrupt()]
+
+    def interrupted(*args: object) -> None:
+        if faults:
+            raise faults.pop()
+        turn(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ask, "turn", interrupted)
+    argv = (media["film"], "What? " * 2000, "--chat", "--model", checkpoint, "--frames", "2")
+    for said in ("(stopped)", "the model's context is 4096"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("And?\n"))
+        status, _, err = run(capsys, *argv, "--max-new-tokens", "2")
+        # The film waits for the next question.
+        assert status == 0 and said in err and "2 frames x 10 tokens" in err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -259,7 +281,7 @@ def test_questions_of_a_file_are_answered_as_one_by_one(
         monkeypatch.setattr(ask, "_TOGETHER", 2)
     file = tmp_path / "questions.txt"
     questions = ["What is shown?", "Who?", "And what happens at the end of it all?"]
-    file.write_text("\n" + "\n\n".join(questions) + "\n")
+    file.write_text("\ufeff\n" + "\n\n".join(questions) + "\n")
     common = ("--model", checkpoint, "--frames", "4", "--max-new-tokens", "8", "--device", "cpu")
     several = (media["film"], "--questions", str(file), *common, "--gpus", gpus)
     status, out, _ = run(capsys, *several, "--json")
@@ -300,6 +322,7 @@ def test_questions_of_a_file_that_do_not_do(
         ("--fps nan", "--fps must be a number above 0, got nan"),
         ("--gpus 0", "--gpus must be at least 1, got 0"),
         ("--kv-offload -1", "--kv-offload must be 0 GiB or more, got -1.0"),
+        ("--kv-offload inf", "--kv-offload must be 0 GiB or more, got inf"),
         ("--max-new-tokens 0", "--max-new-tokens must be at least 1, got 0"),
         ("--temperature -1", "--temperature must be 0 or more, got -1.0"),
         ("--temperature 1 --top-p 0", "--top-p must be above 0 and at most 1, got 0.0"),

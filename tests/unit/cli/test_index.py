@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from longvila.cli import ask
 from longvila.cli.main import main
 from longvila.media.synthetic import clip
 from longvila.testing.tiny import save_tiny
@@ -17,7 +19,22 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     return status, out, err
 
 
-def test_index_then_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_written_is_said_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film = str(clip(tmp_path / "film.mp4", 4))
+    monkeypatch.setattr(ask, "open_engine", lambda *args: pytest.fail("it was loaded"))
+    for output in (film, f"{film}/x/y"):
+        status, _, err = run(capsys, "index", film, "--output", output)
+        assert status == 1 and "film.mp4 is a file; a stored prompt is a folder" in err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    status, _, err = run(capsys, "index", film, "--output", str(tmp_path / "x" / "y"))
+    assert status == 1 and f"{tmp_path} cannot be written to" in err
+
+
+def test_index_then_ask(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = str(save_tiny(tmp_path / "model"))
     film = str(clip(tmp_path / "film.mp4", 40))
     first, second = str(tmp_path / "one.index"), str(tmp_path / "two.index")
@@ -41,6 +58,12 @@ def test_index_then_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for sampling in (("--frames", "9"), ("--fps", "2")):
         status, _, err = run(capsys, "ask", first, *asked, *sampling)
         assert status == 1 and "holds the frames that longvila index took" in err
+    # A model that was named from its folder is found from another one.
+    monkeypatch.chdir(tmp_path)
+    argv = ("film.mp4", "--output", "three.index", "--model", "model", "--frames", "5")
+    assert run(capsys, "index", *argv, "--device", "cpu")[0] == 0
+    monkeypatch.chdir(tmp_path.parent)
+    assert run(capsys, "ask", str(tmp_path / "three.index"), *asked)[1] == expected
     other = str(save_tiny(tmp_path / "other", seed=1))
     status, _, err = run(capsys, "ask", first, *asked, "--model", other)
     assert status == 1 and "model.weights" in err

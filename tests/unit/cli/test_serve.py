@@ -45,7 +45,7 @@ def settings(*argv: str) -> Any:
 
 def test_options_become_settings(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("one\n\n two \n")
+    keys.write_text("\ufeffone\n\n two \n")  # an editor's mark at the beginning
     found = settings(
         "--model", "a/b/big", "--root", str(tmp_path), "--http", "--http-networks", "10.0.0.0/8",
         "--key-file", str(keys), "--frames", "64", "--limits.body-mib", "3",
@@ -59,6 +59,14 @@ def test_options_become_settings(tmp_path: Path) -> None:
     plain = settings()
     assert plain.name == "longvila-smol" and plain.access.roots == () and not plain.access.http
     assert set(plain.hosts) == {"127.0.0.1", "localhost", "::1"}
+
+
+def test_the_name_is_that_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my model" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "my model")
+    assert [settings("--model", name).name for name in (".", "inner/..", "org/hub")] == [
+        "my model", "my model", "hub",
+    ]  # fmt: skip
 
 
 def test_every_limit_can_be_set_and_the_defaults_agree() -> None:
@@ -99,7 +107,8 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(
         ("--frames", 0, "--frames must be at least 1, got 0"),
         ("--max-new-tokens", 0, "--max-new-tokens must be at least 1, got 0"),
         ("--temperature", "nan", "--temperature must be 0 or more, got nan"),
-        ("--kv-gib", 0, "--kv-gib must be above 0, got 0"),
+        ("--kv-gib", 0, "--kv-gib must be a number above 0, got 0"),
+        ("--kv-gib", "inf", "--kv-gib must be a number above 0, got inf"),
         ("--media-cache-mib", -1, "--media-cache-mib must be 0 or more, got -1"),
         ("--key-file", tmp_path / "no", "--key-file .*no: No such file"),
         ("--key-file", tmp_path / "binary", "--key-file .*binary: 'utf-8' codec"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_what_was_said_before_is_sent_in_order(endpoint: Endpoint) -> None:
 
 
 def test_text_and_pictures_are_sent(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MY_KEY", "secret")
+    monkeypatch.setenv("MY_KEY", "secret\n")  # as a file has it
     ask, _ = caller(endpoint, key_variable="MY_KEY", longest_side=64)
     pictures = tuple(numbered_frame(n, 96, 128) for n in (7, 9))
     reply = ask(Prompt("What?", pictures, "Be short.", max_new_tokens=5))
@@ -196,10 +197,10 @@ class Listed:
     """A caller that gives its answers one after another."""
 
     def __init__(self, *texts: str) -> None:
-        self.texts, self.prompts = list(texts), []
+        self.texts, self.asked = list(texts), []
 
     def __call__(self, prompt: Prompt) -> Reply:
-        self.prompts.append(prompt.text)
+        self.asked.append(prompt)
         return Reply(self.texts.pop(0))
 
 
@@ -209,7 +210,10 @@ def number(reply: Reply) -> int:
 
 def test_an_answer_that_cannot_be_used_is_asked_for_again() -> None:
     ask = Listed("one", "2")
-    assert ask_until(ask, Prompt("How many?"), number, attempts=3) == 2
-    assert ask.prompts[1].startswith("How many?\n\nAn earlier answer could not be used: invalid")
+    prompt = Prompt("How many?", system="Count.", turns=(("Who?", "Two cats."),))
+    assert ask_until(ask, prompt, number, attempts=3) == 2
+    second = ask.asked[1]
+    assert second.text.startswith("How many?\n\nAn earlier answer could not be used: invalid")
+    assert replace(second, text=prompt.text) == prompt
     with pytest.raises(ValueError, match="after 2 answers, the last begins 'b'"):
         ask_until(Listed("a", "b"), Prompt("How many?"), number, attempts=2)

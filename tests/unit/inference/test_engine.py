@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from longvila.errors import ContextLengthError
 from longvila.inference.engine import Engine
@@ -268,6 +270,9 @@ def test_what_cannot_be_read_is_refused() -> None:
         with pytest.raises(ValueError, match="one sample"):
             engine.prefill({"input_ids": torch.ones(2, 6, dtype=torch.long)})
         cache = engine.prefill({"input_ids": torch.ones(1, 6, dtype=torch.long)})
+        for call in (engine.decode, engine.generate):
+            with pytest.raises(ValueError, match=r"must be \(B, T\)"):
+                call(cache, torch.ones(4, dtype=torch.long))
         with pytest.raises(ValueError, match="hides tokens"):
             model(
                 input_ids=torch.ones(1, 2, dtype=torch.long),
@@ -282,6 +287,81 @@ def test_what_cannot_be_read_is_refused() -> None:
                 pixel_values_videos=inputs["pixel_values_videos"],
                 past_key_values=cache,
             )
+
+
+@pytest.mark.parametrize("ids", [None, prompt(4, seed=4)["input_ids"]])
+def test_what_fails_leaves_the_cache_as_it_was(ids: Tensor | None) -> None:
+    model, inputs = language_model(), prompt(20)
+
+    class Full(Heard):
+        def put(self, value: Tensor) -> None:
+            super().put(value)
+            if len(self.tokens) > 26:
+                raise OSError("disk full")
+
+    with Engine(model, chunk_tokens=8) as engine:
+        cache = engine.prefill(inputs)
+        expected = said(engine.generate(engine.fork(cache), ids, max_new_tokens=9, do_sample=False))
+        before = cache.logits
+        with pytest.raises(ValueError, match="bogus"):
+            engine.generate(cache, ids, bogus=1)
+        with pytest.raises(OSError, match="disk full"):
+            engine.generate(cache, ids, max_new_tokens=9, do_sample=False, streamer=Full())
+        head = model.get_output_embeddings()
+        # The second of two chunks fails: nothing of the first is left.
+        text, more = engine.text, prompt(16, seed=1)
+        with fails_at(2, text), pytest.raises(OSError, match="call 2"):
+            engine.prefill(more, onto=cache)
+        with fails_at(2, head), pytest.raises(OSError, match="call 2"):
+            engine.decode(cache, more["input_ids"])
+        assert cache.get_seq_length() == cache.shards[0].num_local_tokens == 20
+        assert cache.logits is before and cache.input_ids.shape == (1, 20)
+        assert said(engine.generate(cache, ids, max_new_tokens=9, do_sample=False)) == expected
+
+
+def fails_at(number: int, module: Any) -> Any:
+    calls, forward = itertools.count(1), module.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            raise OSError(f"call {number}")
+        return forward(*args, **kwargs)
+
+    return mock.patch.object(module, "forward", call)
+
+
+def test_options_that_are_the_model_s_own_are_obeyed() -> None:
+    model, inputs = language_model(), prompt(20)
+    config = GenerationConfig(max_new_tokens=5, pad_token_id=0)
+    model.generation_config.update(num_beams=3, do_sample=False)
+    expected = model.generate(**inputs, generation_config=config).tolist()
+    # Checkpoints that were trained with gradient checkpointing often come with this one.
+    model.generation_config.use_cache = False
+    with Engine(model) as engine:
+        cache = engine.prefill(inputs)
+        for options in ({"generation_config": config}, {"max_new_tokens": 5, "pad_token_id": 0}):
+            assert engine.generate(cache, **options).tolist() == expected
+        assert {part[0].shape for part in cache.shards[0].parts()} == {(1, 20, 3, 8)}
+        model.generation_config.update(num_beams=1, do_sample=True)
+        assert engine.generate(cache, generation_config=config, seed=1).tolist() != expected
+        end = expected[0][20:]
+        model.generation_config.update(do_sample=False, eos_token_id=end)
+        for answer in engine.generate_many(
+            engine.prefill(inputs), [torch.tensor([n]) for n in (1, 2, 3)], generation_config=config
+        ):
+            found = torch.isin(answer, torch.tensor(end)).nonzero().flatten().tolist()
+            assert found in ([], [len(answer) - 1])
+
+
+def test_one_question_of_many_is_answered_and_the_prefix_stays() -> None:
+    model, inputs = language_model(), prompt(20)
+    question = prompt(4, seed=4)["input_ids"]
+    expected = greedy(model, {"input_ids": torch.cat([inputs["input_ids"], question], 1)}, 6)[24:]
+    with Engine(model) as engine:
+        cache = engine.prefill(inputs)
+        for _ in range(2):
+            (answer,) = engine.generate_many(cache, [question], max_new_tokens=6, do_sample=False)
+            assert answer.tolist() == expected and cache.get_seq_length() == 20
 
 
 def test_padding_of_a_prompt_is_left_out() -> None:

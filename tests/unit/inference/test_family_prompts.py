@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tests.integration.family_cases import CASES
+from tests.integration.family_cases import CASES, PAD
+from torch.nn import functional
 from transformers import AutoModelForImageTextToText
 from transformers.utils import is_torchvision_available
 
@@ -156,3 +157,20 @@ def test_conversations_with_other_families(name: str, film: Path, tmp_path: Path
             eos_token_id=processor.tokenizer.eos_token_id,
         )  # fmt: skip
         assert list(answer.token_ids) == out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_padding_goes_with_all_that_says_something_of_a_token(name: str) -> None:
+    case = CASES[name]
+    model = case.model(torch.float64).eval()
+    inputs = case.batches["images"](torch.float64)
+    del inputs["labels"]
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": PAD}
+    expected = model.generate(**inputs, **options)[0, -5:].tolist()
+    padded = {
+        name: functional.pad(inputs[name], (3, 0), value=filler)
+        for name, filler in (("input_ids", PAD), ("attention_mask", 0), ("mm_token_type_ids", 0))
+    }
+    with Engine(model) as engine:
+        out = engine.generate({**inputs, **padded}, **options)
+    assert out[0, -5:].tolist() == expected

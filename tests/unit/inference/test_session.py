@@ -9,12 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from longvila.errors import ContextLengthError
+from longvila.errors import ContextLengthError, ModelError
 from longvila.inference.engine import Engine
 from longvila.inference.session import Session
 from longvila.media.synthetic import clip, damage, numbered_frame
 from longvila.model.processing_longvila import LongVILAProcessor
 from longvila.testing.tiny import tiny_config, tiny_model, tiny_tokenizer
+
+from .cases import language_model
 
 
 def build(seed: int = 0, **overrides: Any) -> tuple[Any, Any]:
@@ -197,6 +199,11 @@ def test_a_prompt_that_is_too_long_is_refused_before_anything_is_encoded(film: P
     with pytest.raises(ContextLengthError, match=r"film\.mp4: 160\).*the model's context is 128"):
         session.ask("What?", [long], max_new_tokens=4)
     assert session.messages == [] and session.media == []
+    vast = session.load_video(film, num_frames=10**6)
+    assert vast.tokens == 10**7 and not vast.text  # counted, not written
+    for call in (session.watch, lambda media: session.ask("What?", media)):
+        with pytest.raises(ContextLengthError, match=r"film\.mp4: 10000000\), but the model's"):
+            call([vast])
     with pytest.raises(ContextLengthError, match="100 new ones"):
         session.ask("What?", max_new_tokens=100)
     assert session.ask("What?", max_new_tokens=4).timings.new_tokens <= 4
@@ -294,6 +301,9 @@ def test_questions_apart_are_answered_at_once(film: Path) -> None:
         messages = [user({"type": "video", "path": str(film)}, text(question))]
         _, expected = whole(model, processor, messages, 6, num_frames=5)
         assert list(answer.token_ids) == expected
+    assert [one.token_ids for one in session.ask_each(questions[1:2], max_new_tokens=6)] == [
+        answers[1].token_ids
+    ]
     # The conversation is where it was, and goes on.
     assert session.messages == [] and len(session.watched) == 1
     assert session.ask("What?", max_new_tokens=6).token_ids == answers[0].token_ids
@@ -324,6 +334,31 @@ def test_sampling_follows_the_seed() -> None:
         torch.manual_seed(0)
         found.append(session.ask("What?", max_new_tokens=8, temperature=1.5, top_p=0.9).token_ids)
     assert found[0] == found[1]
+    session.clear()
+    likeliest = session.ask("What?", max_new_tokens=8).token_ids
+    session.clear()  # so small that nothing can be divided by it
+    assert session.ask("What?", max_new_tokens=8, temperature=1e-40).token_ids == likeliest
+
+
+def test_a_checkpoint_s_own_way_of_generating_breaks_no_conversation() -> None:
+    model, processor = build()
+    expected = [
+        answer.token_ids for answer in (Session(model, processor).ask(q) for q in ("What?",))
+    ]
+    model, processor = build()
+    model.generation_config.update(
+        num_beams=2, num_return_sequences=2, return_dict_in_generate=True, use_cache=False
+    )
+    session = Session(model, processor)
+    assert [session.ask("What?").token_ids] == expected
+    assert session.ask("And?").timings.cached_tokens > 0
+
+
+def test_a_session_that_cannot_be_made_gives_the_model_back() -> None:
+    model = language_model()
+    with pytest.raises(ModelError, match="no video processor"):
+        Session(model, object())
+    assert "forward" not in vars(model)
 
 
 def test_timings_add_up(film: Path) -> None:

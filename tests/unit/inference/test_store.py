@@ -99,6 +99,10 @@ def test_what_is_not_whole_is_refused(tmp_path: Path) -> None:
         (folder / "index.json").write_text(json.dumps({**index, "format": 99}))
         with pytest.raises(StoreError, match="format 99"):
             engine.load(folder)
+        for foreign in ("[]", "no JSON", ""):
+            (folder / "index.json").write_text(foreign)
+            with pytest.raises(StoreError, match=r"its index\.json is another's"):
+                engine.load(folder)
         (folder / "index.json").unlink()
         assert not is_stored(folder)
         with pytest.raises(StoreError, match="not written to the end"):

@@ -66,6 +66,15 @@ def test_files_below_a_root_are_read(gate: Gate, tree: Path, url: str, name: str
     assert read(gate, url.replace("{tree}", str(tree))) == name.encode()
 
 
+def test_a_root_has_the_name_that_the_operator_gave_it(tree: Path) -> None:
+    (tree / "data").symlink_to(tree / "root")
+    linked = Gate(Access(roots=(tree / "data" / "deep",)), LIMITS, Uploads(100))
+    for name in ("data", "root"):
+        assert read(linked, f"{tree}/{name}/deep/er/c.mp4") == b"root/deep/er/c.mp4"
+        with pytest.raises(RequestError, match="not a file in the folders"):
+            read(linked, f"{tree}/{name}/a.mp4")
+
+
 @pytest.mark.parametrize(
     "url",
     [

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import http.client
 import io
 import json
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ import openai
 import pytest
 from PIL import Image
 
-from .serving_cases import Running, ask, clip, data_uri, running
+from longvila.inference.serving.media import Wanted
+
+from .serving_cases import LIMITS, Running, ask, clip, data_uri, running
 
 
 def video(path: Path, text: str) -> dict[str, Any]:
@@ -162,6 +167,13 @@ def test_stop_sequences_and_seeds(client: openai.OpenAI) -> None:
     assert cut == sampled[: sampled.index(stop)]
 
 
+def test_an_answer_that_asks_for_no_length_keeps_the_limit(tmp_path: Path) -> None:
+    body = json.dumps({"model": "tiny", "messages": [ask("Hello")]}).encode()
+    with running(tmp_path, limits=replace(LIMITS, new_tokens=3)) as server:
+        answer = call(server, "POST", "/v1/chat/completions", body, Content_Type="application/json")
+        assert json.loads(answer[2])["usage"]["completion_tokens"] == 3
+
+
 def test_the_model_may_end_its_answer(tmp_path: Path) -> None:
     messages: list[Any] = [{"role": "user", "content": "What?"}]
     with (
@@ -237,7 +249,7 @@ def test_what_is_refused_and_how(
 @pytest.mark.parametrize(
     "change",
     [
-        {"temperature": 1e-30}, {"temperature": 2.0, "top_p": 1e-9}, {"top_k": 10**9, "seed": -1},
+        {"temperature": 1e-40}, {"temperature": 2.0, "top_p": 1e-9}, {"top_k": 10**9, "seed": -1},
         {"fps": 1e-300}, {"stop": ["x"] * 4}, {"max_tokens": 1}, {"temperature": 0, "top_p": 0.1},
     ],
     ids=str,
@@ -248,8 +260,6 @@ def test_odd_but_right(client: openai.OpenAI, change: dict[str, Any]) -> None:
 
 
 def test_bodies_together_are_bounded(tmp_path: Path) -> None:
-    from .serving_cases import LIMITS, replace
-
     with (
         running(tmp_path, limits=replace(LIMITS, held_bytes=50_000)) as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client,
@@ -278,6 +288,31 @@ def test_a_request_that_is_too_large_or_no_json(served: Running) -> None:
     # A form of another page needs no permission to send text.
     status, _, body = call(served, "POST", path, b"{}", Content_Type="text/plain")
     assert status == 415
+
+
+def test_a_compressed_body_is_refused_by_name(served: Running) -> None:
+    body, headers = gzip.compress(b"{}"), {"Content_Type": "application/json"}
+    for method, path in (("POST", "/v1/chat/completions"), ("PUT", "/v1/uploads")):
+        status, _, answer = call(served, method, path, body, Content_Encoding="gzip", **headers)
+        assert status == 415 and b"Content-Encoding gzip" in answer
+
+
+def test_heads_of_what_can_be_got(served: Running) -> None:
+    for path in ("/health", "/v1/models", "/metrics"):
+        status, headers, body = call(served, "HEAD", path)
+        assert status == 200 and body == b"" and int(headers["content-length"]) > 0
+    assert call(served, "HEAD", "/v1/uploads")[0] == 405
+
+
+def test_a_fault_of_the_server_is_told_in_the_same_form(
+    served: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(served.server, "_card", lambda: 1 / 0)
+    status, _, body = call(served, "GET", "/v1/models")
+    assert status == 500 and json.loads(body)["error"]["code"] == "internal"
+    assert "ZeroDivisionError" in caplog.text
+    count = served.server.metrics.value("http_responses_total", path="/v1/models", status="500")
+    assert count == 1
 
 
 def test_a_body_without_a_length_is_counted(served: Running) -> None:
@@ -341,6 +376,38 @@ def test_a_file_is_uploaded_and_asked_about(served: Running, client: openai.Open
     assert not list(served.server.uploads.folder.glob("part-*"))
 
 
+def test_uploads_that_the_system_has_tidied_away(tmp_path: Path) -> None:
+    path = clip(tmp_path / "a.mp4")
+    with running(tmp_path) as server:
+        url = json.loads(call(server, "PUT", "/v1/uploads", path.read_bytes())[2])["url"]
+        shutil.rmtree(server.server.uploads.folder)
+        body = json.dumps({"model": "tiny", "messages": [ask("?", url)]}).encode()
+        answer = call(server, "POST", "/v1/chat/completions", body, Content_Type="application/json")
+        assert answer[0] == 404 and b"send the file again" in answer[2]
+        status, _, answer = call(server, "PUT", "/v1/uploads", b"more")
+        assert status == 507 and b"no room" in answer and not server.server.uploads.incoming.taken
+
+
+def test_thumbnails_of_a_very_tall_video_are_small(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = served.server.loader.load(Wanted("video", "a.mp4", 2))
+    assert found.video is not None
+    tall = replace(found.video, metadata=replace(found.video.metadata, width=16, height=64_000))
+    monkeypatch.setattr(served.server.loader, "load", lambda *a, **k: replace(found, video=tall))
+    sizes, resize = [], Image.Image.resize
+
+    def noted(picture: Any, size: Any) -> Any:
+        sizes.append(size)
+        return resize(picture, size)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    body = json.dumps({"url": "a.mp4"}).encode()
+    status, _, answer = call(served, "POST", "/v1/frames", body, Content_Type="application/json")
+    assert status == 200 and len(json.loads(answer)["frames"]) == 2
+    assert sizes == [[1, 120]] * 2
+
+
 def test_the_frames_that_the_model_sees(served: Running) -> None:
     body = json.dumps({"url": "b.mp4", "num_frames": 5}).encode()
     status, _, answer = call(served, "POST", "/v1/frames", body, Content_Type="application/json")
@@ -389,7 +456,7 @@ def test_a_client_that_leaves_is_not_served_on(served: Running) -> None:
 
 
 def test_keys_are_asked_for(tmp_path: Path) -> None:
-    with running(tmp_path, keys=("right", "other")) as server:
+    with running(tmp_path, keys=("right", "other", "schl\u00fcssel")) as server:
         messages: list[Any] = [{"role": "user", "content": "Hello"}]
         for key, good in (("right", True), ("other", True), ("wrong", False)):
             headers = {"Authorization": f"Bearer {key}"}
@@ -402,12 +469,12 @@ def test_keys_are_asked_for(tmp_path: Path) -> None:
                 with pytest.raises(openai.AuthenticationError, match="Bearer KEY"):
                     client.chat.completions.create(model="tiny", messages=messages)
         assert call(server, "GET", "/metrics")[0] == 401
+        umlaut = "Bearer schl\u00fcssel".encode().decode("latin-1")  # as curl sends it
+        assert call(server, "GET", "/v1/models", Authorization=umlaut)[0] == 200
         assert call(server, "GET", "/health")[0] == 200
 
 
 def test_full_queues_say_so(tmp_path: Path) -> None:
-    from .serving_cases import LIMITS, replace
-
     limits = replace(LIMITS, waiting=1, per_client=2, active=1)
     with (
         running(tmp_path, limits=limits) as server,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import tempfile
 import threading
+from pathlib import Path
 
 import openai
 import pytest
@@ -33,9 +36,17 @@ def test_a_block_with_a_server() -> None:
         Engine(model).close()  # the model is free again
 
 
-def test_a_server_that_cannot_start_leaves_the_model_free() -> None:
+def test_a_server_that_cannot_start_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, processor = tiny.tiny_model(), tiny.tiny_processor()
     model.generation_config.min_length = 3
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(ValueError, match="min_length"), LocalServer(model, processor):
         pass
+    assert not list(tmp_path.iterdir())
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match="use"), LocalServer(model, processor, port=port):
+            pass
     Engine(model).close()

@@ -16,6 +16,5 @@ def test_the_oldest_go_until_the_rest_fits() -> None:
     assert kept.weight == 5 and kept.get("a") == 1 and len(kept) == 2
     kept.put("c", 9, 11)
     assert kept.get("c") is None, "what is too heavy is not kept, nor what it replaces"
-    assert (kept.hits, kept.misses) == (3, 2)
     kept.clear()
     assert len(kept) == kept.weight == 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from longvila.inference.serving import media as media_module
 from longvila.inference.serving.access import Gate
@@ -138,3 +140,23 @@ def test_a_file_exchanged_while_it_is_read_is_not_answered_about(
     with pytest.raises(RequestError, match="changed while it was read"):
         load.load(Wanted("video", "a.mp4"))
     assert not len(load.kept)
+
+
+def test_pictures_for_other_families_are_upright_and_videos_bounded(tmp_path: Path) -> None:
+    load = loader(tmp_path, decoded_bytes=4 * 64 * 48 * 3)
+    part = SimpleNamespace(num_frames=4, fps=None, size={"height": 28, "width": 28})
+    processor = SimpleNamespace(video_processor=part)
+    load = MediaLoader(processor, load.gate, load.limits, frames=None, cache_bytes=0)
+    upright = Image.Exif()
+    upright[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=upright)
+    assert load.load(Wanted("image", "a.jpg")).picture.size == (20, 30)
+    clip(tmp_path / "a.mp4")
+    assert load.load(Wanted("video", "a.mp4")).count == 4
+    with pytest.raises(RequestError, match="46080 bytes, at most 36864 are taken"):
+        load.load(Wanted("video", "a.mp4", num_frames=5))
+
+
+def test_a_video_without_a_length_is_advised_about_too(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"or a lower fps$"):
+        loader(tmp_path)._check_frames(5, 4, 0.0)

@@ -124,7 +124,7 @@ def test_pieces_are_the_whole_for_any_bytes(tokens: list[int], stops: int) -> No
 def test_the_model_s_settings() -> None:
     check_generation_config(PLAIN)
     check_generation_config(GenerationConfig(repetition_penalty=1.2, temperature=0.5, top_k=3))
-    for name, value in (("bad_words_ids", [[3]]), ("min_length", 4), ("guidance_scale", 2.0)):
+    for name, value in (("bad_words_ids", [[3]]), ("min_new_tokens", 4), ("guidance_scale", 2.0)):
         with pytest.raises(ValueError, match=name):
             check_generation_config(SimpleNamespace(**{name: value}))
 

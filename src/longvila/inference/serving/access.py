@@ -88,8 +88,13 @@ class Gate:
     ) -> None:
         self.access, self.limits, self.uploads = access, limits, uploads
         self.fetcher = fetcher or Fetcher(access)
-        self.roots = tuple(Path(os.path.realpath(root)) for root in access.roots)
-        for given, root in zip(access.roots, self.roots, strict=True):
+        #: Where each root is, by both its names: links that lead to it are the operator's.
+        self.roots = {
+            Path(name): Path(os.path.realpath(root))
+            for root in access.roots
+            for name in (os.path.abspath(root), os.path.realpath(root))
+        }
+        for given, root in self.roots.items():
             if not root.is_dir():
                 raise ValueError(f"{given}: a root of files that may be read must be a folder")
 
@@ -193,12 +198,12 @@ class Gate:
             )
         if not text or "\0" in text or "\\" in text:
             raise _outside(url)
-        for root in self.roots:
+        for name, root in self.roots.items():
             path = PurePosixPath(text)
             if path.is_absolute():
-                if not path.is_relative_to(root):
+                if not path.is_relative_to(name):
                     continue
-                path = path.relative_to(root)
+                path = path.relative_to(name)
             found = self._walk(root, path.parts, url)
             if found is not None:
                 return found

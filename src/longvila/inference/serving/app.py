@@ -99,11 +99,15 @@ class Server:
         self.metrics = Metrics()
         self.uploads = Uploads(settings.limits.stored_bytes)
         self.gate = Gate(settings.access, settings.limits, self.uploads, fetcher)
-        self.loader = MediaLoader(
-            processor, self.gate, settings.limits,
-            frames=settings.frames, cache_bytes=settings.media_cache_bytes,
-        )  # fmt: skip
-        self.scheduler = Scheduler(engine, processor, self.loader, settings, self.metrics)
+        try:
+            self.loader = MediaLoader(
+                processor, self.gate, settings.limits,
+                frames=settings.frames, cache_bytes=settings.media_cache_bytes,
+            )  # fmt: skip
+            self.scheduler = Scheduler(engine, processor, self.loader, settings, self.metrics)
+        except BaseException:
+            self.uploads.close()
+            raise
         self.bodies = Budget(settings.limits.held_bytes, "the server holds too many requests")
         self.metrics.counter("http_responses_total", "Answers by route and status.")
         self.metrics.gauge(
@@ -138,16 +142,15 @@ class Server:
             ("GET", "/metrics", self._metrics),
         ]
         for method, path, handler in routes:
+            methods = ["GET", "HEAD"] if method == "GET" else [method]
             app.add_api_route(
-                path, self._guarded(path, handler), methods=[method], response_model=None
+                path, self._guarded(path, handler), methods=methods, response_model=None
             )
-        app.add_api_route("/health", self._health, methods=["GET"], response_model=None)
+        plain: dict[str, Callable[..., Any]] = {"/health": self._health}
         if self.settings.page:
-            for name in _PAGE:
-                app.add_api_route(
-                    f"/{name}", functools.partial(page_file, name), methods=["GET"],
-                    response_model=None,
-                )  # fmt: skip
+            plain |= {f"/{name}": functools.partial(page_file, name) for name in _PAGE}
+        for path, answer in plain.items():
+            app.add_api_route(path, answer, methods=["GET", "HEAD"], response_model=None)
         app.add_exception_handler(HTTPException, _plain_error)
         return app
 
@@ -163,6 +166,9 @@ class Server:
             except Cancelled:
                 # Nobody reads it; a number for the figures, as other servers have it.
                 response = Response(status_code=499)
+            except Exception:
+                log.exception("a request failed")
+                response = JSONResponse(RequestError.internal().body(), 500)
             self.metrics.add("http_responses_total", path=path, status=str(response.status_code))
             return response
 
@@ -175,7 +181,8 @@ class Server:
     def _authenticate(self, request: Request) -> None:
         if not self._keys:
             return
-        digest = hashlib.sha256(self._presented(request).encode()).digest()
+        # A header's bytes come as latin-1, whatever the client meant.
+        digest = hashlib.sha256(self._presented(request).encode("latin-1")).digest()
         # All are compared, so that time says nothing.
         if not sum(hmac.compare_digest(digest, key) for key in self._keys):
             raise RequestError(
@@ -237,7 +244,7 @@ class Server:
             return await self._whole(request, job, events, answer)
         # The first event decides whether this is an answer at all, with its own status.
         try:
-            held = await self._until_text(request, events)
+            held = await self._until_text(events)
         except BaseException:
             self.scheduler.cancel(job)
             raise
@@ -249,7 +256,7 @@ class Server:
 
         return EventStream(pieces, finish)
 
-    async def _until_text(self, request: Request, events: asyncio.Queue[Event]) -> Event | None:
+    async def _until_text(self, events: asyncio.Queue[Event]) -> Event | None:
         """Wait a moment for the first text or failure; None if it takes longer."""
         try:
             async with asyncio.timeout(_SILENCE_S):
@@ -344,6 +351,11 @@ class Server:
             if path.stat().st_size == 0:
                 raise RequestError("the upload is empty", code="invalid_media")
             key = await run_in_threadpool(self.uploads.add, path)
+        except OSError as fault:
+            log.exception("an upload could not be kept")
+            raise RequestError(
+                "the server has no room for the file", status=507, code="no_room", retry_after_s=30
+            ) from fault
         finally:
             path.unlink(missing_ok=True)
             hold.release()
@@ -374,12 +386,12 @@ class Server:
         video = medium.video
         assert video is not None
         step = -(-medium.count // _MOST_THUMBNAILS)
-        ratio = video.metadata.width / video.metadata.height
+        shape = video.metadata.width, video.metadata.height
+        scale = min(most / side for most, side in zip(_THUMBNAIL, shape, strict=True))
+        size = [max(1, round(scale * side)) for side in shape]
         frames = []
         for number in range(0, medium.count, step):
-            picture = Image.fromarray(video.frames[number])
-            picture = picture.resize((_THUMBNAIL[0], max(1, round(_THUMBNAIL[0] / ratio))))
-            picture.thumbnail(_THUMBNAIL)
+            picture = Image.fromarray(video.frames[number]).resize(size)
             out = io.BytesIO()
             picture.save(out, "JPEG", quality=80)
             data = base64.b64encode(out.getvalue()).decode()

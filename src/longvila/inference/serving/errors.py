@@ -33,6 +33,12 @@ class RequestError(Exception):
         self.message, self.status, self.code, self.param = message, status, code, param
         self.retry_after_s = retry_after_s
 
+    @classmethod
+    def internal(cls) -> RequestError:
+        """Return what is told of a fault of the server's own."""
+        why = "the server failed on this request; its log says why"
+        return cls(why, status=500, code="internal")
+
     def body(self) -> dict[str, Any]:
         """Return the body of the answer."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from longvila.inference.serving.access import shorten
 from longvila.inference.serving.errors import Cancelled, RequestError
 from longvila.inference.serving.settings import Settings
 
@@ -85,9 +86,14 @@ async def read_body(request: Request, limit: int, seconds: float) -> AsyncIterat
         seconds: Most seconds for all of it.
 
     Raises:
-        RequestError: If it is too large or too slow.
+        RequestError: If it is too large, too slow, or compressed.
         Cancelled: If the client left.
     """
+    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise RequestError(
+            f"Content-Encoding {shorten(coding)} is not undone here; send the body as it is",
+            status=415, code="content_encoding",
+        )  # fmt: skip
     too_large = RequestError(
         f"the request is larger than the {limit} bytes that are taken; send fewer or smaller media",
         status=413,

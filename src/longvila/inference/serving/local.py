@@ -10,9 +10,9 @@ forward.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
-from types import TracebackType
 from typing import Any
 
 import uvicorn
@@ -45,32 +45,23 @@ class LocalServer:
 
     def __enter__(self) -> str:
         """Start; return the server's address."""
-        self._socket = socket.create_server(("127.0.0.1", self.port))
-        self._engine = Engine(self.model)
-        try:
-            self.server = Server(self._engine, self.processor, self.settings)
-        except BaseException:
-            self._engine.close()
-            self._socket.close()
-            raise
+        with contextlib.ExitStack() as stack:
+            engine = stack.enter_context(Engine(self.model))
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", self.port)))
+            self.server = Server(engine, self.processor, self.settings)
+            stack.callback(self.server.close)
+            self._held = stack.pop_all()
         config = uvicorn.Config(self.server.app, log_level="error", timeout_graceful_shutdown=2)
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(
-            target=self._uvicorn.run, args=([self._socket],), name="longvila-http"
+            target=self._uvicorn.run, args=([listener],), name="longvila-http"
         )
         self._thread.start()
         # The socket listens already: whoever connects waits until the application is there.
-        return f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         """Stop."""
         self._uvicorn.should_exit = True
         self._thread.join()
-        self.server.close()
-        self._engine.close()
-        self._socket.close()
+        self._held.close()

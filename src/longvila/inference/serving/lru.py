@@ -20,7 +20,6 @@ class WeightedLRU(Generic[Key, Value]):
 
     def __init__(self, budget: int) -> None:
         self.budget, self.weight = budget, 0
-        self.hits = self.misses = 0
         self._entries: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -29,9 +28,7 @@ class WeightedLRU(Generic[Key, Value]):
         with self._lock:
             found = self._entries.get(key)
             if found is None:
-                self.misses += 1
                 return None
-            self.hits += 1
             self._entries.move_to_end(key)
             return found[0]
 

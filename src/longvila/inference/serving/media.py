@@ -38,7 +38,8 @@ from longvila.inference.serving.formats import (
 )
 from longvila.inference.serving.lru import WeightedLRU
 from longvila.inference.serving.settings import Limits
-from longvila.inference.sight import sampler_of, tiles_of
+from longvila.inference.sight import FamilySampler, sampler_of, tiles_of
+from longvila.media.image import load_image
 from longvila.media.reader import VideoMetadata
 from longvila.media.sources import Limits as SourceLimits
 from longvila.media.video import SampledVideo, open_video
@@ -121,6 +122,10 @@ class MediaLoader:
     ) -> None:
         self.processor, self.gate, self.limits, self.frames = processor, gate, limits, frames
         self.sampler = sampler_of(processor)
+        #: Whether frames are small as soon as they are decoded.
+        self.resizes = not (
+            isinstance(self.sampler, FamilySampler) or self.sampler.image_aspect_ratio == "pad"
+        )
         self.kept: WeightedLRU[tuple[Any, ...], Medium] = WeightedLRU(cache_bytes)
         self._secret = secrets.token_bytes(32)
 
@@ -199,7 +204,7 @@ class MediaLoader:
         picture = open_picture(opened.source, opened.name, self.limits)
         tiles = tiles_of(self.processor, picture, tiled=wanted.tiled)
         if tiles is None:
-            picture = picture.convert("RGB")
+            picture = load_image(picture)
             number = self.number(repr(picture.size).encode(), np.asarray(picture))
             return Medium("image", 1, np.array([number], np.int64), number, picture=picture)
         number = self.number(np.ascontiguousarray(tiles.float().numpy()))
@@ -232,9 +237,10 @@ class MediaLoader:
             check_pixels(metadata.width, metadata.height, opened.name, self.limits)
             check_duration(metadata.duration_s, opened.name, self.limits)
             # Estimated first: a list of what was asked for may itself be too large.
-            self._check_frames(
-                _most_frames(metadata, num_frames, fps, part.short), left, metadata.duration_s
-            )
+            most = _most_frames(metadata, num_frames, fps, part.short)
+            self._check_frames(most, left, metadata.duration_s)
+            if not self.resizes:
+                self._check_bytes(most * metadata.width * metadata.height * 3, opened.name)
             video: SampledVideo = part.sample(
                 opened.source, num_frames=num_frames, fps=fps, progress=report, limits=local
             )
@@ -249,10 +255,19 @@ class MediaLoader:
 
     def _check_frames(self, count: int, left: int, duration_s: float | None) -> None:
         if count > left:
-            advice = "" if duration_s is None else f" (fps of at most {left / duration_s:.3g})"
+            advice = "" if not duration_s else f" (fps of at most {left / duration_s:.3g})"
             raise RequestError(
                 f"{count} frames of a video, {left} of the {self.limits.frames} frames that a "
                 f"request may have are left; ask for fewer: num_frames, or a lower fps{advice}",
+                code="too_many_frames",
+                param="num_frames",
+            )
+
+    def _check_bytes(self, size: int, name: str) -> None:
+        if size > self.limits.decoded_bytes:
+            raise RequestError(
+                f"{name}: its frames have {size} bytes, at most {self.limits.decoded_bytes} are "
+                "taken; ask for fewer (num_frames, fps), or scale it down",
                 code="too_many_frames",
                 param="num_frames",
             )

@@ -61,8 +61,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 #: Beyond any video's own rate; keeps products with durations finite.
 MOST_FPS = 1000.0
 _LONGEST_STOP = 256
-#: Below it, logits divided by it overflow, and the likeliest token is what is meant.
-_LEAST_TEMPERATURE = 1e-3
 
 
 class _Strict(BaseModel):

@@ -25,6 +25,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+#: Below it, logits divided by it overflow, and the likeliest token is what is meant.
+LEAST_TEMPERATURE = 1e-3
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 #: Settings of a generation configuration that change logits, and what leaves them alone.
 _OTHERS: dict[str, tuple[Any, ...]] = {
@@ -38,6 +40,8 @@ _OTHERS: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1.0,),
     "sequence_bias": (),
     "min_length": (0,),
+    "min_new_tokens": (0,),
+    "exponential_decay_length_penalty": (),
     "watermarking_config": (),
 }
 
@@ -95,7 +99,7 @@ class Sampler:
     """
 
     def __init__(self, wanted: Sampling, config: Any, device: torch.device) -> None:
-        self.greedy = wanted.temperature == 0
+        self.greedy = wanted.temperature < LEAST_TEMPERATURE
         self.processors = LogitsProcessorList()
         penalty = getattr(config, "repetition_penalty", None)
         if penalty is not None and penalty != 1.0:

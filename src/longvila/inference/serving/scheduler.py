@@ -86,7 +86,7 @@ class Scheduler:
         self._build = prompt_builder(engine, processor, loader)
         self.stops = stop_tokens(engine.model, processor.tokenizer)
         self.device: torch.device = engine.model.get_output_embeddings().weight.device
-        self.context = _context(engine)
+        self.context: int | None = engine.context_length
         self.token_bytes = _token_bytes(engine)
         self.prefix = PrefixCache()
         self.metrics = metrics or Metrics()
@@ -253,7 +253,7 @@ class Scheduler:
             self._fail(job, error)
         except Exception:
             log.exception("preparing a request failed")
-            self._fail(job, _internal())
+            self._fail(job, RequestError.internal())
         else:
             with self._changed:
                 job.prompt, job.state = prompt, "ready"
@@ -299,7 +299,8 @@ class Scheduler:
                 f"the prompt has {length} tokens and {max(1, asked)} new ones were asked for, but "
                 f"the model's context is {self.context}"
             )
-        new = asked or min(self.settings.new_tokens, room or self.settings.new_tokens)
+        default = min(self.settings.new_tokens, self.limits.new_tokens)
+        new = asked or min(default, room or default)
         need = (length + new) * self.token_bytes
         if need > self.settings.kv_bytes:
             most = self.settings.kv_bytes // self.token_bytes
@@ -429,7 +430,7 @@ class Scheduler:
             )
         except Exception:
             log.exception("a request failed")
-            self._fail(job, _internal())
+            self._fail(job, RequestError.internal())
         finally:
             spent = time.perf_counter() - start
             with self._changed:
@@ -552,12 +553,6 @@ def _unavailable(why: str) -> RequestError:
     return RequestError(why, status=503, code="unavailable")
 
 
-def _internal() -> RequestError:
-    return RequestError(
-        "the server failed on this request; its log says why", status=500, code="internal"
-    )
-
-
 def _too_long(why: str) -> RequestError:
     return RequestError(
         f"{why}: ask for fewer frames (num_frames, fps), shorten the conversation or lower "
@@ -565,15 +560,6 @@ def _too_long(why: str) -> RequestError:
         code="context_length_exceeded",
         param="messages",
     )
-
-
-def _context(engine: Any) -> int | None:
-    """Tokens that fit the model, None for no bound."""
-    config = engine.model.config
-    found = getattr(config, "context_length", None)
-    if found is None:
-        found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if found is None else int(found)
 
 
 def _token_bytes(engine: Any) -> int:

@@ -24,6 +24,7 @@ class Limits:
         frames: Frames of all videos of a conversation.
         duration_s: Of one video.
         pixels: Of one picture or frame before it is resized.
+        decoded_bytes: Of a video's frames, for models that take them in their own size.
         prompt_tokens: Of a prompt; None for what the model's context holds.
         new_tokens: Of an answer.
         active: Requests that hold a key-value cache at once; one client's are half of them at most.
@@ -46,6 +47,7 @@ class Limits:
     frames: int = 2048
     duration_s: float = 6 * 3600.0
     pixels: int = 8192 * 4320
+    decoded_bytes: int = 16 << 30
     prompt_tokens: int | None = None
     new_tokens: int = 4096
     active: int = 16

@@ -72,7 +72,7 @@ class Uploads:
             return sum(self._files.values())
 
     def new_path(self) -> Path:
-        """Return a path to write a file to; `add` or `drop` it afterwards."""
+        """Return a path to write a file to; `add` or remove it afterwards."""
         return self.folder / f"part-{secrets.token_urlsafe(24)}"
 
     def add(self, path: Path) -> str:
@@ -93,7 +93,7 @@ class Uploads:
                     )  # fmt: skip
                 oldest = idle.pop(0)
                 del self._files[oldest]
-                (self.folder / oldest).unlink()
+                (self.folder / oldest).unlink(missing_ok=True)
             path.rename(self.folder / key)
             self._files[key] = size
         return key
@@ -106,7 +106,8 @@ class Uploads:
             RequestError: If there is none.
         """
         with self._lock:
-            if key not in self._files:
+            # The system may have tidied its temporary folder.
+            if key not in self._files or not (self.folder / key).exists():
                 raise RequestError(
                     "there is no such upload any more; send the file again",
                     status=404, code="upload_not_found",
