@@ -43,11 +43,10 @@ import torch
 from longvila.data.agreement import Agreement
 from longvila.data.collate import BrokenMedia, Collator
 from longvila.data.encode import Document, Encoder, Rejected
-from longvila.data.mixture import Mixture, Place
+from longvila.data.mixture import Mixture
 from longvila.data.packing import Packer
-from longvila.data.records import RecordError
 from longvila.data.report import Event, Report
-from longvila.data.workers import Workers, read_document
+from longvila.data.workers import Workers, encode_at, read_document
 from longvila.errors import LongVILAError
 from longvila.log import get_logger
 
@@ -334,15 +333,8 @@ class _Walk:
                     self.looking[position] = self.lookers.submit(self._encode, position)
 
     def _encode(self, position: int) -> Document | Rejected:
-        return self._encode_at(self.loader.mixture.place(position))
-
-    def _encode_at(self, place: Place) -> Document | Rejected:
-        dataset = self.loader.mixture.datasets[place.dataset]
-        try:
-            sample = dataset[place.row]
-        except RecordError as fault:
-            return Rejected(f"{dataset.name}/record {place.row}", "broken", str(fault))
-        return self.loader.encoder(sample)
+        mixture = self.loader.mixture
+        return encode_at(mixture, self.loader.encoder, mixture.place(position))
 
     def _look(self, positions: range, limit: int | None) -> None:
         """Let ranks look at their shares, and tell each other what they found."""
@@ -479,7 +471,7 @@ class _Walk:
             fault: Exception | None = None
             result: Document | Rejected | None = None
             try:
-                result = self._encode_at(place)
+                result = encode_at(mixture, self.loader.encoder, place)
             except Exception as error:
                 fault = error
             length = result.length if isinstance(result, Document) else 0

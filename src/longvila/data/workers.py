@@ -32,7 +32,8 @@ import numpy as np
 import torch
 
 from longvila.data.encode import Document, Encoder, PlannedMedia, Rejected
-from longvila.data.mixture import Mixture
+from longvila.data.mixture import Mixture, Place
+from longvila.data.records import RecordError
 from longvila.errors import LongVILAError, VideoError
 from longvila.media.image import load_image
 from longvila.model.processing_longvila import LongVILAProcessor
@@ -172,6 +173,16 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
 
 
+def encode_at(mixture: Mixture, encoder: Encoder, place: Place) -> Document | Rejected:
+    """Encode one row of a mixture; a line of a file that is no record is left out."""
+    dataset = mixture.datasets[place.dataset]
+    try:
+        sample = dataset[place.row]
+    except RecordError as fault:
+        return Rejected(f"{dataset.name}/record {place.row}", "broken", str(fault))
+    return encoder(sample)
+
+
 def read_document(result: tuple[Any, ...] | Rejected) -> Document | Rejected:
     """Read what `Workers.encode` came to."""
     if isinstance(result, Rejected):
@@ -213,7 +224,7 @@ def _begin(*given: Any) -> None:
 
 def _encode(position: int) -> tuple[Any, ...] | Rejected:
     mixture, encoder, _, _ = _STATE["given"]
-    made = encoder(mixture[position])
+    made = encode_at(mixture, encoder, mixture.place(position))
     if isinstance(made, Rejected):
         return made
     # As arrays: torch would pass its tensors by descriptors.

@@ -243,6 +243,17 @@ def test_wrong_inputs_say_why(tmp_path: Path, tokenizer: str) -> None:
         options(tmp_path, tokenizer, length=0)
     with pytest.raises(FileNotFoundError, match="no such file"):
         pack_text(PackOptions((str(tmp_path / "none.txt"),), tmp_path / "x", tokenizer, 5))
+    with pytest.raises(ValueError, match="rows_per_shard must be at least 1, got 0"):
+        options(tmp_path, tokenizer, rows_per_shard=0)
+    for name, content, message in (
+        ("latin.txt", b"caf\xe9", r"latin.txt: is no UTF-8"),
+        ("number.jsonl", b'{"text": 5}', "must be a text or a list of token ids, got '5'"),
+        ("null.jsonl", b'{"text": null}', "got 'None'"),
+        ("half.jsonl", b'{"text": [1.5, 2]}', r"got '\[1.5, 2\]'"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            pack_text(PackOptions((str(tmp_path / name),), tmp_path / name[:4], tokenizer, 5))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import tarfile
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from data_cases import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longvila.data.records import JsonArray, TarRecords, iterate, open_records
+from longvila.data.records import JsonArray, RecordError, TarRecords, iterate, open_records
 
 ROWS = [{"id": i, "text": 'a "quoted" ] line\n{' + "é" * i, "list": [[i], {}]} for i in range(9)]
 JSON = st.recursive(
@@ -105,6 +106,36 @@ def test_a_name_twice_in_a_tar_is_refused(tmp_path: Path) -> None:
         open_records(tmp_path / "t.tar")
 
 
+def test_a_tar_that_is_cut_off_between_files_is_refused(tmp_path: Path) -> None:
+    tar(tmp_path / "t.tar", {"a.txt": b"1", "b.txt": b"2"})
+    content = (tmp_path / "t.tar").read_bytes()
+    (tmp_path / "t.tar").write_bytes(content[: 1024 + 100])
+    with pytest.raises(ValueError, match="cut off"):
+        open_records(tmp_path / "t.tar")
+
+
+def test_a_broken_file_in_a_tar_is_a_broken_record_and_no_other(tmp_path: Path) -> None:
+    tar(tmp_path / "t.tar", {"a.json": b"{", "b.txt": b"\xff", "c.txt": b"fine"})
+    records = open_records(tmp_path / "t.tar")
+    for index, name in enumerate(("a.json", "b.txt")):
+        with pytest.raises(RecordError, match=rf"t.tar: {name}: "):
+            records[index]
+    assert records[2][".txt"] == "fine"
+
+
+def test_a_picture_inside_an_array_takes_no_memory_beside_itself(tmp_path: Path) -> None:
+    size = 1 << 20
+    (tmp_path / "a.json").write_text(json.dumps([{"picture": "A" * size, "text": '\\"]'}]))
+    tracemalloc.start()
+    try:
+        records = open_records(tmp_path / "a.json")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(records) == 1 and records[0]["text"] == '\\"]'
+    assert peak < 4 * size
+
+
 def test_several_files_and_folders_are_joined(tmp_path: Path) -> None:
     paths = [write_jsonl(tmp_path / f"p{n}.jsonl", ROWS[n : n + 2]) for n in (0, 2)]
     for records in (open_records(paths), open_records(tmp_path)):
@@ -154,6 +185,14 @@ def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
     (tmp_path / "number.json").write_text("3")
     with pytest.raises(ValueError, match="neither a list nor an object"):
         open_records(tmp_path / "number.json")
+    for name, content, message in (
+        ("half.json", b'{"a": {"b": 1},\n "c": ', "half.json: is no JSON, nor one object a line"),
+        ("half.parquet", b"PAR1 and no more", r"half.parquet: Parquet"),
+        ("none.tar", b"no tar" * 200, r"none.tar: .*is it a tar"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            open_records(tmp_path / name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="a folder without"):
         open_records(tmp_path / "empty")

@@ -13,6 +13,7 @@ import torch
 from data_cases import Listed, text_sample, video_sample
 
 from longvila.data.collate import BrokenMedia, Collator
+from longvila.data.datasets import open_dataset
 from longvila.data.encode import Document, Encoder, PlannedMedia, Rejected
 from longvila.data.families import FamilyCollator
 from longvila.data.loader import PackedLoader
@@ -80,6 +81,18 @@ def test_a_document_and_a_rejection_come_back_whole(
             assert [m.count for m in there.media] == [m.count for m in here.media]
     finally:
         workers.close()
+
+
+def test_a_line_that_is_no_record_is_left_out_as_without_workers(
+    processor: Any, tmp_path: Path
+) -> None:
+    good = '{"q": "Why?", "a": "So."}\n'
+    (tmp_path / "a.jsonl").write_text(good + '{"q": \n' + good)
+    order = Mixture([open_dataset("llava", tmp_path / "a.jsonl")])
+    coders = Encoder(processor, BUDGET), Collator(processor)
+    loader = PackedLoader(order, *coders, window=3, workers=1, epochs=1)
+    assert [len(batch["document_lengths"]) for batch in loader] == [2]
+    assert loader.report.counts["broken"] == 1
 
 
 def test_what_cannot_be_decoded_is_named_and_leaves_no_descriptor(

@@ -67,8 +67,11 @@ def llava_sample(record: Record, context: Context) -> Sample:
     messages = record.get("conversations")
     if messages is None and "q" in record and "a" in record:
         messages = [{"from": "human", "value": record["q"]}, {"from": "gpt", "value": record["a"]}]
-    if not isinstance(messages, Sequence) or not messages:
-        raise context.error("has no conversations")
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise context.error(
+            "has no conversations, a list of {'from': 'human' or 'gpt', 'value': text}; its fields "
+            f"are {sorted(record)}"
+        )
     media = media_of(record, context)
     placing = context.options.get("placing", "prepend")
     if placing not in ("prepend", "in_place"):
@@ -81,7 +84,9 @@ def llava_sample(record: Record, context: Context) -> Sample:
             raise context.error(
                 f"has a message from {message.get('from')!r}, not of {list(_ROLES)}"
             )
-        text = message["value"] if "value" in message else message["content"]
+        text = message["value"] if "value" in message else message.get("content")
+        if not isinstance(text, str):
+            raise context.error(f"has a message whose text is {text!r}")
         if placing == "prepend":
             parts: list[Any] = [_ADJACENT.sub("", text)]
             if role == "user" and waiting:
@@ -91,9 +96,8 @@ def llava_sample(record: Record, context: Context) -> Sample:
             parts = _in_place(text, waiting, context)
         turns.append((role, tuple(part for part in parts if part != "")))
     if waiting:
-        raise context.error(
-            f"has {len(waiting)} media without a placeholder; placing='prepend' puts them first"
-        )
+        want = "a message from human" if placing == "prepend" else "a placeholder"
+        raise context.error(f"has {len(waiting)} media without {want} to stand in")
     return conversation(record.get("id", context.index), context, *turns)
 
 
