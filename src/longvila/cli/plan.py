@@ -158,6 +158,15 @@ def make_plan(options: Options) -> Any:
 
     if not 1 <= options.gpus <= MOST_GPUS:
         raise LongVILAError(f"--gpus must be from 1 to {MOST_GPUS:,}, got {options.gpus:,}")
+    for name in ("memory_gib", "per_node", "link_gbps", "links_per_node", "chunk_tokens",
+                 "frame_side"):  # fmt: skip
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise LongVILAError(f"--{name.replace('_', '-')} must be above zero, got {value:g}")
+    if options.host_gib < 0:
+        raise LongVILAError(f"--host-gib must not be below zero, got {options.host_gib:g}")
+    if options.inference and options.seq_parallel_size is not None:
+        raise LongVILAError("--seq-parallel-size is for training; all GPUs share a prompt")
     size = load_size(options.model, frame_side=options.frame_side)
     try:
         gpu = with_results(find_gpu(options.gpu), options.rates)

@@ -174,6 +174,8 @@ class Mixture:
             if name not in datasets:
                 raise ValueError(f"the mixture names {name!r}; there are {sorted(datasets)}")
             rows = len(datasets[name])
+            if not rows:
+                raise ValueError(f"{name} has no samples")
             per_epoch = round(rows * weight)
             if per_epoch < 1:
                 raise ValueError(

@@ -84,7 +84,8 @@ def find_videos(sources: Sequence[str | Path]) -> list[Video]:
 
 
 def _listed(path: Path) -> Iterator[Video]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not by splitlines, which ends a line at signs that texts and names may hold.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:

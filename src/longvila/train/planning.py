@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from longvila.memory.estimate import Peak, training_peak
@@ -374,7 +374,8 @@ class Planner:
         whole = self._plan(load, gpus, gpus)
         if whole.fits:
             return whole
-        return replace(whole, enough_gpus=self.enough(load, gpus))
+        enough = self.enough(gpus, lambda ranks: self.ladder(load, ranks)[-1].fits)
+        return replace(whole, enough_gpus=enough)
 
     def plan_if_simple(self, load: Load, gpus: int, sp: int) -> Plan | None:
         """Return the plan if it needs neither the host nor tiles."""
@@ -405,44 +406,36 @@ class Planner:
             reasons=chosen.reasons,
         )
 
-    def enough(self, load: Load, gpus: int) -> int | None:
-        """Return the fewest GPUs, a multiple of these, that hold the row; None if none do."""
+    def enough(self, gpus: int, fits: Callable[[Ranks], bool]) -> int | None:
+        """Return the fewest GPUs, a multiple of these, that hold a row; None if none do."""
         for factor in MORE:
             number = gpus * factor
             if number > self.per_node and number % self.per_node:
                 continue
-            ranks = ranks_of(self.mesh(number, number))
-            if self.ladder(load, ranks)[-1].fits:
+            if fits(ranks_of(self.mesh(number, number))):
                 return number
         return None
 
     def prompt(self, load: Load, gpus: int, *, chunk_tokens: int = 8192) -> PromptPlan:
         """Plan reading a prompt over some GPUs, all of which share it."""
-        ranks = ranks_of(self.mesh(gpus, gpus))
-        peak = prompt_peak(self.size, load, ranks=ranks, chunk_tokens=chunk_tokens)
         if self.gpu is None:
             raise PlanError("reading a prompt is planned for a device whose rates are known")
+
+        def peak_on(ranks: Ranks) -> Peak:
+            return prompt_peak(self.size, load, ranks=ranks, chunk_tokens=chunk_tokens)
+
+        ranks = ranks_of(self.mesh(gpus, gpus))
+        peak = peak_on(ranks)
         time = prompt_time(
             self.size, load, gpu=self.gpu, ranks=ranks, backend=self.base.backend, links=self.links
         )
         enough = None
         if peak.bytes > self.limit:
-            enough = self._enough_for_prompt(load, gpus, chunk_tokens)
+            enough = self.enough(gpus, lambda more: peak_on(more).bytes <= self.limit)
         return PromptPlan(
             size=self.size, load=load, ranks=ranks, gpu=self.gpu, peak=peak, time=time,
             limit_bytes=self.limit, enough_gpus=enough,
         )  # fmt: skip
-
-    def _enough_for_prompt(self, load: Load, gpus: int, chunk_tokens: int) -> int | None:
-        for factor in MORE:
-            number = gpus * factor
-            if number > self.per_node and number % self.per_node:
-                continue
-            ranks = ranks_of(self.mesh(number, number))
-            peak = prompt_peak(self.size, load, ranks=ranks, chunk_tokens=chunk_tokens)
-            if peak.bytes <= self.limit:
-                return number
-        return None
 
 
 def _as_setting(settings: Settings) -> str:

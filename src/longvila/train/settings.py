@@ -97,10 +97,13 @@ def _blank(cls: type, values: Mapping[str, Any], where: str, path: str) -> Any:
     if unknown:
         nearest = _nearest(unknown[0], fields)
         raise _error(where, f"there is no setting {path}.{unknown[0]}{nearest}")
+    given = {k: _convert(v, fields[k], where, f"{path}.{k}") for k, v in values.items()}
     try:
-        return cls(**{k: _convert(v, fields[k], where, f"{path}.{k}") for k, v in values.items()})
-    except (TypeError, ValueError) as fault:
+        return cls(**given)
+    except TypeError as fault:  # fields without a default that are not given
         raise _error(where, f"{path}: {fault}") from fault
+    except ValueError as fault:
+        raise _error(where, str(fault)) from fault
 
 
 def from_plain(cls: type[Settings], values: Mapping[str, Any], *, where: str = "") -> Settings:
@@ -126,7 +129,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as fault:
+    except (yaml.YAMLError, UnicodeDecodeError) as fault:
         raise SettingsError(f"{path} is no YAML: {fault}") from fault
     if values is None:
         return {}

@@ -124,8 +124,15 @@ def test_unknown_keys_of_a_file_are_refused(tmp_path: Path) -> None:
     file.write_text("a: [")
     with pytest.raises(SettingsError, match="no YAML"):
         read_yaml(file)
+    file.write_bytes(b"a: \xff")
+    with pytest.raises(SettingsError, match="no YAML"):
+        read_yaml(file)
     file.write_text("")
     assert read_yaml(file) == {}
+    with pytest.raises(
+        SettingsError, match=r"^--set adapter=\{rank: x\}: adapter.rank must be a w"
+    ):
+        override(get_stage("sft"), ["adapter={rank: x}"])
     with pytest.raises(SettingsError, match="missing"):
         from_plain(Stage, {"name": "x"})
 
