@@ -83,14 +83,7 @@ class Inspect:
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb.
-
-    Args:
-        argv: Arguments after the verb.
-
-    Returns:
-        The exit status.
-    """
+    """Run the verb."""
     commands = {
         "pack-text": _pack_text,
         "inspect": _inspect,

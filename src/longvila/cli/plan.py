@@ -109,10 +109,6 @@ def _tuned(options: Options, size: Any) -> Any:
 def load_of(options: Options, size: Any) -> Any:
     """Return what a row holds.
 
-    Args:
-        options: The command line.
-        size: The model.
-
     Raises:
         LongVILAError: If neither frames nor tokens are known, or the frames do not fit the tokens.
     """
@@ -142,11 +138,7 @@ def load_of(options: Options, size: Any) -> Any:
 
 
 def make_plan(options: Options) -> Any:
-    """Return the plan of a command line.
-
-    Args:
-        options: The command line.
-    """
+    """Return the plan of a command line."""
     from dataclasses import replace
 
     from longvila.memory.rates import GIB, find_gpu, with_results
@@ -203,9 +195,6 @@ def make_plan(options: Options) -> Any:
 
 def main(argv: list[str]) -> int:
     """Run ``longvila plan``.
-
-    Args:
-        argv: Arguments.
 
     Returns:
         0 if the plan fits, 3 if it does not.

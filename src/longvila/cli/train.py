@@ -60,11 +60,7 @@ class Options:
 
 
 def settings_of(options: Options) -> Stage:
-    """Return the stage with the file's settings and the overrides laid over it.
-
-    Args:
-        options: The command line.
-    """
+    """Return the stage with the file's settings and the overrides laid over it."""
     from longvila.train.settings import overlay, override, read_yaml
     from longvila.train.stages import get_stage
 
@@ -76,9 +72,6 @@ def settings_of(options: Options) -> Stage:
 
 def processes(options: Options) -> int:
     """Return how many processes to start on this machine.
-
-    Args:
-        options: The command line.
 
     Raises:
         LongVILAError: If more GPUs are asked for than there are.
@@ -99,11 +92,6 @@ def processes(options: Options) -> int:
 def check_files(model: str, data: Path, stage: Stage) -> None:
     """Find out that a file is missing or wrong before weights are loaded.
 
-    Args:
-        model: Of the command line.
-        data: Of the command line.
-        stage: Names the mixture.
-
     Raises:
         LongVILAError: If the model is no checkpoint, or one in the original's layout, or the
             mixture names what the file has not.
@@ -123,14 +111,7 @@ def check_files(model: str, data: Path, stage: Stage) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run ``longvila train``.
-
-    Args:
-        argv: Arguments.
-
-    Returns:
-        The exit status.
-    """
+    """Run ``longvila train``."""
     options = parse(Options, argv, "train", __doc__)
     stage = settings_of(options)
     if options.show:

@@ -154,9 +154,6 @@ class Encoder:
     def __call__(self, sample: Sample) -> Document | Rejected:
         """Encode one sample.
 
-        Args:
-            sample: The sample.
-
         Returns:
             The document, or why there is none: a medium that cannot be read, a text that names a
             placeholder or that the chat template refuses, or a length that the policy does not

@@ -165,10 +165,6 @@ class TextFiles:
 def open_text(source: str, documents: Documents) -> Records:
     """Open a source of text; the same object for equal arguments in a process.
 
-    Args:
-        source: See `PackOptions`.
-        documents: What a document is in a ``.txt`` file.
-
     Returns:
         The records.
 
@@ -412,10 +408,6 @@ def pack_text(
     options: PackOptions, *, report: Callable[[Progress], None] | None = None
 ) -> Progress:
     """Pack text into rows; goes on where an earlier run of equal options ended.
-
-    Args:
-        options: What and how.
-        report: Called after each shard.
 
     Returns:
         Counts and shards of the whole.

@@ -29,7 +29,7 @@ import re
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -294,9 +294,6 @@ def _elements(text: mmap.mmap) -> tuple[list[tuple[int, int]], bool]:
 class ParquetRecords:
     """Rows of a parquet file; pyarrow reads it.
 
-    Args:
-        path: The file.
-
     Raises:
         ImportError: If pyarrow is not installed.
     """
@@ -477,9 +474,3 @@ class Joined:
             raise IndexError(f"there are {len(self)} records, none with number {index}")
         part = int(np.searchsorted(self._ends, index, side="right")) - 1
         return self.parts[part][index - int(self._ends[part])]
-
-
-def iterate(records: Records) -> Iterator[Record]:
-    """Yield all records in order."""
-    for index in range(len(records)):
-        yield records[index]

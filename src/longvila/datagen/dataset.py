@@ -210,9 +210,6 @@ def _sample(video: Video, kind: str, said: Sequence[tuple[str, str]]) -> dict[st
 def opened(output: Path) -> Iterator[tuple[list[Video], dict[str, Journal], str]]:
     """Open a folder to look at it: its videos, its journals and how conversations are made.
 
-    Args:
-        output: The folder of a run.
-
     Raises:
         LongVILAError: If it is none.
         JournalError: If it is in use.

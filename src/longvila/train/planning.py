@@ -237,7 +237,7 @@ class Planner:
             if plan.ulysses_size > self.size.text.heads:
                 continue
             ranks = ranks_of(plan)
-            seconds = self._seconds(load, ranks, settings)
+            seconds = self._seconds(self.size, load, ranks, settings)
             same = (own.ring_size, own.ulysses_size) == (plan.ring_size, plan.ulysses_size)
             found.append(
                 MeshChoice(
@@ -265,23 +265,11 @@ class Planner:
             links=self.links,
         )  # fmt: skip
 
-    def _seconds(self, load: Load, ranks: Ranks, settings: Settings) -> float:
-        time = self.time(self.size, load, ranks, settings)
+    def _seconds(self, size: ModelSize, load: Load, ranks: Ranks, settings: Settings) -> float:
+        time = self.time(size, load, ranks, settings)
         return math.nan if time is None else time.seconds
 
     # ---- switches
-
-    def attempt(
-        self, name: str, how: str, load: Load, ranks: Ranks, settings: Settings, size: ModelSize
-    ) -> Attempt:
-        """Predict peak and time of one set of switches."""
-        peak = training_peak(size, load, ranks=ranks, settings=settings, tuned=self.tuned)
-        time = self.time(size, load, ranks, settings)
-        fits = peak.bytes <= self.limit and peak.host_bytes <= self.host_bytes
-        return Attempt(
-            name=name, settings=settings, size=size, peak=peak, fits=fits, how=how,
-            seconds=math.nan if time is None else time.seconds,
-        )  # fmt: skip
 
     def ladder(self, load: Load, ranks: Ranks, *, given: Settings | None = None) -> list[Attempt]:
         """Try the switches in order; the last one fits, or nothing does.
@@ -296,8 +284,16 @@ class Planner:
         tried: list[Attempt] = []
 
         def attempt(name: str, how: str) -> bool:
-            tried.append(self.attempt(name, how, load, ranks, settings, size))
-            return tried[-1].fits
+            peak = training_peak(size, load, ranks=ranks, settings=settings, tuned=self.tuned)
+            fits = peak.bytes <= self.limit and peak.host_bytes <= self.host_bytes
+            seconds = self._seconds(size, load, ranks, settings)
+            tried.append(
+                Attempt(
+                    name=name, settings=settings, size=size, peak=peak, fits=fits, how=how,
+                    seconds=seconds,
+                )
+            )  # fmt: skip
+            return fits
 
         if attempt("nothing" if given is None else "as it is", _as_setting(settings)):
             return tried

@@ -206,11 +206,6 @@ def _check_context(model: PreTrainedModel, stage: Stage) -> None:
 def put_on_mesh(model: nn.Module, mesh: SPMesh, stage: Stage) -> nn.Module:
     """Put a model on a mesh as a stage says: float32 shards, layers in the stage's type.
 
-    Args:
-        model: The model, tuned.
-        mesh: The mesh.
-        stage: The stage.
-
     Returns:
         The same object.
     """

@@ -483,10 +483,6 @@ def get_stage(name: str) -> Stage:
 def choose_seq_parallel_size(stage: Stage, world_size: int) -> int:
     """Return the ranks that share a row.
 
-    Args:
-        stage: The stage.
-        world_size: Ranks of the job.
-
     Returns:
         What the stage says; where it leaves the choice, the smallest divisor of the world that
         holds a row in ``tokens_per_rank`` and leaves no data-parallel rank without one, else the

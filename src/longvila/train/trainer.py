@@ -217,7 +217,7 @@ class MeshTrainer(_Base):
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]  # type: ignore[index,call-overload]
         if _is_loader(dataset):
-            return _Batches(dataset, self.args.device)
+            return _Batches(dataset, self.args.device) if hasattr(dataset, "finish") else dataset
         return super().get_eval_dataloader(eval_dataset)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:

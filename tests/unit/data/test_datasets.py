@@ -13,7 +13,7 @@ import pytest
 from longvila.data.datasets import ADAPTERS, Dataset, SchemaError, open_dataset, read_file
 from longvila.data.encode import Document, Encoder
 from longvila.data.mixture import Mixture
-from longvila.data.records import iterate, open_records
+from longvila.data.records import open_records
 from longvila.data.sample import Media, Sample
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "data"
@@ -139,7 +139,7 @@ def test_every_sample_becomes_a_document(name: str, processor: Any, media_dir: P
 @pytest.mark.parametrize("name", FIRST)
 def test_a_record_without_a_field_is_refused(name: str) -> None:
     adapter = ADAPTERS[name]
-    rows = [dict(row) for row in iterate(open_records(FILES[name], under=adapter.under))]
+    rows = [dict(row) for row in open_records(FILES[name], under=adapter.under)]
     for field in adapter.required:
         row = {key: value for key, value in rows[0].items() if key != field}
         dataset = Dataset(name, [row], adapter)
@@ -150,7 +150,7 @@ def test_a_record_without_a_field_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", FIRST)
 def test_unknown_fields_are_refused_where_the_schema_was_not_seen(name: str) -> None:
     adapter = ADAPTERS[name]
-    rows = iterate(open_records(FILES[name], under=adapter.under))
+    rows = iter(open_records(FILES[name], under=adapter.under))
     dataset = Dataset(name, [{**row, "surprise": 1} for row in rows], adapter, media_dir="/m")
     if adapter.verified:
         assert shown(dataset[0]) == FIRST[name]
@@ -311,6 +311,13 @@ def test_a_record_that_an_adapter_cannot_read_is_named_with_the_reason() -> None
     record = {"text_list": None, "image_info": []}
     with pytest.raises(SchemaError, match="record 0: is not what the adapter 'mmc4' reads: TypeE"):
         open_dataset("mmc4", [record])[0]
+
+
+def test_pictures_as_bytes_are_one_picture() -> None:
+    said = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    for picture in (b"JPEG", {"bytes": b"JPEG", "path": None}, [b"JPEG"]):
+        found = open_dataset("llava", [{"image": picture, "conversations": said}])[0]
+        assert found.media == (Media("image", b"JPEG"),)
 
 
 def test_a_colon_in_a_name_is_no_address() -> None:

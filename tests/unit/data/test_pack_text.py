@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from longvila.data.datasets import open_dataset
 from longvila.data.pack_text import PackOptions, pack_text, parse_length
-from longvila.data.records import iterate, open_records
+from longvila.data.records import open_records
 from longvila.testing.tiny import tiny_tokenizer
 
 
@@ -79,8 +79,7 @@ def test_rows_are_the_texts_behind_one_another(tmp_path: Path, tokenizer: str, f
     assert rows == expected(TEXTS, 100)[0] and len(rows) == progress.rows
     if form == "upstream":
         assert all(
-            set(row) == {"text"}
-            for row in iterate(open_records(tmp_path / "out" / "rows-00000.json"))
+            set(row) == {"text"} for row in open_records(tmp_path / "out" / "rows-00000.json")
         )
     else:
         assert lengths == expected(TEXTS, 100)[1]

@@ -18,7 +18,7 @@ from data_cases import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longvila.data.records import JsonArray, RecordError, TarRecords, iterate, open_records
+from longvila.data.records import JsonArray, RecordError, TarRecords, open_records
 
 ROWS = [{"id": i, "text": 'a "quoted" ] line\n{' + "é" * i, "list": [[i], {}]} for i in range(9)]
 JSON = st.recursive(
@@ -39,7 +39,7 @@ def test_lines_arrays_and_parquet_give_the_same_records(tmp_path: Path) -> None:
     parquet.write_table(pa.Table.from_pylist(flat), tmp_path / "d.parquet", row_group_size=2)
     for path in (lines, array, as_json):
         records = open_records(path)
-        assert list(iterate(records)) == ROWS
+        assert list(records) == ROWS
         assert records[7] == ROWS[7] and records[0] == ROWS[0]
         with pytest.raises(IndexError, match="9"):
             records[9]
@@ -56,18 +56,18 @@ def test_array_offsets_hold_for_any_content(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_text(json.dumps(rows, ensure_ascii=escaped), encoding="utf-8")
-    assert list(iterate(JsonArray(path))) == rows
+    assert list(JsonArray(path)) == rows
 
 
 def test_mappings_give_their_keys(tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     path.write_text(json.dumps({"database": {"x": {"a": 1}, "y": {"a": 2}}}))
     records = open_records(path, under="database")
-    assert list(iterate(records)) == [{"__key__": "x", "a": 1}, {"__key__": "y", "a": 2}]
+    assert list(records) == [{"__key__": "x", "a": 1}, {"__key__": "y", "a": 2}]
     with pytest.raises(ValueError, match="no key 'rows'"):
         open_records(path, under="rows")
     (tmp_path / "one.json").write_text(json.dumps({"x": {"a": 1}}, indent=1))
-    assert list(iterate(open_records(tmp_path / "one.json"))) == [{"__key__": "x", "a": 1}]
+    assert list(open_records(tmp_path / "one.json")) == [{"__key__": "x", "a": 1}]
 
 
 def tar(path: Path, files: dict[str, bytes]) -> None:
@@ -82,7 +82,7 @@ def test_tars_group_files_by_stem(tmp_path: Path) -> None:
     tar(tmp_path / "s-2.tar", {"c.txt": b"three", "c.png": b"\x89"})
     tar(tmp_path / "s-1.tar", {"x/a.jpg": b"1", "x/a.json": b'{"k": 2}', "b.seg.txt": b"two"})
     records = TarRecords(tmp_path)
-    assert list(iterate(records)) == [
+    assert list(records) == [
         {"__key__": "x/a", "__shard__": "s-1.tar", ".jpg": b"1", ".json": {"k": 2}},
         {"__key__": "b", "__shard__": "s-1.tar", ".seg.txt": b"two"},
         {"__key__": "c", "__shard__": "s-2.tar", ".txt": "three", ".png": b"\x89"},
@@ -90,7 +90,7 @@ def test_tars_group_files_by_stem(tmp_path: Path) -> None:
     index = {"name": "n", "wids_version": 1}
     shards = [{"url": "s-2.tar", "nsamples": 1}, {"url": "s-1.tar", "nsamples": 2}]
     (tmp_path / "wids-meta.json").write_text(json.dumps({**index, "shardlist": shards}))
-    assert [r["__key__"] for r in iterate(TarRecords(tmp_path))] == ["c", "x/a", "b"]
+    assert [r["__key__"] for r in TarRecords(tmp_path)] == ["c", "x/a", "b"]
     shards[0]["nsamples"] = 5
     (tmp_path / "wids-meta.json").write_text(json.dumps({**index, "shardlist": shards}))
     with pytest.raises(ValueError, match=r"1 records, but wids-meta.json promises 5"):
@@ -139,7 +139,7 @@ def test_a_picture_inside_an_array_takes_no_memory_beside_itself(tmp_path: Path)
 def test_several_files_and_folders_are_joined(tmp_path: Path) -> None:
     paths = [write_jsonl(tmp_path / f"p{n}.jsonl", ROWS[n : n + 2]) for n in (0, 2)]
     for records in (open_records(paths), open_records(tmp_path)):
-        assert [r["id"] for r in iterate(records)] == [0, 1, 2, 3]
+        assert [r["id"] for r in records] == [0, 1, 2, 3]
         with pytest.raises(IndexError):
             records[4]
 

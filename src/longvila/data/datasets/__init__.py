@@ -91,9 +91,6 @@ class DataFile:
 def read_file(path: str | Path) -> DataFile:
     """Read a YAML file of datasets and mixtures.
 
-    Args:
-        path: The file; see the module's text.
-
     Returns:
         The datasets, opened, and the mixtures.
 

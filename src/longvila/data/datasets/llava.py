@@ -29,23 +29,17 @@ _ROLES = {
 }
 _ADJACENT = re.compile(r"\n?<(?:image|video)>\n?")
 _PLACEHOLDER = re.compile(r"<(image|video)>")
-_FIELDS: tuple[str, ...] = (
-    "id",
-    "image",
-    "images",
-    "video",
-    "videos",
-    "video_id",
-    "video_path",
-    "fps",
-)
-_FIELDS = (*_FIELDS, "frame_count", "model", "width", "height", "q", "a")
+_FIELDS = (
+    "id", "image", "images", "video", "videos", "video_id", "video_path", "fps", "frame_count",
+    "model", "width", "height", "q", "a",
+)  # fmt: skip
 
 
 def _list(value: Any) -> list[Any]:
     if value is None:
         return []
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return list(value) if several else [value]
 
 
 def media_of(record: Record, context: Context) -> list[Media]:
@@ -116,10 +110,6 @@ def _in_place(text: str, waiting: list[Media], context: Context) -> list[Any]:
     return [*parts, text[end:]]
 
 
-def _video_chatgpt(record: Record, context: Context) -> Sample:
-    return llava_sample(record, context)
-
-
 _OPTIONS = ("placing",)
 _NEEDS = ("conversations",)
 
@@ -168,7 +158,7 @@ ADAPTERS = (
         options=_OPTIONS,
     ),
     Adapter(
-        "video-chatgpt", "VideoInstruct-100K", ("video_id", "q", "a"), (), _video_chatgpt, False,
+        "video-chatgpt", "VideoInstruct-100K", ("video_id", "q", "a"), (), llava_sample, False,
         "the three fields were seen in several third parties' readers and in the original's older "
         "loader; video_id is ActivityNet's, v_ and YouTube's id",
     ),
