@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -383,6 +383,11 @@ class _Walk:
     @staticmethod
     def _raise_fault(mine: Exception | None, said: list[str | None]) -> None:
         """Raise on every rank what any rank ran into, so that none waits for the others."""
+        if isinstance(mine, BrokenExecutor):
+            raise DataError(
+                "a worker process was ended from outside, perhaps for want of memory; set "
+                "data.workers lower, or to 0 to decode in threads"
+            ) from mine
         if mine is not None:
             raise mine
         for rank, fault in enumerate(said):

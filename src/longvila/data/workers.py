@@ -24,7 +24,7 @@ import mmap
 import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +140,13 @@ class Workers:
 
     def encode(self, position: int) -> Future[tuple[Any, ...] | Rejected]:
         """Begin to encode the sample at a position; `read_document` reads the result."""
-        return self._pool.submit(_encode, position)
+        try:
+            return self._pool.submit(_encode, position)
+        except BrokenExecutor as fault:
+            # Found where results are asked for, so that other ranks hear of it.
+            broken: Future[tuple[Any, ...] | Rejected] = Future()
+            broken.set_exception(fault)
+            return broken
 
     def decode(self, jobs: Sequence[Job], height_width: tuple[int, int]) -> tuple[Any, Any]:
         """Decode frames into one block.

@@ -16,7 +16,7 @@ from longvila.data.collate import BrokenMedia, Collator
 from longvila.data.datasets import open_dataset
 from longvila.data.encode import Document, Encoder, PlannedMedia, Rejected
 from longvila.data.families import FamilyCollator
-from longvila.data.loader import PackedLoader
+from longvila.data.loader import DataError, PackedLoader
 from longvila.data.mixture import Mixture
 from longvila.data.sample import Media, Sample, Turn
 from longvila.data.workers import Job, Workers, _parts, read_document
@@ -93,6 +93,20 @@ def test_a_line_that_is_no_record_is_left_out_as_without_workers(
     loader = PackedLoader(order, *coders, window=3, workers=1, epochs=1)
     assert [len(batch["document_lengths"]) for batch in loader] == [2]
     assert loader.report.counts["broken"] == 1
+
+
+class Deadly(Listed):
+    """Ends whichever process reads from it."""
+
+    def __getitem__(self, index: int) -> Sample:
+        os._exit(9)
+
+
+def test_a_worker_that_is_killed_is_said(processor: Any) -> None:
+    order = Mixture([Deadly("deadly", [text_sample(1)])])
+    coders = Encoder(processor, BUDGET), Collator(processor)
+    with pytest.raises(DataError, match=r"ended from outside.*set data\.workers lower"):
+        next(iter(PackedLoader(order, *coders, window=1, workers=1)))
 
 
 def test_what_cannot_be_decoded_is_named_and_leaves_no_descriptor(
