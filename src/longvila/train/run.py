@@ -54,7 +54,7 @@ from longvila.sp.mesh import SPMesh, build_mesh
 from longvila.train.checkpoint import held, seed_everything, writing
 from longvila.train.loop import Progress, run_stage
 from longvila.train.parts import export_state, named_parts, save_plain, set_context, tune
-from longvila.train.settings import to_yaml
+from longvila.train.settings import read_yaml, to_yaml
 from longvila.train.stages import Stage, StageError, choose_seq_parallel_size, open_mixture
 
 _LOG = get_logger(__name__)
@@ -113,6 +113,11 @@ def is_finished(output: Path) -> bool:
     return (output / "config.json").is_file()
 
 
+def _stage_of(output: Path) -> Any:
+    settings = output / "stage.yaml"
+    return read_yaml(settings).get("name") if settings.is_file() else None
+
+
 def train(job: Job) -> Progress | None:
     """Run a stage on this rank.
 
@@ -123,9 +128,14 @@ def train(job: Job) -> Progress | None:
         How far it came; None if the output was finished before.
     """
     with joined() as device:
-        finished = [is_finished(job.output)]
+        finished = [is_finished(job.output), _stage_of(job.output)]
         dist.broadcast_object_list(finished, src=0)
         if finished[0]:
+            if finished[1] != job.stage.name:
+                raise CheckpointError(
+                    f"{job.output} holds a finished model, of {finished[1] or 'no stage'}; give "
+                    f"{job.stage.name} an output folder of its own"
+                )
             _LOG.info("%s is finished; nothing to do", job.output)
             return None
         with held(job.output):
