@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from stage_files import SMALL, write_files
 
 from longvila.cli.main import main
-from longvila.errors import ContextLengthError
+from longvila.errors import CheckpointError, ContextLengthError
 from longvila.model.convert_vila import convert_to_longvila
 from longvila.testing import Rank
 from longvila.testing.asserts import assert_close
@@ -126,6 +127,20 @@ def test_what_cannot_be_trained_is_said_before_anything_is_loaded(
     )  # fmt: skip
     with pytest.raises(StageError, match=r"name a mixture 'sft' in the file, or --set data.mix"):
         train(job)
+
+
+def test_a_folder_that_another_model_stands_in_is_no_output(files: Path, tmp_path: Path) -> None:
+    job = Job(stage=small("sft"), model="", data=files / "data.yaml", output=files / "base")
+    with pytest.raises(
+        CheckpointError, match=r"base holds a finished model, of no stage; give sft"
+    ):
+        train(job)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "stage.yaml").write_text("name: align\n")
+    with pytest.raises(CheckpointError, match=r"a finished model, of align; give sft an output"):
+        train(replace(job, output=tmp_path))
+    (tmp_path / "stage.yaml").write_text("name: sft\n")
+    assert train(replace(job, output=tmp_path)) is None
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -90,9 +90,6 @@ class Review:
 def make(argv: list[str]) -> int:
     """Run ``longvila data long-sft``.
 
-    Args:
-        argv: Arguments after the command.
-
     Returns:
         The exit status: 3 while something still stands in the way of a video.
     """
@@ -163,14 +160,7 @@ def _long_sft_text(report: dict[str, Any], output: Path) -> str:
 
 
 def review(argv: list[str]) -> int:
-    """Run ``longvila data review``.
-
-    Args:
-        argv: Arguments after the command.
-
-    Returns:
-        The exit status.
-    """
+    """Run ``longvila data review``."""
     chosen = parse(Review, argv, "data review", None)
     if chosen.once:
         counts = save_decisions(chosen.output, read_decisions(chosen.output))

@@ -83,14 +83,7 @@ class Inspect:
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb.
-
-    Args:
-        argv: Arguments after the verb.
-
-    Returns:
-        The exit status.
-    """
+    """Run the verb."""
     commands = {
         "pack-text": _pack_text,
         "inspect": _inspect,
@@ -167,9 +160,13 @@ def _inspect(argv: list[str]) -> int:
     from longvila.data.datasets import Dataset, open_dataset, read_file
 
     options = parse(Inspect, argv, "data inspect", None)
+    if options.samples < 0:
+        raise ValueError(f"--samples must not be below 0, got {options.samples}")
     source = Path(options.source)
-    if (source / "manifest.json").exists():
+    if (source / "manifest.json").exists() and options.adapter is None:
         manifest = json.loads((source / "manifest.json").read_text())
+        if not isinstance(manifest, dict) or "progress" not in manifest:
+            raise ValueError(f"{source}: not made by pack-text; say how to read it with --adapter")
         text = json.dumps(manifest) if options.json else ""
         print(text or _packed_text(manifest["progress"], manifest["length"]))
         return 0
@@ -235,6 +232,7 @@ def survey(dataset: Any, samples: int, encoder: Any = None) -> dict[str, Any]:
         Counts by name, documents and tokens by length, and the first reasons for leaving out.
     """
     from longvila.data.encode import Rejected
+    from longvila.data.records import RecordError
 
     total = len(dataset)
     number = total if samples == 0 else min(samples, total)
@@ -242,7 +240,12 @@ def survey(dataset: Any, samples: int, encoder: Any = None) -> dict[str, Any]:
     bins: dict[int, list[int]] = {}
     reasons: list[str] = []
     for step in range(number):
-        sample = dataset[step * total // number]
+        try:
+            sample = dataset[step * total // number]
+        except RecordError as fault:
+            counts["broken"] += 1
+            reasons.append(str(fault))
+            continue
         counts["turns"] += len(sample.turns)
         counts["characters"] += sum(len(turn.text) for turn in sample.turns)
         for media in sample.media:
@@ -252,8 +255,7 @@ def survey(dataset: Any, samples: int, encoder: Any = None) -> dict[str, Any]:
             document = encoder(sample)
             if isinstance(document, Rejected):
                 counts[document.cause] += 1
-                if len(reasons) < 10:
-                    reasons.append(document.reason)
+                reasons.append(document.reason)
                 continue
             length = document.length
             counts["frames_cut"] += document.frames_cut
@@ -268,7 +270,7 @@ def survey(dataset: Any, samples: int, encoder: Any = None) -> dict[str, Any]:
         "looked_at": number,
         **counts,
         "histogram": bins,
-        "reasons": reasons,
+        "reasons": reasons[:10],
     }
 
 

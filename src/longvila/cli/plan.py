@@ -109,10 +109,6 @@ def _tuned(options: Options, size: Any) -> Any:
 def load_of(options: Options, size: Any) -> Any:
     """Return what a row holds.
 
-    Args:
-        options: The command line.
-        size: The model.
-
     Raises:
         LongVILAError: If neither frames nor tokens are known, or the frames do not fit the tokens.
     """
@@ -142,11 +138,7 @@ def load_of(options: Options, size: Any) -> Any:
 
 
 def make_plan(options: Options) -> Any:
-    """Return the plan of a command line.
-
-    Args:
-        options: The command line.
-    """
+    """Return the plan of a command line."""
     from dataclasses import replace
 
     from longvila.memory.rates import GIB, find_gpu, with_results
@@ -158,6 +150,15 @@ def make_plan(options: Options) -> Any:
 
     if not 1 <= options.gpus <= MOST_GPUS:
         raise LongVILAError(f"--gpus must be from 1 to {MOST_GPUS:,}, got {options.gpus:,}")
+    for name in ("memory_gib", "per_node", "link_gbps", "links_per_node", "chunk_tokens",
+                 "frame_side"):  # fmt: skip
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise LongVILAError(f"--{name.replace('_', '-')} must be above zero, got {value:g}")
+    if options.host_gib < 0:
+        raise LongVILAError(f"--host-gib must not be below zero, got {options.host_gib:g}")
+    if options.inference and options.seq_parallel_size is not None:
+        raise LongVILAError("--seq-parallel-size is for training; all GPUs share a prompt")
     size = load_size(options.model, frame_side=options.frame_side)
     try:
         gpu = with_results(find_gpu(options.gpu), options.rates)
@@ -194,9 +195,6 @@ def make_plan(options: Options) -> Any:
 
 def main(argv: list[str]) -> int:
     """Run ``longvila plan``.
-
-    Args:
-        argv: Arguments.
 
     Returns:
         0 if the plan fits, 3 if it does not.

@@ -60,11 +60,7 @@ class Options:
 
 
 def settings_of(options: Options) -> Stage:
-    """Return the stage with the file's settings and the overrides laid over it.
-
-    Args:
-        options: The command line.
-    """
+    """Return the stage with the file's settings and the overrides laid over it."""
     from longvila.train.settings import overlay, override, read_yaml
     from longvila.train.stages import get_stage
 
@@ -76,9 +72,6 @@ def settings_of(options: Options) -> Stage:
 
 def processes(options: Options) -> int:
     """Return how many processes to start on this machine.
-
-    Args:
-        options: The command line.
 
     Raises:
         LongVILAError: If more GPUs are asked for than there are.
@@ -96,22 +89,19 @@ def processes(options: Options) -> int:
     return wanted
 
 
-def check_files(model: str, data: Path) -> None:
+def check_files(model: str, data: Path, stage: Stage) -> None:
     """Find out that a file is missing or wrong before weights are loaded.
 
-    Args:
-        model: Of the command line.
-        data: Of the command line.
-
     Raises:
-        LongVILAError: If the model is no checkpoint, or one in the original's layout.
+        LongVILAError: If the model is no checkpoint, or one in the original's layout, or the
+            mixture names what the file has not.
         ValueError: If the file of datasets cannot be read.
     """
-    from longvila.data.datasets import read_file
     from longvila.model.source import check_source
     from longvila.model.vila.layout import is_vila
+    from longvila.train.stages import open_mixture
 
-    read_file(data)
+    open_mixture(data, stage)
     check_source(model, label="--model")
     if is_vila(model):
         raise LongVILAError(
@@ -121,14 +111,7 @@ def check_files(model: str, data: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run ``longvila train``.
-
-    Args:
-        argv: Arguments.
-
-    Returns:
-        The exit status.
-    """
+    """Run ``longvila train``."""
     options = parse(Options, argv, "train", __doc__)
     stage = settings_of(options)
     if options.show:
@@ -138,8 +121,17 @@ def main(argv: list[str]) -> int:
         return 0
     if options.model is None or options.data is None or options.output is None:
         raise LongVILAError("--model, --data and --output are needed (or --show)")
+    if options.stop_after is not None and options.stop_after < 1:
+        raise LongVILAError(f"--stop-after must be at least 1, got {options.stop_after}")
     if "RANK" not in os.environ:
-        check_files(options.model, options.data)
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+        if tasks != "1":
+            raise LongVILAError(
+                f"srun started {tasks} tasks of this and gave none a RANK: each would train on its "
+                "own. Start one task a node, of torchrun, or set RANK, LOCAL_RANK and WORLD_SIZE "
+                "from SLURM_PROCID, SLURM_LOCALID and SLURM_NTASKS, and MASTER_ADDR and MASTER_PORT"
+            )
+        check_files(options.model, options.data, stage)
         number = processes(options)
         if number > 1:
             from longvila.train.launch import launch

@@ -30,6 +30,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -153,17 +154,14 @@ class Encoder:
     def __call__(self, sample: Sample) -> Document | Rejected:
         """Encode one sample.
 
-        Args:
-            sample: The sample.
-
         Returns:
-            The document, or why there is none: a medium that cannot be read, or a length that the
-            policy does not allow.
+            The document, or why there is none: a medium that cannot be read, a text that names a
+            placeholder or that the chat template refuses, or a length that the policy does not
+            allow.
 
         Raises:
             SampleTooLong: If it is too long and the policy is ``error``.
-            ValueError: If the processor has no template that marks answers, or a text names a
-                placeholder that has no medium.
+            ValueError: If the processor has no template that marks answers.
         """
         name = f"{sample.dataset}/{sample.id}"
         if sample.token_ids is not None:
@@ -173,10 +171,12 @@ class Encoder:
         try:
             videos = [self._probe(media) for media in sample.media if media.kind == "video"]
             tiles = self._tiles(sample)
+            document = self._build(name, sample, videos, tiles)
         except (LongVILAError, OSError) as fault:
             return Rejected(name, "broken", str(fault))
+        except TemplateError as fault:
+            return Rejected(name, "broken", f"{name}: the chat template refuses it: {fault}")
         counts = [len(video.indices) for video in videos]
-        document = self._build(name, sample, videos, tiles)
         if document.length <= self.max_tokens:
             return document
         whole = document.length
@@ -274,15 +274,7 @@ class Encoder:
             prompt, spans = self._plain(sample)
         else:
             prompt, spans = self._chat(sample)
-        for token, expansions in (
-            (processor.image_token, image_texts),
-            (processor.video_token, video_texts),
-        ):
-            if prompt.count(token) != len(expansions):
-                raise ValueError(
-                    f"{name}: {prompt.count(token)} placeholders {token} for "
-                    f"{len(expansions)} media"
-                )
+        check_placeholders(name, processor, prompt, image_texts, video_texts)
         # As the processor does: ranges move with the text itself, marks only say where it is cut.
         texts = [[text.replace(CUT, "") for text in each] for each in (image_texts, video_texts)]
         moves: Any
@@ -421,6 +413,20 @@ class Encoder:
         labels = ids.clone()
         labels[[0, *np.cumsum(lengths)[:-1].tolist()]] = IGNORE_INDEX
         return Document(name, ids, labels, tuple(lengths))
+
+
+def check_placeholders(
+    name: str, processor: Any, prompt: str, image_texts: Sequence[str], video_texts: Sequence[str]
+) -> None:
+    """Find out whether a prompt has a placeholder for each medium, and no others."""
+    for token, texts in (
+        (processor.image_token, image_texts),
+        (processor.video_token, video_texts),
+    ):
+        if prompt.count(token) != len(texts):
+            raise LongVILAError(
+                f"{name}: {prompt.count(token)} placeholders {token} for {len(texts)} media"
+            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,6 +35,7 @@ from longvila.data.encode import (
     Encoder,
     PlannedMedia,
     _Video,
+    check_placeholders,
 )
 from longvila.data.sample import Media, Sample
 from longvila.errors import LongVILAError, VideoError
@@ -118,7 +119,7 @@ class FamilyEncoder(Encoder):
                 clips,
                 video_metadata=[_metadata(video) for video in videos],
             )
-            _count_placeholders(name, processor, prompt, image_texts, video_texts)
+            check_placeholders(name, processor, prompt, image_texts, video_texts)
             (prompt,), found = processor.get_text_with_replacements(
                 [prompt], image_texts, video_texts
             )
@@ -187,19 +188,6 @@ def _texts(replace: Any, index: str, shapes: Sequence[Shape], **more: Any) -> li
     return [replace({**inputs, **more}, **{index: n}) for n in range(len(shapes))]
 
 
-def _count_placeholders(
-    name: str, processor: Any, prompt: str, image_texts: Sequence[str], video_texts: Sequence[str]
-) -> None:
-    for token, texts in (
-        (processor.image_token, image_texts),
-        (processor.video_token, video_texts),
-    ):
-        if prompt.count(token) != len(texts):
-            raise ValueError(
-                f"{name}: {prompt.count(token)} placeholders {token} for {len(texts)} media"
-            )
-
-
 def _render(processor: Any, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
     """Render a conversation; return the text and the stretches that the assistant says."""
     messages = sample.to_chat()
@@ -216,12 +204,14 @@ def _render(processor: Any, sample: Sample) -> tuple[str, list[tuple[int, int]]]
                 continue
             start = render(messages[:number], add_generation_prompt=True)
             end = render(messages[: number + 1])
-            said = turn.text
-            if (
-                not whole.startswith(end)
-                or not end.startswith(start)
-                or not (end[len(start) :].startswith(said))
-            ):
+            # Many templates trim what is said.
+            shown = (
+                text
+                for text in (turn.text, turn.text.strip())
+                if end[len(start) :].startswith(text)
+            )
+            said = next(shown, None)
+            if said is None or not whole.startswith(end) or not end.startswith(start):
                 raise ValueError(
                     f"{sample.dataset}/{sample.id}: the chat template writes a turn otherwise "
                     "when others follow, or changes what the assistant says, so that answers have "

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,10 @@ import torch
 from longvila.data.agreement import Agreement
 from longvila.data.collate import BrokenMedia, Collator
 from longvila.data.encode import Document, Encoder, Rejected
-from longvila.data.mixture import Mixture, Place
+from longvila.data.mixture import Mixture
 from longvila.data.packing import Packer
-from longvila.data.records import RecordError
 from longvila.data.report import Event, Report
-from longvila.data.workers import Workers, read_document
+from longvila.data.workers import Workers, encode_at, read_document
 from longvila.errors import LongVILAError
 from longvila.log import get_logger
 
@@ -334,15 +333,8 @@ class _Walk:
                     self.looking[position] = self.lookers.submit(self._encode, position)
 
     def _encode(self, position: int) -> Document | Rejected:
-        return self._encode_at(self.loader.mixture.place(position))
-
-    def _encode_at(self, place: Place) -> Document | Rejected:
-        dataset = self.loader.mixture.datasets[place.dataset]
-        try:
-            sample = dataset[place.row]
-        except RecordError as fault:
-            return Rejected(f"{dataset.name}/record {place.row}", "broken", str(fault))
-        return self.loader.encoder(sample)
+        mixture = self.loader.mixture
+        return encode_at(mixture, self.loader.encoder, mixture.place(position))
 
     def _look(self, positions: range, limit: int | None) -> None:
         """Let ranks look at their shares, and tell each other what they found."""
@@ -391,6 +383,11 @@ class _Walk:
     @staticmethod
     def _raise_fault(mine: Exception | None, said: list[str | None]) -> None:
         """Raise on every rank what any rank ran into, so that none waits for the others."""
+        if isinstance(mine, BrokenExecutor):
+            raise DataError(
+                "a worker process was ended from outside, perhaps for want of memory; set "
+                "data.workers lower, or to 0 to decode in threads"
+            ) from mine
         if mine is not None:
             raise mine
         for rank, fault in enumerate(said):
@@ -479,7 +476,7 @@ class _Walk:
             fault: Exception | None = None
             result: Document | Rejected | None = None
             try:
-                result = self._encode_at(place)
+                result = encode_at(mixture, self.loader.encoder, place)
             except Exception as error:
                 fault = error
             length = result.length if isinstance(result, Document) else 0

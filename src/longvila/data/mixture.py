@@ -174,10 +174,12 @@ class Mixture:
             if name not in datasets:
                 raise ValueError(f"the mixture names {name!r}; there are {sorted(datasets)}")
             rows = len(datasets[name])
+            if not rows:
+                raise ValueError(f"{name} has no samples")
             per_epoch = round(rows * weight)
             if per_epoch < 1:
                 raise ValueError(
-                    f"{name} has {rows} samples; {float(weight):g} of them is none at all"
+                    f"{name} has {rows} samples; {float(weight):g} times as many is none at all"
                 )
             text = hashlib.sha256(name.encode()).digest()
             key = mix64(seed, int.from_bytes(text[:8], "little"))

@@ -96,6 +96,8 @@ class PackOptions:
         for name in ("length", "min_tokens", "piece_records", "processes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rows_per_shard is not None and self.rows_per_shard < 1:
+            raise ValueError(f"rows_per_shard must be at least 1, got {self.rows_per_shard}")
         if self.format not in get_args(Format):
             raise ValueError(f"format must be one of {get_args(Format)}, got {self.format!r}")
         if self.documents not in get_args(Documents):
@@ -151,17 +153,17 @@ class TextFiles:
         number, start, end = self._spans[index]
         with self.paths[number].open("rb") as file:
             file.seek(start)
-            text = file.read(end - start).decode("utf-8")
+            content = file.read(end - start)
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as fault:
+            raise ValueError(f"{self.paths[number]}: is no UTF-8: {fault}") from fault
         return {"text": text.rstrip("\r\n") if self.documents == "line" else text}
 
 
 @functools.lru_cache(maxsize=8)
 def open_text(source: str, documents: Documents) -> Records:
     """Open a source of text; the same object for equal arguments in a process.
-
-    Args:
-        source: See `PackOptions`.
-        documents: What a document is in a ``.txt`` file.
 
     Returns:
         The records.
@@ -235,7 +237,13 @@ def _tokenise(options: PackOptions, piece: _Piece, tokenizer: str, end: int) -> 
         if isinstance(value, str):
             documents.append(np.array([*next(encoded).ids, end], dtype=np.int32))
             continue
-        ids = np.asarray(value, dtype=np.int32)
+        ids = np.asarray(value)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise ValueError(
+                f"{piece.source}: {options.text_field!r} must be a text or a list of token ids, "
+                f"got {str(value)[:80]!r} in a record from {piece.start} to {piece.stop - 1}"
+            )
+        ids = ids.astype(np.int32)
         lengths = record.get("document_lengths") or [len(ids)]
         documents += np.split(ids, np.cumsum(lengths)[:-1])
     return documents
@@ -400,10 +408,6 @@ def pack_text(
     options: PackOptions, *, report: Callable[[Progress], None] | None = None
 ) -> Progress:
     """Pack text into rows; goes on where an earlier run of equal options ended.
-
-    Args:
-        options: What and how.
-        report: Called after each shard.
 
     Returns:
         Counts and shards of the whole.

@@ -112,10 +112,6 @@ class Packer:
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Pack all documents at once.
 
-    Args:
-        lengths: Tokens of each.
-        budget: Most tokens of a row.
-
     Returns:
         Rows of document numbers; each number once.
     """
@@ -126,8 +122,3 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     while len(packer):
         rows.append(packer.pop())
     return rows
-
-
-def efficiency(lengths: Sequence[int], rows: Sequence[Sequence[int]], budget: int) -> float:
-    """Return the share of the rows' budget that documents fill; 1 is no waste."""
-    return sum(lengths) / (len(rows) * budget) if rows else 1.0

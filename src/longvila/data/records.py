@@ -29,19 +29,22 @@ import re
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from longvila.errors import LongVILAError
 
-class RecordError(ValueError):
+
+class RecordError(LongVILAError, ValueError):
     """One record cannot be read, whatever the others are; the message names file and record."""
 
 
 Record = Mapping[str, Any]
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+# Strings are passed over by whole runs: one step a byte would take memory for each.
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 _KEPT_GROUPS = 2
 
 
@@ -175,7 +178,10 @@ def _open_json(path: Path, under: str | None) -> Records:
             return JsonLines(path)
     except json.JSONDecodeError:
         first = b""
-    content = json.loads(path.read_bytes())
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as fault:
+        raise ValueError(f"{path}: is no JSON, nor one object a line: {fault}") from fault
     if under is not None:
         if under not in content:
             raise ValueError(f"{path}: no key {under!r}; the keys are {sorted(content)[:10]}")
@@ -288,9 +294,6 @@ def _elements(text: mmap.mmap) -> tuple[list[tuple[int, int]], bool]:
 class ParquetRecords:
     """Rows of a parquet file; pyarrow reads it.
 
-    Args:
-        path: The file.
-
     Raises:
         ImportError: If pyarrow is not installed.
     """
@@ -310,7 +313,10 @@ class ParquetRecords:
             raise ImportError(
                 f"{self.path}: reading parquet needs pyarrow; pip install 'longvila[train]'"
             ) from fault
-        return parquet.ParquetFile(self.path)
+        try:
+            return parquet.ParquetFile(self.path)
+        except ValueError as fault:
+            raise ValueError(f"{self.path}: {fault}") from fault
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -385,18 +391,24 @@ class TarRecords:
 
     def _scan(self, number: int, shard: Path) -> None:
         found: dict[str, dict[str, tuple[int, int]]] = {}
-        # Only headers are read: bodies are skipped by seeking.
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, dot, suffix = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                files = found.setdefault(key, {})
-                if dot + suffix in files:
-                    raise ValueError(f"{shard}: {member.name} is there twice")
-                files[dot + suffix] = (member.offset_data, member.size)
+        try:
+            # Only headers are read: bodies are skipped by seeking.
+            with tarfile.open(shard, "r:") as tar:
+                members = tar.getmembers()
+        except tarfile.TarError as fault:
+            raise ValueError(f"{shard}: {fault}; is it a tar, and all of it?") from fault
+        if shard.stat().st_size % tarfile.BLOCKSIZE:
+            raise ValueError(f"{shard}: is no whole number of blocks; is the file cut off?")
+        for member in members:
+            if not member.isfile():
+                continue
+            folder, _, name = member.name.rpartition("/")
+            stem, dot, suffix = name.partition(".")
+            key = f"{folder}/{stem}" if folder else stem
+            files = found.setdefault(key, {})
+            if dot + suffix in files:
+                raise ValueError(f"{shard}: {member.name} is there twice")
+            files[dot + suffix] = (member.offset_data, member.size)
         self._records += [(number, key, files) for key, files in found.items()]
 
     def __len__(self) -> int:
@@ -404,7 +416,11 @@ class TarRecords:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        """Return one record, its files read."""
+        """Return one record, its files read.
+
+        Raises:
+            RecordError: If a text or JSON of it is none.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"there are {len(self)} records, none with number {index}")
         number, key, files = self._records[index]
@@ -416,11 +432,14 @@ class TarRecords:
         for suffix, (start, size) in files.items():
             content = os.pread(descriptor, size, start)
             if len(content) != size:
-                raise ValueError(f"{self.shards[number]}: cut off inside {key}{suffix}")
-            if suffix == ".json":
-                record[suffix] = json.loads(content)
-            else:
-                record[suffix] = content.decode() if suffix == ".txt" else content
+                raise RecordError(f"{self.shards[number]}: cut off inside {key}{suffix}")
+            try:
+                if suffix == ".json":
+                    record[suffix] = json.loads(content)
+                else:
+                    record[suffix] = content.decode() if suffix == ".txt" else content
+            except ValueError as fault:
+                raise RecordError(f"{self.shards[number]}: {key}{suffix}: {fault}") from fault
         return record
 
     def __getstate__(self) -> dict[str, Any]:
@@ -455,9 +474,3 @@ class Joined:
             raise IndexError(f"there are {len(self)} records, none with number {index}")
         part = int(np.searchsorted(self._ends, index, side="right")) - 1
         return self.parts[part][index - int(self._ends[part])]
-
-
-def iterate(records: Records) -> Iterator[Record]:
-    """Yield all records in order."""
-    for index in range(len(records)):
-        yield records[index]

@@ -24,7 +24,7 @@ import mmap
 import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,8 @@ import numpy as np
 import torch
 
 from longvila.data.encode import Document, Encoder, PlannedMedia, Rejected
-from longvila.data.mixture import Mixture
+from longvila.data.mixture import Mixture, Place
+from longvila.data.records import RecordError
 from longvila.errors import LongVILAError, VideoError
 from longvila.media.image import load_image
 from longvila.model.processing_longvila import LongVILAProcessor
@@ -139,7 +140,13 @@ class Workers:
 
     def encode(self, position: int) -> Future[tuple[Any, ...] | Rejected]:
         """Begin to encode the sample at a position; `read_document` reads the result."""
-        return self._pool.submit(_encode, position)
+        try:
+            return self._pool.submit(_encode, position)
+        except BrokenExecutor as fault:
+            # Found where results are asked for, so that other ranks hear of it.
+            broken: Future[tuple[Any, ...] | Rejected] = Future()
+            broken.set_exception(fault)
+            return broken
 
     def decode(self, jobs: Sequence[Job], height_width: tuple[int, int]) -> tuple[Any, Any]:
         """Decode frames into one block.
@@ -170,6 +177,16 @@ class Workers:
     def close(self) -> None:
         """End the processes; what was begun and not wanted is dropped."""
         self._pool.shutdown(cancel_futures=True)
+
+
+def encode_at(mixture: Mixture, encoder: Encoder, place: Place) -> Document | Rejected:
+    """Encode one row of a mixture; a line of a file that is no record is left out."""
+    dataset = mixture.datasets[place.dataset]
+    try:
+        sample = dataset[place.row]
+    except RecordError as fault:
+        return Rejected(f"{dataset.name}/record {place.row}", "broken", str(fault))
+    return encoder(sample)
 
 
 def read_document(result: tuple[Any, ...] | Rejected) -> Document | Rejected:
@@ -213,7 +230,7 @@ def _begin(*given: Any) -> None:
 
 def _encode(position: int) -> tuple[Any, ...] | Rejected:
     mixture, encoder, _, _ = _STATE["given"]
-    made = encoder(mixture[position])
+    made = encode_at(mixture, encoder, mixture.place(position))
     if isinstance(made, Rejected):
         return made
     # As arrays: torch would pass its tensors by descriptors.

@@ -143,10 +143,6 @@ def segment_pictures(
 def usable(reply: Reply, *, min_words: int) -> str:
     """Return a description, whole sentences of it where the answer was cut off.
 
-    Args:
-        reply: The answer.
-        min_words: Fewest words.
-
     Raises:
         ValueError: If it cannot be a description.
     """
@@ -174,14 +170,6 @@ def caption_segment(
 ) -> str:
     """Describe one segment.
 
-    Args:
-        caller: The captioner.
-        prompts: What it is told.
-        pictures: Frames of the segment.
-        start_s: Where it begins.
-        end_s: Where it ends.
-        options: How.
-
     Raises:
         LongVILAError: If there are no pictures, or no answer.
         ValueError: If no answer can be used.
@@ -207,13 +195,6 @@ def compose(
     options: CaptionOptions,
 ) -> str:
     """Make one description of a video of the captions of its segments.
-
-    Args:
-        caller: The language model.
-        prompts: What it is told.
-        captions: One a segment.
-        bounds_s: Bounds of the segments.
-        options: How.
 
     Raises:
         LongVILAError: If there is no answer.
@@ -255,12 +236,7 @@ def compose(
 
 
 def cut_words(texts: Sequence[str], budget: int) -> list[list[str]]:
-    """Group texts in order so that no group has more words than a budget, unless one text alone.
-
-    Args:
-        texts: The texts.
-        budget: Words of a group.
-    """
+    """Group texts in order so that no group has more words than a budget, unless one text alone."""
     groups: list[list[str]] = []
     words = 0
     for text in texts:

@@ -84,7 +84,8 @@ def find_videos(sources: Sequence[str | Path]) -> list[Video]:
 
 
 def _listed(path: Path) -> Iterator[Video]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not by splitlines, which ends a line at signs that texts and names may hold.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -208,9 +209,6 @@ def _sample(video: Video, kind: str, said: Sequence[tuple[str, str]]) -> dict[st
 @contextmanager
 def opened(output: Path) -> Iterator[tuple[list[Video], dict[str, Journal], str]]:
     """Open a folder to look at it: its videos, its journals and how conversations are made.
-
-    Args:
-        output: The folder of a run.
 
     Raises:
         LongVILAError: If it is none.

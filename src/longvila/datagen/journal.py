@@ -34,12 +34,7 @@ class JournalError(LongVILAError):
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole, or as it was.
-
-    Args:
-        path: The file.
-        text: Its content.
-    """
+    """Write a file so that it is there whole, or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     with part.open("w", encoding="utf-8") as file:
@@ -56,9 +51,6 @@ def as_lines(records: Iterator[Any] | list[Any]) -> str:
 
 class Lock:
     """Keeps a second process out of a folder, until the first ends however it does.
-
-    Args:
-        folder: The folder; made if absent.
 
     Raises:
         JournalError: If another process holds it.
@@ -84,9 +76,6 @@ class Lock:
 
 class Journal:
     """Results by key, kept in a file; threads may add to it.
-
-    Args:
-        path: The file; need not be there.
 
     Raises:
         JournalError: If a line other than the last is damaged.
@@ -132,10 +121,6 @@ class Journal:
     def add(self, key: str, **values: Any) -> Record:
         """Keep a result.
 
-        Args:
-            key: Its name.
-            **values: What it is, as plain values.
-
         Returns:
             The record.
         """
@@ -159,11 +144,7 @@ class Journal:
 
 
 class Failures:
-    """A log of what went wrong.
-
-    Args:
-        path: The file.
-    """
+    """A log of what went wrong."""
 
     def __init__(self, path: Path) -> None:
         self._journal = Journal(path)
@@ -178,13 +159,7 @@ class Failures:
         self.last[place] = record
 
     def add(self, step: str, item: str, fault: Exception) -> None:
-        """Log a failure.
-
-        Args:
-            step: What was being done.
-            item: To what.
-            fault: What went wrong.
-        """
+        """Log a failure."""
         attempt = self.attempts.get((step, item), 0) + 1
         record = self._journal.add(
             f"{step}/{item}/{attempt}",

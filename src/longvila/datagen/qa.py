@@ -21,6 +21,7 @@ Source: the question types of the paper's long-video set; filters are ours.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -109,11 +110,7 @@ class QuestionOptions:
 
 
 def chosen_kinds(prompts: Prompts, names: Sequence[str]) -> dict[str, str]:
-    """Return kinds of questions and what each asks about.
-
-    Args:
-        prompts: Has the list.
-        names: Those wanted; empty for all.
+    """Return the kinds that are named, all if none is, and what each asks about.
 
     Raises:
         LongVILAError: If there is no such kind.
@@ -149,11 +146,6 @@ def read_json_list(reply: Reply) -> list[Any]:
 
 def read_questions(reply: Reply, kinds: Sequence[str], parts: range) -> list[Question]:
     """Read questions strictly.
-
-    Args:
-        reply: The answer.
-        kinds: Kinds that were asked for.
-        parts: Numbers of the segments that there are.
 
     Raises:
         ValueError: If anything is not as it was asked for; says which entry and what.
@@ -201,14 +193,6 @@ def write_questions(
 ) -> list[Question]:
     """Have questions about a video written.
 
-    Args:
-        caller: The language model.
-        prompts: What it is told.
-        captions: One a segment.
-        bounds_s: Bounds of the segments.
-        summary: The long caption.
-        options: What is asked for.
-
     Raises:
         LongVILAError: If there is no answer.
         ValueError: If no answer can be used.
@@ -227,20 +211,11 @@ def write_questions(
             summary=summary,
             kinds=asked,
         )
-        read = _Reader(tuple(kinds), parts)
+        read = functools.partial(read_questions, kinds=tuple(kinds), parts=parts)
         prompt = Prompt(text, max_new_tokens=options.max_new_tokens)
         found += ask_until(caller, prompt, read, attempts=options.attempts)
         first = parts.stop
     return found
-
-
-@dataclass(frozen=True)
-class _Reader:
-    kinds: tuple[str, ...]
-    parts: range
-
-    def __call__(self, reply: Reply) -> list[Question]:
-        return read_questions(reply, self.kinds, self.parts)
 
 
 @dataclass(frozen=True)
@@ -262,10 +237,6 @@ def sift(
     questions: Sequence[Question], options: QuestionOptions
 ) -> tuple[list[Question], list[Dropped]]:
     """Drop questions for what they say: filters that need no model.
-
-    Args:
-        questions: Of one video.
-        options: What is kept.
 
     Returns:
         Kept and dropped.
@@ -309,12 +280,6 @@ def blind_answers(
     caller: Caller, prompts: Prompts, questions: Sequence[Question], *, attempts: int
 ) -> list[tuple[str, bool]]:
     """Answer questions without the video, and judge the answers.
-
-    Args:
-        caller: The language model; it sees questions only, then answers to compare.
-        prompts: What it is told.
-        questions: Of one video.
-        attempts: Times that a usable answer is asked for.
 
     Returns:
         For each question the blind answer and whether it is right.
@@ -362,12 +327,6 @@ def keep_questions(
     caller: Caller, prompts: Prompts, questions: Sequence[Question], options: QuestionOptions
 ) -> tuple[list[Question], list[Dropped]]:
     """Run all filters.
-
-    Args:
-        caller: The language model of the blind filter.
-        prompts: What it is told.
-        questions: Of one video.
-        options: What is kept.
 
     Returns:
         Kept and dropped.

@@ -157,10 +157,6 @@ def _pictures(video: Video, bounds: Sequence[float]) -> dict[int, str]:
 def save_decisions(output: Path, decisions: Mapping[str, str]) -> dict[str, int]:
     """Write decisions down, and the dataset anew.
 
-    Args:
-        output: The run's folder.
-        decisions: ``accept`` or ``reject`` by item.
-
     Returns:
         What the dataset holds now.
 

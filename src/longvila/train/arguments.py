@@ -161,6 +161,11 @@ class MeshArguments:
                 f"label_smoothing_factor {own.label_smoothing_factor} needs whole logits, which no "
                 "rank has"
             )
+        if own.neftune_noise_alpha is not None:
+            raise ValueError(
+                "neftune_noise_alpha adds noise to embeddings of padded batches; here they are "
+                "packed and hold frames, too"
+            )
         if own.fp16:
             raise ValueError("fp16 overflows at these lengths; use bf16, or neither")
         if own.torch_compile:

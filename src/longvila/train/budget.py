@@ -157,11 +157,7 @@ def _explain(plan: Plan, device: torch.device, most: float) -> str:
 
 
 def tuned_parts(model: nn.Module) -> Tuned:
-    """Return what of a model has gradients.
-
-    Args:
-        model: A model of a known family, or PEFT around one.
-    """
+    """Return what of a model has gradients."""
     parts = named_parts(model)
     named = parts["language_model"]
     adapters = sum(p.numel() for name, p in named if p.requires_grad and ".lora_" in name)
@@ -184,15 +180,7 @@ def read_settings(
     device: torch.device,
     optimizer: torch.optim.Optimizer | None,
 ) -> Settings:
-    """Return a run's switches as plain numbers.
-
-    Args:
-        model: The model on its mesh.
-        settings: As for `check`.
-        size: Its size.
-        device: This rank's device.
-        optimizer: As for `check`.
-    """
+    """Return a run's switches as plain numbers."""
     parameter = next(model.parameters())
     compute = getattr(settings, "compute_dtype", None) or _DTYPES.get(
         getattr(settings, "compute", ""), parameter.dtype

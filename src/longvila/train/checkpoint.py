@@ -43,6 +43,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -240,23 +241,27 @@ def _split(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Say of a disk that is full, or of one that fails, what it means for the run."""
+def writing(path: Path) -> Iterator[None]:
+    """Say of a disk that is full, or of one that fails, what it means for the run.
+
+    Raises:
+        CheckpointError: If what is done inside cannot write.
+    """
     try:
         yield
-    except (dcp.CheckpointException, OSError, RuntimeError) as fault:
+    except (dcp.CheckpointException, OSError, RuntimeError, SafetensorError) as fault:
         failures = getattr(fault, "failures", None)
         cause = next(iter(failures.values()))[0] if failures else fault
         reason = str(cause).partition("\n")[0]
         free = shutil.disk_usage(path.parent).free
         raise CheckpointError(
-            f"the save {path} cannot be written ({reason}); that disk has {free / 2**20:,.0f} MiB "
+            f"{path} cannot be written ({reason}); that disk has {free / 2**20:,.0f} MiB "
             "left. Earlier saves are whole: make room, and the same command goes on from the newest"
         ) from fault
 
 
 def _write(state: dict[str, Any], path: Path) -> None:
-    with _writing(path), _one_process():
+    with writing(path), _one_process():
         dcp.save(state, checkpoint_id=path, no_dist=not dist.is_initialized())
 
 
@@ -333,7 +338,7 @@ def save(
     name = _save_frozen(folder, frozen)
     _write({"model": tuned, "optimizer": get_optimizer_state_dict(model, optimizer)}, partial)
     own = partial / f"rank-{_rank()}.pt"
-    with _writing(partial):
+    with writing(partial):
         torch.save({"random": _random_state(), "data": json.dumps(data)}, own)
         _flush(own)
     _together()
@@ -396,13 +401,18 @@ def load(
         _read(values, beside)
         frozen = values["model"]
     set_model_state_dict(model, {**state["model"], **frozen})
+    # Moments are the save's; rates and decay are this run's, which may have been changed.
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     set_optimizer_state_dict(model, optimizer, optim_state_dict=state["optimizer"])
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
     same = chosen.run["world_size"] == _world()
-    own = torch.load(chosen.path / f"rank-{_rank() if same else 0}.pt", weights_only=True)
+    beside = chosen.path / f"rank-{_rank() if same else 0}.pt"
+    of_rank = torch.load(beside, weights_only=True)
     if same:
-        _set_random_state(own["random"])
+        _set_random_state(of_rank["random"])
     else:
         _LOG.info("saved by %d ranks, resumed on %d", chosen.run["world_size"], _world())
         seed_everything(seed, chosen.step, _rank())
-    data: dict[str, Any] = json.loads(own["data"])
+    data: dict[str, Any] = json.loads(of_rank["data"])
     return data

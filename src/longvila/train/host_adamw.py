@@ -128,11 +128,7 @@ class HostAdamW(torch.optim.AdamW):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take states over; moments go to the host.
-
-        Args:
-            state_dict: From `state_dict`, or AdamW's.
-        """
+        """Take states over; moments go to the host."""
         self.synchronize()
         super().load_state_dict(state_dict)
         for state in self.state.values():

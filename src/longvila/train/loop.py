@@ -208,10 +208,9 @@ def run_stage(
     try:
         while progress.done < 1:
             clock, before = Clock(), progress.done
-            window = _StepWindow(source, clock, stage, mesh, loader)
             result = train_step(
                 model,
-                window,
+                _micro_batches(source, clock, stage, mesh),
                 optimizer,
                 mesh,
                 rate=functools.partial(_rate, stage, progress, loader),
@@ -301,35 +300,23 @@ def _resume(
     return Progress(newest.step, Counts(*newest.run["seen"]))
 
 
-class _StepWindow:
-    """The micro-batches of one step, drawn as they are needed."""
-
-    def __init__(
-        self,
-        source: _Source,
-        clock: Clock,
-        stage: Stage,
-        mesh: SPMesh,
-        loader: Loader,
-    ) -> None:
-        self.source, self.clock, self.stage = source, clock, stage
-        self.mesh, self.loader = mesh, loader
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        data = self.stage.data
-        if data.rows_per_step is not None:
-            for _ in range(max(data.rows_per_step // self.mesh.dp_size, 1)):
-                yield self.source.draw(self.clock)
+def _micro_batches(
+    source: _Source, clock: Clock, stage: Stage, mesh: SPMesh
+) -> Iterator[dict[str, Any]]:
+    """Draw those of one step as they are needed."""
+    data, epochs = stage.data, stage.optimizer.epochs
+    if data.rows_per_step is not None:
+        for _ in range(max(data.rows_per_step // mesh.dp_size, 1)):
+            yield source.draw(clock)
+        return
+    assert data.samples_per_step is not None
+    samples = 0
+    while samples < data.samples_per_step:
+        batch = source.draw(clock)
+        samples += over_data_parallel(count_batch(batch), mesh).documents
+        yield batch
+        if epochs is not None and source.loader.epoch > epochs - 1e-9:
             return
-        assert data.samples_per_step is not None
-        samples = 0
-        while samples < data.samples_per_step:
-            batch = self.source.draw(self.clock)
-            samples += over_data_parallel(count_batch(batch), self.mesh).documents
-            yield batch
-            epochs = self.stage.optimizer.epochs
-            if epochs is not None and self.loader.epoch > epochs - 1e-9:
-                return
 
 
 def _say(line: dict[str, Any]) -> str:

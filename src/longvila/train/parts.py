@@ -12,12 +12,15 @@
    sharded training ends with an ordinary state dict: ``W + alpha / rank * B A``, in float32.
 3. `set_context` gives a language model its new rotary base and context.
 
-It does not shard, load or save anything.
+4. `export_state` and `save_plain` write what was trained as an ordinary model.
+
+It does not shard anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,12 +147,6 @@ def set_context(model: PreTrainedModel, context: Context) -> None:
         setattr(parent, child, fresh.to(text.get_input_embeddings().weight.device))
 
 
-def count_parameters(parameters: Sequence[tuple[str, nn.Parameter]]) -> tuple[int, int]:
-    """Return the elements of named parameters, and those of them that are tuned."""
-    total = sum(p.numel() for _, p in parameters)
-    return total, sum(p.numel() for _, p in parameters if p.requires_grad)
-
-
 def export_state(
     model: nn.Module, adapter: Adapter | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
@@ -178,3 +175,23 @@ def export_state(
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in state.items()
     }
+
+
+def save_plain(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a model without mesh and adapters, for ``from_pretrained``.
+
+    Args:
+        model: The trained model; its configuration and settings of generation are kept.
+        state: From `export_state`, on rank 0.
+        folder: Where to.
+    """
+    base = base_model(model)
+    with torch.device("meta"):
+        plain = type(base)(base.config)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    plain.save_pretrained(folder)
+    if base.generation_config is not None:
+        # As it is: older releases of transformers refuse to save some of what they load.
+        text = base.generation_config.to_json_string()
+        (folder / "generation_config.json").write_text(text, encoding="utf-8")

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from longvila.memory.estimate import Peak, training_peak
@@ -237,7 +237,7 @@ class Planner:
             if plan.ulysses_size > self.size.text.heads:
                 continue
             ranks = ranks_of(plan)
-            seconds = self._seconds(load, ranks, settings)
+            seconds = self._seconds(self.size, load, ranks, settings)
             same = (own.ring_size, own.ulysses_size) == (plan.ring_size, plan.ulysses_size)
             found.append(
                 MeshChoice(
@@ -265,23 +265,11 @@ class Planner:
             links=self.links,
         )  # fmt: skip
 
-    def _seconds(self, load: Load, ranks: Ranks, settings: Settings) -> float:
-        time = self.time(self.size, load, ranks, settings)
+    def _seconds(self, size: ModelSize, load: Load, ranks: Ranks, settings: Settings) -> float:
+        time = self.time(size, load, ranks, settings)
         return math.nan if time is None else time.seconds
 
     # ---- switches
-
-    def attempt(
-        self, name: str, how: str, load: Load, ranks: Ranks, settings: Settings, size: ModelSize
-    ) -> Attempt:
-        """Predict peak and time of one set of switches."""
-        peak = training_peak(size, load, ranks=ranks, settings=settings, tuned=self.tuned)
-        time = self.time(size, load, ranks, settings)
-        fits = peak.bytes <= self.limit and peak.host_bytes <= self.host_bytes
-        return Attempt(
-            name=name, settings=settings, size=size, peak=peak, fits=fits, how=how,
-            seconds=math.nan if time is None else time.seconds,
-        )  # fmt: skip
 
     def ladder(self, load: Load, ranks: Ranks, *, given: Settings | None = None) -> list[Attempt]:
         """Try the switches in order; the last one fits, or nothing does.
@@ -296,8 +284,16 @@ class Planner:
         tried: list[Attempt] = []
 
         def attempt(name: str, how: str) -> bool:
-            tried.append(self.attempt(name, how, load, ranks, settings, size))
-            return tried[-1].fits
+            peak = training_peak(size, load, ranks=ranks, settings=settings, tuned=self.tuned)
+            fits = peak.bytes <= self.limit and peak.host_bytes <= self.host_bytes
+            seconds = self._seconds(size, load, ranks, settings)
+            tried.append(
+                Attempt(
+                    name=name, settings=settings, size=size, peak=peak, fits=fits, how=how,
+                    seconds=seconds,
+                )
+            )  # fmt: skip
+            return fits
 
         if attempt("nothing" if given is None else "as it is", _as_setting(settings)):
             return tried
@@ -374,7 +370,8 @@ class Planner:
         whole = self._plan(load, gpus, gpus)
         if whole.fits:
             return whole
-        return replace(whole, enough_gpus=self.enough(load, gpus))
+        enough = self.enough(gpus, lambda ranks: self.ladder(load, ranks)[-1].fits)
+        return replace(whole, enough_gpus=enough)
 
     def plan_if_simple(self, load: Load, gpus: int, sp: int) -> Plan | None:
         """Return the plan if it needs neither the host nor tiles."""
@@ -405,44 +402,36 @@ class Planner:
             reasons=chosen.reasons,
         )
 
-    def enough(self, load: Load, gpus: int) -> int | None:
-        """Return the fewest GPUs, a multiple of these, that hold the row; None if none do."""
+    def enough(self, gpus: int, fits: Callable[[Ranks], bool]) -> int | None:
+        """Return the fewest GPUs, a multiple of these, that hold a row; None if none do."""
         for factor in MORE:
             number = gpus * factor
             if number > self.per_node and number % self.per_node:
                 continue
-            ranks = ranks_of(self.mesh(number, number))
-            if self.ladder(load, ranks)[-1].fits:
+            if fits(ranks_of(self.mesh(number, number))):
                 return number
         return None
 
     def prompt(self, load: Load, gpus: int, *, chunk_tokens: int = 8192) -> PromptPlan:
         """Plan reading a prompt over some GPUs, all of which share it."""
-        ranks = ranks_of(self.mesh(gpus, gpus))
-        peak = prompt_peak(self.size, load, ranks=ranks, chunk_tokens=chunk_tokens)
         if self.gpu is None:
             raise PlanError("reading a prompt is planned for a device whose rates are known")
+
+        def peak_on(ranks: Ranks) -> Peak:
+            return prompt_peak(self.size, load, ranks=ranks, chunk_tokens=chunk_tokens)
+
+        ranks = ranks_of(self.mesh(gpus, gpus))
+        peak = peak_on(ranks)
         time = prompt_time(
             self.size, load, gpu=self.gpu, ranks=ranks, backend=self.base.backend, links=self.links
         )
         enough = None
         if peak.bytes > self.limit:
-            enough = self._enough_for_prompt(load, gpus, chunk_tokens)
+            enough = self.enough(gpus, lambda more: peak_on(more).bytes <= self.limit)
         return PromptPlan(
             size=self.size, load=load, ranks=ranks, gpu=self.gpu, peak=peak, time=time,
             limit_bytes=self.limit, enough_gpus=enough,
         )  # fmt: skip
-
-    def _enough_for_prompt(self, load: Load, gpus: int, chunk_tokens: int) -> int | None:
-        for factor in MORE:
-            number = gpus * factor
-            if number > self.per_node and number % self.per_node:
-                continue
-            ranks = ranks_of(self.mesh(number, number))
-            peak = prompt_peak(self.size, load, ranks=ranks, chunk_tokens=chunk_tokens)
-            if peak.bytes <= self.limit:
-                return number
-        return None
 
 
 def _as_setting(settings: Settings) -> str:

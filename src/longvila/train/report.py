@@ -40,11 +40,7 @@ def _peak_lines(peak: Peak, limit: float, fits: bool) -> list[str]:
 
 
 def show_plan(plan: Plan) -> str:
-    """Return a plan as text.
-
-    Args:
-        plan: The plan.
-    """
+    """Return a plan as text."""
     size, load, ranks, time = plan.size, plan.load, plan.ranks, plan.time
     assert time is not None and plan.gpu is not None
     tuned = plan.tuned.parameters(size)
@@ -120,11 +116,7 @@ def _switches(plan: Plan) -> list[str]:
 
 
 def show_prompt(plan: PromptPlan) -> str:
-    """Return a prompt's plan as text.
-
-    Args:
-        plan: The plan.
-    """
+    """Return a prompt's plan as text."""
     size, load, ranks, time = plan.size, plan.load, plan.ranks, plan.time
     lines = [
         f"{size.name}: {_count(size.parameters)} parameters",
@@ -155,11 +147,7 @@ def _peak_as_dict(peak: Peak) -> dict[str, Any]:
 
 
 def plan_as_dict(plan: Plan) -> dict[str, Any]:
-    """Return a plan as plain values.
-
-    Args:
-        plan: The plan.
-    """
+    """Return a plan as plain values."""
     assert plan.time is not None and plan.gpu is not None
     counts = plan.time.operations
     return {
@@ -209,11 +197,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
 
 
 def prompt_as_dict(plan: PromptPlan) -> dict[str, Any]:
-    """Return a prompt's plan as plain values.
-
-    Args:
-        plan: The plan.
-    """
+    """Return a prompt's plan as plain values."""
     return {
         "model": asdict(plan.size) | {"parameters": plan.size.parameters},
         "load": asdict(plan.load),

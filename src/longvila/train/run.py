@@ -17,7 +17,6 @@ Every rank reads the whole model once in the type of its files and keeps its flo
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -40,10 +39,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from longvila.data.agreement import Agreement
-from longvila.data.datasets import read_file
 from longvila.data.families import coders
 from longvila.data.loader import PackedLoader
-from longvila.data.mixture import Mixture
 from longvila.errors import CheckpointError, ContextLengthError
 from longvila.log import get_logger
 from longvila.memory.offload import Offload
@@ -54,11 +51,11 @@ from longvila.parallel.apply import ParallelPlan, parallelize
 from longvila.parallel.families import find_family
 from longvila.parallel.mmsp import plan_media
 from longvila.sp.mesh import SPMesh, build_mesh
-from longvila.train.checkpoint import held, seed_everything
+from longvila.train.checkpoint import held, seed_everything, writing
 from longvila.train.loop import Progress, run_stage
-from longvila.train.parts import base_model, export_state, named_parts, set_context, tune
-from longvila.train.settings import to_yaml
-from longvila.train.stages import Stage, StageError, choose_seq_parallel_size
+from longvila.train.parts import export_state, named_parts, save_plain, set_context, tune
+from longvila.train.settings import read_yaml, to_yaml
+from longvila.train.stages import Stage, StageError, choose_seq_parallel_size, open_mixture
 
 _LOG = get_logger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -92,6 +89,8 @@ def joined() -> Iterator[torch.device]:
     """
     on_gpu = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", "0"))
+    if on_gpu and torch.cuda.device_count() == 1:
+        local = 0  # launchers that show each rank its own GPU alone call all of them the first
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -114,6 +113,11 @@ def is_finished(output: Path) -> bool:
     return (output / "config.json").is_file()
 
 
+def _stage_of(output: Path) -> Any:
+    settings = output / "stage.yaml"
+    return read_yaml(settings).get("name") if settings.is_file() else None
+
+
 def train(job: Job) -> Progress | None:
     """Run a stage on this rank.
 
@@ -124,9 +128,14 @@ def train(job: Job) -> Progress | None:
         How far it came; None if the output was finished before.
     """
     with joined() as device:
-        finished = [is_finished(job.output)]
+        finished = [is_finished(job.output), _stage_of(job.output)]
         dist.broadcast_object_list(finished, src=0)
         if finished[0]:
+            if finished[1] != job.stage.name:
+                raise CheckpointError(
+                    f"{job.output} holds a finished model, of {finished[1] or 'no stage'}; give "
+                    f"{job.stage.name} an output folder of its own"
+                )
             _LOG.info("%s is finished; nothing to do", job.output)
             return None
         with held(job.output):
@@ -212,11 +221,6 @@ def _check_context(model: PreTrainedModel, stage: Stage) -> None:
 def put_on_mesh(model: nn.Module, mesh: SPMesh, stage: Stage) -> nn.Module:
     """Put a model on a mesh as a stage says: float32 shards, layers in the stage's type.
 
-    Args:
-        model: The model, tuned.
-        mesh: The mesh.
-        stage: The stage.
-
     Returns:
         The same object.
     """
@@ -257,15 +261,7 @@ def build_loader(
     Raises:
         StageError: If the mixture names datasets that the file has not.
     """
-    data, file = stage.data, read_file(path)
-    spec = stage.name if stage.name in file.mixtures else data.mixture
-    try:
-        mixture = Mixture(list(file.datasets.values()), spec, known=file.mixtures, seed=data.seed)
-    except (KeyError, ValueError) as fault:
-        raise StageError(
-            f"{path}: {fault}. The stage {stage.name} takes {spec!r}; name a mixture "
-            f"{stage.name!r} in the file, or --set data.mixture=NAMES (null for all datasets)"
-        ) from fault
+    data, mixture = stage.data, open_mixture(path, stage)
     encoder, collator = coders(
         processor,
         model.config,
@@ -313,23 +309,19 @@ def export(model: nn.Module, processor: Any, stage: Stage, job: Job) -> None:
     dtype = _DTYPES[stage.saving.dtype]
     state = export_state(model, stage.adapter, dtype)
     if dist.get_rank() == 0:
-        base = base_model(model)
-        with torch.device("meta"):
-            plain = type(base)(base.config)
-        plain.load_state_dict(state, assign=True)
-        plain.tie_weights()
         partial = job.output / ".partial-model"
         if partial.exists():
             shutil.rmtree(partial)
-        plain.save_pretrained(partial)
         _lengthen(processor, stage)
-        processor.save_pretrained(partial)
-        # The configuration says that all is there, so it comes last.
-        for file in sorted(partial.iterdir(), key=lambda each: each.name == "config.json"):
-            os.replace(file, job.output / file.name)
-        partial.rmdir()
-        if stage.saving.vila:
-            convert_to_vila(job.output, job.output / "vila")
+        with writing(partial):
+            save_plain(model, state, partial)
+            processor.save_pretrained(partial)
+            # The configuration says that all is there, so it comes last.
+            for file in sorted(partial.iterdir(), key=lambda each: each.name == "config.json"):
+                os.replace(file, job.output / file.name)
+            partial.rmdir()
+            if stage.saving.vila:
+                convert_to_vila(job.output, job.output / "vila")
         _LOG.info("wrote %s", job.output)
     dist.barrier()
 
@@ -338,11 +330,3 @@ def _lengthen(processor: Any, stage: Stage) -> None:
     tokenizer = getattr(processor, "tokenizer", processor)
     if stage.context is not None:
         tokenizer.model_max_length = stage.context.max_position_embeddings
-
-
-def describe(output: Path) -> dict[str, Any]:
-    """Return the last line of a run's metrics, empty if it has none."""
-    file = output / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    return last

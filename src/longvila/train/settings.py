@@ -97,10 +97,13 @@ def _blank(cls: type, values: Mapping[str, Any], where: str, path: str) -> Any:
     if unknown:
         nearest = _nearest(unknown[0], fields)
         raise _error(where, f"there is no setting {path}.{unknown[0]}{nearest}")
+    given = {k: _convert(v, fields[k], where, f"{path}.{k}") for k, v in values.items()}
     try:
-        return cls(**{k: _convert(v, fields[k], where, f"{path}.{k}") for k, v in values.items()})
-    except (TypeError, ValueError) as fault:
+        return cls(**given)
+    except TypeError as fault:  # fields without a default that are not given
         raise _error(where, f"{path}: {fault}") from fault
+    except ValueError as fault:
+        raise _error(where, str(fault)) from fault
 
 
 def from_plain(cls: type[Settings], values: Mapping[str, Any], *, where: str = "") -> Settings:
@@ -126,7 +129,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as fault:
+    except (yaml.YAMLError, UnicodeDecodeError) as fault:
         raise SettingsError(f"{path} is no YAML: {fault}") from fault
     if values is None:
         return {}
@@ -149,6 +152,8 @@ def paths(cls: type, prefix: str = "") -> dict[str, Any]:
 def override(settings: Settings, assignments: Sequence[str]) -> Settings:
     """Return settings with assignments ``path=value`` applied in order.
 
+    One that contradicts the settings so far may be completed by those after it.
+
     Args:
         settings: A complete tree.
         assignments: Each a path, or the last name of one where that is unique, an equals sign and a
@@ -162,6 +167,8 @@ def override(settings: Settings, assignments: Sequence[str]) -> Settings:
             leaves, or its value has the wrong type.
     """
     known = paths(type(settings))
+    waiting: dict[str, Any] = {}
+    first: SettingsError | None = None
     for text in assignments:
         name, equals, value = text.partition("=")
         name = name.strip()
@@ -180,8 +187,22 @@ def override(settings: Settings, assignments: Sequence[str]) -> Settings:
             raise SettingsError(f"--set {text}: the value is no YAML: {fault}") from fault
         for key in reversed(name.split(".")):
             nested = {key: nested}
-        settings = overlay(settings, nested, where=f"--set {text}")
+        waiting = _joined(waiting, nested)
+        try:
+            settings = overlay(settings, waiting, where=f"--set {text}")
+            waiting, first = {}, None
+        except SettingsError as fault:
+            first = first or fault
+    if first is not None:
+        raise first
     return settings
+
+
+def _joined(one: Any, other: Any) -> Any:
+    """Nested values with others laid over them."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return other
+    return one | {key: _joined(one.get(key), value) for key, value in other.items()}
 
 
 # ---- types -----------------------------------------------------------------------------------

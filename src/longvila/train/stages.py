@@ -8,7 +8,7 @@
 A stage says which parts are tuned and at which rate, how long rows are, how many frames a video
 gives, which mixture, how much a step sees, the schedule, the context the model is given first, and
 the adapter. `STAGES` holds the original recipe; `longvila.train.settings` lays files and overrides
-over it. Nothing here builds anything.
+over it. Nothing here builds anything but the order of a stage's data.
 
 What the original's scripts get wrong, and what stands here instead:
 
@@ -37,10 +37,14 @@ Not in the scripts: gradient clipping (their ZeRO files leave it out), so ``clip
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
+from longvila.data.datasets import read_file
+from longvila.data.mixture import Mixture
 from longvila.errors import LongVILAError
 from longvila.ops.rope import stage as context_stage
 
@@ -50,6 +54,12 @@ Precision = Literal["bfloat16", "float32"]
 
 class StageError(LongVILAError, ValueError):
     """There is no such stage, or a stage contradicts itself."""
+
+
+def _at_least(least: float, group: str, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"{group}: {name} must be at least {least:g}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +81,7 @@ class Rates:
         values = (self.vision_tower, self.projector, self.language_model)
         if all(value is None for value in values):
             raise ValueError("rates: every part is frozen; give at least one a learning rate")
-        if any(value is not None and value <= 0 for value in values):
+        if any(value is not None and not 0 < value < math.inf for value in values):
             raise ValueError(f"rates must be above zero, or null to freeze a part, got {values}")
 
 
@@ -104,6 +114,11 @@ class Adapter:
     tower_targets: tuple[str, ...] = ()
     folded: bool = False
 
+    def __post_init__(self) -> None:
+        _at_least(1, "adapter", rank=self.rank, alpha=self.alpha)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"adapter: dropout must be in [0, 1), got {self.dropout}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
@@ -122,8 +137,10 @@ class Context:
     yarn_factor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.yarn_factor is not None and self.yarn_factor < 1:
-            raise ValueError(f"context.yarn_factor must be at least 1, got {self.yarn_factor}")
+        _at_least(
+            1, "context", rope_theta=self.rope_theta, yarn_factor=self.yarn_factor,
+            max_position_embeddings=self.max_position_embeddings,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +196,14 @@ class Data:
                 "data: give either samples_per_step or rows_per_step, above zero (set the other "
                 f"to null); got {self.samples_per_step} and {self.rows_per_step}"
             )
+        _at_least(2, "data", max_tokens=self.max_tokens, max_sample_tokens=self.max_sample_tokens)
+        _at_least(
+            1, "data", max_documents=self.max_documents, num_frames=self.num_frames,
+            window=self.window, threads=self.threads,
+        )  # fmt: skip
+        _at_least(0, "data", prefetch=self.prefetch, workers=self.workers)
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ValueError(f"data: fps must be above zero, got {self.fps}")
         if self.max_sample_tokens is not None and self.max_sample_tokens > self.max_tokens:
             raise ValueError(
                 f"data: a sample of max_sample_tokens {self.max_sample_tokens} does not fit a row "
@@ -230,6 +255,11 @@ class Optimizer:
             raise ValueError(f"optimizer: betas are two numbers in [0, 1), got {self.betas}")
         if self.epochs is None and self.max_steps is None:
             raise ValueError("optimizer: epochs and max_steps are both null; one must end a stage")
+        _at_least(1, "optimizer", epochs=self.epochs, max_steps=self.max_steps)
+        _at_least(
+            0, "optimizer", eps=self.eps, weight_decay=self.weight_decay,
+            warmup_steps=self.warmup_steps,
+        )  # fmt: skip
         if self.warmup_steps is not None and self.max_steps is None:
             raise ValueError("optimizer: warmup_steps needs max_steps; or use warmup_ratio")
         if not 0 <= self.warmup_ratio < 1:
@@ -280,6 +310,16 @@ class Parallel:
     compile: bool = False
     head_chunks: int = 1
     loss_tile_rows: int = 4096
+
+    def __post_init__(self) -> None:
+        _at_least(
+            1, "parallel", tokens_per_rank=self.tokens_per_rank, mlp_tile_rows=self.mlp_tile_rows,
+            head_chunks=self.head_chunks, loss_tile_rows=self.loss_tile_rows,
+        )  # fmt: skip
+        _at_least(
+            0, "parallel", plain_layers=self.plain_layers, offload_gib=self.offload_gib,
+            offload_keep_last=self.offload_keep_last,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,10 +492,6 @@ def get_stage(name: str) -> Stage:
 def choose_seq_parallel_size(stage: Stage, world_size: int) -> int:
     """Return the ranks that share a row.
 
-    Args:
-        stage: The stage.
-        world_size: Ranks of the job.
-
     Returns:
         What the stage says; where it leaves the choice, the smallest divisor of the world that
         holds a row in ``tokens_per_rank`` and leaves no data-parallel rank without one, else the
@@ -486,6 +522,28 @@ def choose_seq_parallel_size(stage: Stage, world_size: int) -> int:
             f"groups of {size} ranks cannot share; raise it, or parallel.seq_parallel_size"
         )
     return size
+
+
+def open_mixture(path: Path, stage: Stage) -> Mixture:
+    """Open the datasets of a stage.
+
+    Args:
+        path: File that lists datasets and mixtures.
+        stage: Gives the mixture, unless the file has one of the stage's name.
+
+    Raises:
+        StageError: If the mixture names datasets that the file has not.
+    """
+    file = read_file(path)
+    spec = stage.name if stage.name in file.mixtures else stage.data.mixture
+    datasets = list(file.datasets.values())
+    try:
+        return Mixture(datasets, spec, known=file.mixtures, seed=stage.data.seed)
+    except ValueError as fault:
+        raise StageError(
+            f"{path}: {fault}. The stage {stage.name} takes {spec!r}; name a mixture "
+            f"{stage.name!r} in the file, or --set data.mixture=NAMES (null for all datasets)"
+        ) from fault
 
 
 def shortened(stage: Stage, *, max_steps: int) -> Stage:

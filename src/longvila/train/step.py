@@ -94,11 +94,7 @@ class StepResult:
 
 
 def count_batch(batch: Mapping[str, Any]) -> Counts:
-    """Count what a batch holds, on the host.
-
-    Args:
-        batch: Arguments of a training step.
-    """
+    """Count what a batch holds, on the host."""
     ids = batch["input_ids"]
     packed = pack_documents(
         (ids.shape[0], ids.shape[1]),

@@ -62,7 +62,7 @@ from longvila.sp.mesh import SPMesh, build_mesh
 from longvila.train import lora
 from longvila.train.arguments import MeshArguments
 from longvila.train.budget import check, load_of_batch
-from longvila.train.parts import base_model, export_state, named_parts
+from longvila.train.parts import base_model, export_state, named_parts, save_plain
 from longvila.train.stages import StageError
 from longvila.train.step import Counts, count_batch, over_data_parallel
 
@@ -208,7 +208,7 @@ class MeshTrainer(_Base):
     def get_train_dataloader(self) -> Any:
         """Return this group's batches: a loader as it is, or the Trainer's for a dataset."""
         if _is_loader(self.train_dataset):
-            return _Endless(self.train_dataset)
+            return _Batches(self.train_dataset, self.args.device, endless=True)
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -217,7 +217,7 @@ class MeshTrainer(_Base):
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]  # type: ignore[index,call-overload]
         if _is_loader(dataset):
-            return dataset
+            return _Batches(dataset, self.args.device) if hasattr(dataset, "finish") else dataset
         return super().get_eval_dataloader(eval_dataset)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
@@ -454,9 +454,12 @@ class MeshTrainer(_Base):
             loader: Any = self.train_dataset
             file = self._loader_file(checkpoint)
             if not file.is_file():
+                # On more groups than before: data are dealt anew from where all of them ended.
+                file = file.with_name("loader_state_0.json")
+            if not file.is_file():
                 raise CheckpointError(
-                    f"{checkpoint} does not say where this rank's data ended ({file.name}); it "
-                    "was saved with another dataset, with save_only_model, or on fewer ranks"
+                    f"{checkpoint} does not say where the data ended ({file.name}); it was saved "
+                    "with another dataset, or with save_only_model"
                 )
             loader.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
 
@@ -477,14 +480,7 @@ class MeshTrainer(_Base):
         """
         state = export_state(self.model, lora.adapter_of(self.model), dtype)
         if self.mesh.rank == 0:
-            base = base_model(self.model)
-            with torch.device("meta"):
-                plain = type(base)(base.config)
-            plain.load_state_dict(state, assign=True)
-            plain.tie_weights()
-            if base.generation_config is not None:
-                plain.generation_config = base.generation_config
-            plain.save_pretrained(output_dir)
+            save_plain(self.model, state, Path(output_dir))
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(str(output_dir))
         if self.mesh.world_size > 1:
@@ -503,20 +499,20 @@ def _is_loader(data: Any) -> bool:
     return all(hasattr(data, name) for name in ("__iter__", "state_dict", "load_state_dict"))
 
 
-class _Endless:
-    """A loader's iterations, one after the other."""
+class _Batches:
+    """A loader's batches, finished where its workers leave pixels to the device."""
 
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
+    def __init__(self, loader: Any, device: torch.device, *, endless: bool = False) -> None:
+        self.loader, self.device, self.endless = loader, device, endless
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        while True:
+        finish = getattr(self.loader, "finish", None)
+        drawn = True
+        while drawn:
             drawn = False
             for batch in self.loader:
-                drawn = True
-                yield batch
-            if not drawn:
-                return
+                drawn = self.endless
+                yield batch if finish is None else finish(batch, self.device)
 
 
 def _count(batch: Mapping[str, Any]) -> Counts:

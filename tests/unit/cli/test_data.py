@@ -64,6 +64,14 @@ def test_clips_are_counted_in_tokens_and_broken_ones_named(
     assert "mine: 2 records, 1 looked at" in capsys.readouterr().out
 
 
+def test_lines_that_are_no_records_are_counted_and_named(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "a.jsonl").write_text('{"q": \n{"q": "Why?", "a": "So."}\n')
+    assert main(["data", "inspect", str(tmp_path / "a.jsonl"), "--adapter", "llava"]) == 0
+    printed = capsys.readouterr().out
+    assert "broken           1" in printed and "turns            2" in printed
+    assert "left out: " in printed and "record 0 at byte 0" in printed
+
+
 def test_tokens_of_other_models_are_counted(tmp_path: Path, capsys: Any) -> None:
     save_family("qwen3", tmp_path / "qwen3")
     rows = [
@@ -92,4 +100,9 @@ def test_wrong_use_says_why(tmp_path: Path, capsys: Any) -> None:
     assert "say how to read" in capsys.readouterr().err
     assert main(["data", "inspect", str(tmp_path / "none.json"), "--adapter", "llava"]) == 1
     assert "no such file" in capsys.readouterr().err
+    assert main(["data", "inspect", "x.json", "--adapter", "llava", "--samples", "-1"]) == 1
+    assert "--samples must not be below 0" in capsys.readouterr().err
+    (tmp_path / "manifest.json").write_text("{}")
+    assert main(["data", "inspect", str(tmp_path)]) == 1
+    assert "not made by pack-text" in capsys.readouterr().err
     assert "Pack text into long rows" in verbs()["data"]

@@ -98,3 +98,17 @@ def test_rates_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
 def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["plan", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--per-node 0", "--link-gbps 0", "--links-per-node 0", "--memory-gib -3",
+        "--chunk-tokens 0", "--host-gib -1", "--frame-side 0", "--seq-parallel-size 4 --inference",
+    ],
+)  # fmt: skip
+def test_numbers_that_no_machine_has(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    row = ["--model", "7B", "--frames", "8", "--gpus", "16"]
+    assert command(["plan", *row, *given.split()]) == 1
+    name = given.split()[0]
+    assert f"longvila plan: {name} " in capsys.readouterr().err

@@ -12,7 +12,8 @@ import pytest
 
 from longvila.data.datasets import ADAPTERS, Dataset, SchemaError, open_dataset, read_file
 from longvila.data.encode import Document, Encoder
-from longvila.data.records import iterate, open_records
+from longvila.data.mixture import Mixture
+from longvila.data.records import open_records
 from longvila.data.sample import Media, Sample
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "data"
@@ -138,7 +139,7 @@ def test_every_sample_becomes_a_document(name: str, processor: Any, media_dir: P
 @pytest.mark.parametrize("name", FIRST)
 def test_a_record_without_a_field_is_refused(name: str) -> None:
     adapter = ADAPTERS[name]
-    rows = [dict(row) for row in iterate(open_records(FILES[name], under=adapter.under))]
+    rows = [dict(row) for row in open_records(FILES[name], under=adapter.under)]
     for field in adapter.required:
         row = {key: value for key, value in rows[0].items() if key != field}
         dataset = Dataset(name, [row], adapter)
@@ -149,7 +150,7 @@ def test_a_record_without_a_field_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", FIRST)
 def test_unknown_fields_are_refused_where_the_schema_was_not_seen(name: str) -> None:
     adapter = ADAPTERS[name]
-    rows = iterate(open_records(FILES[name], under=adapter.under))
+    rows = iter(open_records(FILES[name], under=adapter.under))
     dataset = Dataset(name, [{**row, "surprise": 1} for row in rows], adapter, media_dir="/m")
     if adapter.verified:
         assert shown(dataset[0]) == FIRST[name]
@@ -266,11 +267,66 @@ def test_files_of_datasets_and_mixtures(tmp_path: Path) -> None:
     for text, message in (
         ("datasets: {a: {adapter: llava, path: rows.json, folder: x}}", "dataset 'a': keys are"),
         ("data: {}", "expected the keys datasets"),
-        ("datasets: {a: {adapter: lava, path: rows.json}}", "did you mean 'llava'"),
+        ("datasets: {a: {adapter: lava, path: rows.json}}", "dataset 'a': .*did you mean 'llava'"),
+        ("datasets: [a]", "are mappings"),
+        ("datasets: {a: {adapter: llava, path: rows.json}}\nmixtures: [a]", "are mappings"),
+        ("datasets: {a: {adapter: llava, path: rows.json}}\nmixtures: {b: 3}", "text like a"),
+        ("datasets: {a b: {adapter: llava, path: rows.json}}", "'a b': mixtures cannot name it"),
+        ("datasets: {a: {adapter: llava, path: null}}", "path is a text or a list"),
+        ("datasets: {a: {adapter: llava, path: []}}", "path is a text or a list"),
+        ("datasets: {a: {adapter: llava, path: rows.json, media_dir: 5}}", "media_dir a text"),
+        ("datasets: {a: {adapter: llava, path: rows.json, options: x}}", "options are a mapping"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_file(file)
+
+
+def test_numbers_are_names_and_home_folders_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.json").write_text(FILES["llava"].read_text())
+    (tmp_path / "sub").mkdir()
+    file = tmp_path / "sub" / "data.yaml"
+    file.write_text("datasets: {2024: {adapter: llava, path: ~/rows.json, media_dir: ~/m}}")
+    content = read_file(file)
+    assert len(Mixture(list(content.datasets.values()), "2024*2")) == 12
+    assert content.datasets["2024"][0].media[0].name == str(tmp_path / "m/a/kettle.jpg")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        None, "text", ["Why?"], [{"from": "human"}], [{"from": "human", "value": None}],
+        [{"from": "human", "value": [{"type": "text"}]}],
+    ],
+)  # fmt: skip
+def test_conversations_of_another_shape_are_refused_by_name(said: Any) -> None:
+    with pytest.raises(SchemaError, match="llava, record 0: "):
+        open_dataset("llava", [{"conversations": said}])[0]
+
+
+def test_a_record_that_an_adapter_cannot_read_is_named_with_the_reason() -> None:
+    record = {"text_list": None, "image_info": []}
+    with pytest.raises(SchemaError, match="record 0: is not what the adapter 'mmc4' reads: TypeE"):
+        open_dataset("mmc4", [record])[0]
+
+
+def test_pictures_as_bytes_are_one_picture() -> None:
+    said = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    for picture in (b"JPEG", {"bytes": b"JPEG", "path": None}, [b"JPEG"]):
+        found = open_dataset("llava", [{"image": picture, "conversations": said}])[0]
+        assert found.media == (Media("image", b"JPEG"),)
+
+
+def test_a_colon_in_a_name_is_no_address() -> None:
+    record = {"video": "cam:10.mp4", "conversations": [{"from": "human", "value": "Why?"},
+              {"from": "gpt", "value": "So."}]}  # fmt: skip
+    assert open_dataset("llava", [record], media_dir="/m")[0].media[0].name == "/m/cam:10.mp4"
+    for address in ("https://a/b.mp4", "data:video/mp4;base64,AA"):
+        found = open_dataset("llava", [{**record, "video": address}], media_dir="/m")[0]
+        assert found.media[0].name == address
 
 
 def test_records_of_hugging_face_datasets_are_taken_by_index() -> None:

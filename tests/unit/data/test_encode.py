@@ -210,6 +210,23 @@ def test_texts_that_no_tokenizer_takes_are_said_not_raised(processor: Any) -> No
     assert isinstance(result, Rejected) and "NUL" in result.reason
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% generation %}{{ messages[1]['content'][0]['text'] }}{% endgeneration %}", "1 placeh"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    ],
+)
+def test_texts_that_the_template_or_the_placeholders_refuse_are_said_not_raised(
+    template: str, reason: str
+) -> None:
+    processor = tiny_processor()
+    processor.chat_template = template
+    result = Encoder(processor, 200)(text_sample(answer=f"Write {processor.image_token}."))
+    assert isinstance(result, Rejected)
+    assert result.cause == "broken" and reason in result.reason and "texts/t0" in result.reason
+
+
 def test_broken_videos_are_said_not_raised(processor: Any, tmp_path: Path) -> None:
     from longvila.media.synthetic import clip
 

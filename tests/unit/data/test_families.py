@@ -213,11 +213,19 @@ def test_language_models_take_text(media: Path) -> None:
         encoder(sample(media, "wide.png"))
 
 
-def test_what_has_no_exact_place_is_refused() -> None:
+def test_an_answer_that_the_template_trims_is_learned_as_it_stands_there() -> None:
     words, (encoder, _) = language_model()
     words.chat_template = "{% for m in messages %}{{ m['content'] | trim }};{% endfor %}"
+    document = encoded(encoder, text_sample(1, answer="\n Yes.\n\nNo.\n"))
+    assert words.decode(document.input_ids).endswith("Yes.\n\nNo.;")
+    assert words.decode(document.labels[document.labels != -100]) == "Yes.\n\nNo."
+
+
+def test_what_has_no_exact_place_is_refused() -> None:
+    words, (encoder, _) = language_model()
+    words.chat_template = "{% for m in messages %}{{ m['content'] | upper }};{% endfor %}"
     with pytest.raises(ValueError, match="no exact place in the text"):
-        encoder(text_sample(1, answer=" Yes."))
+        encoder(text_sample(1, answer="Yes."))
     with pytest.raises(ValueError, match="text without a template is LongVILA's"):
         FamilyEncoder(words, 500, style="plain")(text_sample(1))
 

@@ -102,6 +102,8 @@ def test_substitutes_are_of_the_same_dataset_and_never_the_broken_row() -> None:
 def test_unknown_and_empty_datasets_are_refused() -> None:
     with pytest.raises(ValueError, match="names 'c'"):
         Mixture([listed("a", 1)], "c")
+    with pytest.raises(ValueError, match="a has no samples"):
+        Mixture([listed("a", 0)])
     with pytest.raises(ValueError, match="none at all"):
         Mixture([listed("a", 2)], "a*0.1")
 

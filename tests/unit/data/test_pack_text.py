@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from longvila.data.datasets import open_dataset
 from longvila.data.pack_text import PackOptions, pack_text, parse_length
-from longvila.data.records import iterate, open_records
+from longvila.data.records import open_records
 from longvila.testing.tiny import tiny_tokenizer
 
 
@@ -79,8 +79,7 @@ def test_rows_are_the_texts_behind_one_another(tmp_path: Path, tokenizer: str, f
     assert rows == expected(TEXTS, 100)[0] and len(rows) == progress.rows
     if form == "upstream":
         assert all(
-            set(row) == {"text"}
-            for row in iterate(open_records(tmp_path / "out" / "rows-00000.json"))
+            set(row) == {"text"} for row in open_records(tmp_path / "out" / "rows-00000.json")
         )
     else:
         assert lengths == expected(TEXTS, 100)[1]
@@ -243,6 +242,17 @@ def test_wrong_inputs_say_why(tmp_path: Path, tokenizer: str) -> None:
         options(tmp_path, tokenizer, length=0)
     with pytest.raises(FileNotFoundError, match="no such file"):
         pack_text(PackOptions((str(tmp_path / "none.txt"),), tmp_path / "x", tokenizer, 5))
+    with pytest.raises(ValueError, match="rows_per_shard must be at least 1, got 0"):
+        options(tmp_path, tokenizer, rows_per_shard=0)
+    for name, content, message in (
+        ("latin.txt", b"caf\xe9", r"latin.txt: is no UTF-8"),
+        ("number.jsonl", b'{"text": 5}', "must be a text or a list of token ids, got '5'"),
+        ("null.jsonl", b'{"text": null}', "got 'None'"),
+        ("half.jsonl", b'{"text": [1.5, 2]}', r"got '\[1.5, 2\]'"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            pack_text(PackOptions((str(tmp_path / name),), tmp_path / name[:4], tokenizer, 5))
 
 
 @pytest.mark.parametrize(

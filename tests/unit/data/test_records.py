@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import tarfile
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from data_cases import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longvila.data.records import JsonArray, TarRecords, iterate, open_records
+from longvila.data.records import JsonArray, RecordError, TarRecords, open_records
 
 ROWS = [{"id": i, "text": 'a "quoted" ] line\n{' + "é" * i, "list": [[i], {}]} for i in range(9)]
 JSON = st.recursive(
@@ -38,7 +39,7 @@ def test_lines_arrays_and_parquet_give_the_same_records(tmp_path: Path) -> None:
     parquet.write_table(pa.Table.from_pylist(flat), tmp_path / "d.parquet", row_group_size=2)
     for path in (lines, array, as_json):
         records = open_records(path)
-        assert list(iterate(records)) == ROWS
+        assert list(records) == ROWS
         assert records[7] == ROWS[7] and records[0] == ROWS[0]
         with pytest.raises(IndexError, match="9"):
             records[9]
@@ -55,18 +56,18 @@ def test_array_offsets_hold_for_any_content(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_text(json.dumps(rows, ensure_ascii=escaped), encoding="utf-8")
-    assert list(iterate(JsonArray(path))) == rows
+    assert list(JsonArray(path)) == rows
 
 
 def test_mappings_give_their_keys(tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     path.write_text(json.dumps({"database": {"x": {"a": 1}, "y": {"a": 2}}}))
     records = open_records(path, under="database")
-    assert list(iterate(records)) == [{"__key__": "x", "a": 1}, {"__key__": "y", "a": 2}]
+    assert list(records) == [{"__key__": "x", "a": 1}, {"__key__": "y", "a": 2}]
     with pytest.raises(ValueError, match="no key 'rows'"):
         open_records(path, under="rows")
     (tmp_path / "one.json").write_text(json.dumps({"x": {"a": 1}}, indent=1))
-    assert list(iterate(open_records(tmp_path / "one.json"))) == [{"__key__": "x", "a": 1}]
+    assert list(open_records(tmp_path / "one.json")) == [{"__key__": "x", "a": 1}]
 
 
 def tar(path: Path, files: dict[str, bytes]) -> None:
@@ -81,7 +82,7 @@ def test_tars_group_files_by_stem(tmp_path: Path) -> None:
     tar(tmp_path / "s-2.tar", {"c.txt": b"three", "c.png": b"\x89"})
     tar(tmp_path / "s-1.tar", {"x/a.jpg": b"1", "x/a.json": b'{"k": 2}', "b.seg.txt": b"two"})
     records = TarRecords(tmp_path)
-    assert list(iterate(records)) == [
+    assert list(records) == [
         {"__key__": "x/a", "__shard__": "s-1.tar", ".jpg": b"1", ".json": {"k": 2}},
         {"__key__": "b", "__shard__": "s-1.tar", ".seg.txt": b"two"},
         {"__key__": "c", "__shard__": "s-2.tar", ".txt": "three", ".png": b"\x89"},
@@ -89,7 +90,7 @@ def test_tars_group_files_by_stem(tmp_path: Path) -> None:
     index = {"name": "n", "wids_version": 1}
     shards = [{"url": "s-2.tar", "nsamples": 1}, {"url": "s-1.tar", "nsamples": 2}]
     (tmp_path / "wids-meta.json").write_text(json.dumps({**index, "shardlist": shards}))
-    assert [r["__key__"] for r in iterate(TarRecords(tmp_path))] == ["c", "x/a", "b"]
+    assert [r["__key__"] for r in TarRecords(tmp_path)] == ["c", "x/a", "b"]
     shards[0]["nsamples"] = 5
     (tmp_path / "wids-meta.json").write_text(json.dumps({**index, "shardlist": shards}))
     with pytest.raises(ValueError, match=r"1 records, but wids-meta.json promises 5"):
@@ -105,10 +106,40 @@ def test_a_name_twice_in_a_tar_is_refused(tmp_path: Path) -> None:
         open_records(tmp_path / "t.tar")
 
 
+def test_a_tar_that_is_cut_off_between_files_is_refused(tmp_path: Path) -> None:
+    tar(tmp_path / "t.tar", {"a.txt": b"1", "b.txt": b"2"})
+    content = (tmp_path / "t.tar").read_bytes()
+    (tmp_path / "t.tar").write_bytes(content[: 1024 + 100])
+    with pytest.raises(ValueError, match="cut off"):
+        open_records(tmp_path / "t.tar")
+
+
+def test_a_broken_file_in_a_tar_is_a_broken_record_and_no_other(tmp_path: Path) -> None:
+    tar(tmp_path / "t.tar", {"a.json": b"{", "b.txt": b"\xff", "c.txt": b"fine"})
+    records = open_records(tmp_path / "t.tar")
+    for index, name in enumerate(("a.json", "b.txt")):
+        with pytest.raises(RecordError, match=rf"t.tar: {name}: "):
+            records[index]
+    assert records[2][".txt"] == "fine"
+
+
+def test_a_picture_inside_an_array_takes_no_memory_beside_itself(tmp_path: Path) -> None:
+    size = 1 << 20
+    (tmp_path / "a.json").write_text(json.dumps([{"picture": "A" * size, "text": '\\"]'}]))
+    tracemalloc.start()
+    try:
+        records = open_records(tmp_path / "a.json")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(records) == 1 and records[0]["text"] == '\\"]'
+    assert peak < 4 * size
+
+
 def test_several_files_and_folders_are_joined(tmp_path: Path) -> None:
     paths = [write_jsonl(tmp_path / f"p{n}.jsonl", ROWS[n : n + 2]) for n in (0, 2)]
     for records in (open_records(paths), open_records(tmp_path)):
-        assert [r["id"] for r in iterate(records)] == [0, 1, 2, 3]
+        assert [r["id"] for r in records] == [0, 1, 2, 3]
         with pytest.raises(IndexError):
             records[4]
 
@@ -154,6 +185,14 @@ def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
     (tmp_path / "number.json").write_text("3")
     with pytest.raises(ValueError, match="neither a list nor an object"):
         open_records(tmp_path / "number.json")
+    for name, content, message in (
+        ("half.json", b'{"a": {"b": 1},\n "c": ', "half.json: is no JSON, nor one object a line"),
+        ("half.parquet", b"PAR1 and no more", r"half.parquet: Parquet"),
+        ("none.tar", b"no tar" * 200, r"none.tar: .*is it a tar"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            open_records(tmp_path / name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="a folder without"):
         open_records(tmp_path / "empty")

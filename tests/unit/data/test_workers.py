@@ -13,9 +13,10 @@ import torch
 from data_cases import Listed, text_sample, video_sample
 
 from longvila.data.collate import BrokenMedia, Collator
+from longvila.data.datasets import open_dataset
 from longvila.data.encode import Document, Encoder, PlannedMedia, Rejected
 from longvila.data.families import FamilyCollator
-from longvila.data.loader import PackedLoader
+from longvila.data.loader import DataError, PackedLoader
 from longvila.data.mixture import Mixture
 from longvila.data.sample import Media, Sample, Turn
 from longvila.data.workers import Job, Workers, _parts, read_document
@@ -80,6 +81,32 @@ def test_a_document_and_a_rejection_come_back_whole(
             assert [m.count for m in there.media] == [m.count for m in here.media]
     finally:
         workers.close()
+
+
+def test_a_line_that_is_no_record_is_left_out_as_without_workers(
+    processor: Any, tmp_path: Path
+) -> None:
+    good = '{"q": "Why?", "a": "So."}\n'
+    (tmp_path / "a.jsonl").write_text(good + '{"q": \n' + good)
+    order = Mixture([open_dataset("llava", tmp_path / "a.jsonl")])
+    coders = Encoder(processor, BUDGET), Collator(processor)
+    loader = PackedLoader(order, *coders, window=3, workers=1, epochs=1)
+    assert [len(batch["document_lengths"]) for batch in loader] == [2]
+    assert loader.report.counts["broken"] == 1
+
+
+class Deadly(Listed):
+    """Ends whichever process reads from it."""
+
+    def __getitem__(self, index: int) -> Sample:
+        os._exit(9)
+
+
+def test_a_worker_that_is_killed_is_said(processor: Any) -> None:
+    order = Mixture([Deadly("deadly", [text_sample(1)])])
+    coders = Encoder(processor, BUDGET), Collator(processor)
+    with pytest.raises(DataError, match=r"ended from outside.*set data\.workers lower"):
+        next(iter(PackedLoader(order, *coders, window=1, workers=1)))
 
 
 def test_what_cannot_be_decoded_is_named_and_leaves_no_descriptor(

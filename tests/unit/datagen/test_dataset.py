@@ -24,6 +24,8 @@ def test_folders_files_and_lists(tmp_path: Path) -> None:
     listed = find_videos([tmp_path / "list.txt", tmp_path / "list.jsonl"])
     assert [v.id for v in listed] == ["b", "c", "7"]
     assert listed[2].path == listed[0].path == str(tmp_path / "b.mp4")
+    (tmp_path / "odd.jsonl").write_text('\ufeff{"id": "a\u2028b\x85", "video": "b.mp4"}\r\n')
+    assert [v.id for v in find_videos([tmp_path / "odd.jsonl"])] == ["a\u2028b\x85"]
     single = find_videos([tmp_path / "b.mp4"])
     assert single == [Video("b", str(tmp_path / "b.mp4"), str(tmp_path / "b.mp4"))]
 

@@ -55,14 +55,14 @@ def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_only_starts_ranks_loads_no_models(tmp_path: Path) -> None:
     data = tmp_path / "data.yaml"
     data.write_text("datasets:\n  a: {adapter: llava, path: a.jsonl}\n")
-    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "a.jsonl").write_text("{}\n")
     code = (
         "import sys\n"
         "from pathlib import Path\n"
         "from longvila.cli.train import Options, check_files, settings_of\n"
         "from longvila.errors import CheckpointError\n"
-        "settings_of(Options('sft'))\n"
-        "try: check_files('/nowhere/gone', Path(sys.argv[1]))\n"
+        "stage = settings_of(Options('sft', set=('mixture=a',)))\n"
+        "try: check_files('/nowhere/gone', Path(sys.argv[1]), stage)\n"
         "except CheckpointError as fault: print(fault)\n"
         "print({'torch', 'transformers'} & set(sys.modules))\n"
     )

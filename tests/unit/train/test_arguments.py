@@ -72,6 +72,7 @@ def test_settings_of_accelerate_are_kept(tmp_path: Path) -> None:
         ({"sharding": "fsdp"}, "shards over several GPUs only"),
         ({"fsdp": True}, "fsdp is given, but parameters are not sharded"),
         ({"fp16": True}, "use bf16"),
+        ({"neftune_noise_alpha": 5.0}, "adds noise to embeddings"),
         ({"label_smoothing_factor": 0.1}, "needs whole logits"),
         ({"torch_compile": True}, "compile_modules compiles"),
         ({"offload_optimizer": True, "optim": "adafactor"}, "holds AdamW's moments"),

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from longvila.errors import CheckpointError
 from longvila.testing import Rank
 from longvila.testing.ranks import run_ranks
-from longvila.train.checkpoint import find_saves, held, save
+from longvila.train.checkpoint import find_saves, held, save, writing
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
@@ -51,6 +52,12 @@ def test_a_disk_that_is_full_is_a_sentence_and_earlier_saves_stay(
     ):
         write(2)
     assert [each.path.name for each in find_saves(tmp_path)] == ["step-1"]
+
+
+def test_weights_that_do_not_fit_the_disk_are_a_sentence_too(tmp_path: Path) -> None:
+    said = pytest.raises(CheckpointError, match=r"model cannot be written \(I/O error\)")
+    with said, writing(tmp_path / "model"):
+        raise SafetensorError("I/O error\nand more")
 
 
 def test_all_ranks_are_refused(tmp_path: Path) -> None:

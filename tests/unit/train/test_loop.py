@@ -24,6 +24,7 @@ from longvila.train import checkpoint
 from longvila.train.loop import run_stage
 from longvila.train.parts import tune
 from longvila.train.stages import Adapter, Data, Optimizer, Rates, Saving, Stage
+from longvila.train.step import build_optimizer
 
 STAGE = Stage(
     name="sft",
@@ -54,6 +55,23 @@ def train(
         "step": progress.step, "losses": progress.losses, "seen": progress.seen,
         "rows": loader.rows, "stopped": progress.stopped, "weights": whole(model),
     }  # fmt: skip
+
+
+def test_a_resumed_run_takes_its_own_rates(tmp_path: Path) -> None:
+    train(None, str(tmp_path), 1, 1)
+    before = checkpoint.find_saves(tmp_path / "saves")[-1]
+    slow = replace(STAGE, rates=Rates(vision_tower=1e-9, projector=1e-9, language_model=1e-9))
+    model = tune(tiny_model(dtype=torch.float64), slow.rates)
+    optimizer = build_optimizer(model, slow.rates, slow.optimizer)
+    checkpoint.load(before, model, optimizer, seed=slow.seed)
+    assert {group["full_lr"] for group in optimizer.param_groups} == {1e-9}
+    saved = whole(model)
+    train(None, str(tmp_path), 1, 1, slow)
+    resumed = checkpoint.find_saves(tmp_path / "saves")[-1]
+    assert resumed.step == 2
+    checkpoint.load(resumed, model, optimizer, seed=slow.seed)
+    moved = max(np.abs(value - saved[name]).max() for name, value in whole(model).items())
+    assert 0 < moved < 1e-7
 
 
 def test_stopped_and_resumed_is_the_run_that_was_not(tmp_path: Path) -> None:

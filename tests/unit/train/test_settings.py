@@ -113,6 +113,22 @@ def test_an_ambiguous_name_is_refused() -> None:
     assert override(get_stage("sft"), ["seed=3"]).data.seed == 0
 
 
+def test_assignments_that_only_together_make_sense() -> None:
+    stage = get_stage("sft")
+    for given in (
+        ["samples_per_step=null", "rows_per_step=2"], ["rows_per_step=2", "samples_per_step=null"],
+        ["samples_per_step=null", "seed=3", "rows_per_step=2"],
+    ):  # fmt: skip
+        data = override(stage, given).data
+        assert (data.samples_per_step, data.rows_per_step) == (None, 2)
+    with pytest.raises(SettingsError, match=r"^--set samples_per_step=null: data: give either"):
+        override(stage, ["samples_per_step=null", "data.seed=3"])
+    dropped = override(get_stage("extend-64k"), ["adapter.rank=4", "adapter=null"])
+    assert dropped.adapter is None
+    fresh = override(get_stage("extend-64k"), ["adapter.alpha=4", "adapter=null", "adapter.rank=2"])
+    assert fresh.adapter is not None and (fresh.adapter.rank, fresh.adapter.alpha) == (2, 16)
+
+
 def test_unknown_keys_of_a_file_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text("data: {max_lenght: 3}\n")
@@ -124,8 +140,15 @@ def test_unknown_keys_of_a_file_are_refused(tmp_path: Path) -> None:
     file.write_text("a: [")
     with pytest.raises(SettingsError, match="no YAML"):
         read_yaml(file)
+    file.write_bytes(b"a: \xff")
+    with pytest.raises(SettingsError, match="no YAML"):
+        read_yaml(file)
     file.write_text("")
     assert read_yaml(file) == {}
+    with pytest.raises(
+        SettingsError, match=r"^--set adapter=\{rank: x\}: adapter.rank must be a w"
+    ):
+        override(get_stage("sft"), ["adapter={rank: x}"])
     with pytest.raises(SettingsError, match="missing"):
         from_plain(Stage, {"name": "x"})
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from longvila.ops.rope import STAGES as CONTEXTS
+from longvila.train.settings import SettingsError, override
 from longvila.train.stages import (
     STAGES,
     Adapter,
@@ -121,6 +122,22 @@ def test_contradictions() -> None:
         Optimizer(epochs=None)
     with pytest.raises(ValueError, match="warmup_steps needs max_steps"):
         Optimizer(warmup_steps=2)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "rates.projector=nan", "adapter.rank=0", "adapter.dropout=1", "context.rope_theta=0",
+        "max_tokens=1", "max_sample_tokens=0", "max_documents=0", "num_frames=0", "window=0",
+        "threads=0", "workers=-1", "prefetch=-1", "fps=0", "epochs=0", "max_steps=0",
+        "warmup_steps=-1", "weight_decay=-1", "eps=nan", "tokens_per_rank=0", "mlp_tile_rows=0",
+        "head_chunks=0", "loss_tile_rows=0", "plain_layers=-1", "offload_gib=-1",
+    ],
+)  # fmt: skip
+def test_numbers_that_no_run_can_have_are_refused_before_it(setting: str) -> None:
+    name, _, value = setting.partition("=")
+    with pytest.raises(SettingsError, match=rf"{name.rpartition('.')[2]} must be|rates must be"):
+        override(get_stage("extend-64k"), [f"{name}={value}"])
 
 
 def test_a_shortened_stage_keeps_its_warm_up_inside() -> None:

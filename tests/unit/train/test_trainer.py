@@ -16,6 +16,8 @@ from transformers import TrainingArguments
 
 from longvila.data.collate import Collator
 from longvila.data.encode import Encoder
+from longvila.data.loader import PackedLoader
+from longvila.data.mixture import Mixture
 from longvila.data.sample import Media, Sample, Turn
 from longvila.media.synthetic import clip
 from longvila.testing import Rank
@@ -246,6 +248,29 @@ def with_files(rank: Rank | None, folder: str, clips: list[str]) -> dict[str, An
     trainer.train()
     pixels = [batch[name].shape[0] for name in batch if name.endswith("pixel_values_videos")]
     return {"losses": losses(trainer), "frames": pixels, "names": sorted(batch)}
+
+
+class Clips(list[Sample]):
+    name = "clips"
+
+
+def test_what_workers_decode_is_finished_for_the_model(tmp_path: Path) -> None:
+    clip(tmp_path / "a.mp4", 12)
+    video = Media("video", str(tmp_path / "a.mp4"))
+    turns = Turn("user", (video, "What?")), Turn("assistant", ("It counts.",))
+    samples = [Sample(str(n), "clips", turns) for n in range(4)]
+    processor = tiny_processor(num_frames=2)
+
+    def seen(workers: int) -> list[float]:
+        loader = PackedLoader(
+            Mixture([Clips(samples)]), Encoder(processor, 200), Collator(processor),
+            workers=workers, epochs=1, window=2,
+        )  # fmt: skip
+        trainer = make(None, tmp_path / str(workers), rows=loader, eval_dataset=loader, steps=1)
+        trainer.train()
+        return [*losses(trainer), trainer.evaluate()["eval_loss"]]
+
+    assert seen(1) == seen(0)
 
 
 def test_a_rank_decodes_only_its_own_frames(tmp_path: Path) -> None:

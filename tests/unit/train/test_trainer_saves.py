@@ -74,8 +74,19 @@ def test_resuming_is_exact_over_ranks(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_the_loaders_state_is_refused(tmp_path: Path) -> None:
     run(None, str(tmp_path), resume=False, loader=False)
-    with pytest.raises(CheckpointError, match="does not say where this rank's data ended"):
+    with pytest.raises(CheckpointError, match="does not say where the data ended"):
         run(None, str(tmp_path), resume=True, loader=True)
+
+
+def gone_on(rank: Rank, folder: str) -> list[float]:
+    losses: list[float] = run(rank, folder, resume=True, loader=True)["losses"]
+    return losses
+
+
+def test_data_go_on_over_more_groups_than_before(tmp_path: Path) -> None:
+    straight = run(None, str(tmp_path), resume=False, loader=True)["losses"]
+    for each in run_ranks(gone_on, 2, str(tmp_path)):
+        assert each == pytest.approx(straight, rel=1e-5)
 
 
 # ---- evaluation ------------------------------------------------------------------------------

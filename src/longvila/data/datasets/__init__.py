@@ -16,6 +16,7 @@ pre-training mixes them with conversations.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +64,9 @@ def open_dataset(
     Raises:
         ValueError: If there is no such adapter or option.
     """
-    if isinstance(adapter, str):
+    if not isinstance(adapter, Adapter):
         if adapter not in ADAPTERS:
-            near = difflib.get_close_matches(adapter, ADAPTERS, n=1)
+            near = difflib.get_close_matches(str(adapter), ADAPTERS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
                 f"no adapter {adapter!r}{hint}; there are {', '.join(sorted(ADAPTERS))}"
@@ -90,9 +91,6 @@ class DataFile:
 def read_file(path: str | Path) -> DataFile:
     """Read a YAML file of datasets and mixtures.
 
-    Args:
-        path: The file; see the module's text.
-
     Returns:
         The datasets, opened, and the mixtures.
 
@@ -109,33 +107,55 @@ def read_file(path: str | Path) -> DataFile:
             f"{path}: expected the keys datasets and (optional) mixtures, got a "
             f"{type(content).__name__}"
         )
-    unknown = set(content) - {"datasets", "mixtures"}
-    if unknown or not content.get("datasets"):
+    listed, mixtures = content.get("datasets"), content.get("mixtures") or {}
+    if set(content) - {"datasets", "mixtures"} or not listed:
         raise ValueError(
-            f"{path}: expected the keys datasets and (optional) mixtures, got {sorted(content)}"
+            f"{path}: expected the keys datasets and (optional) mixtures, got "
+            f"{sorted(map(str, content))}"
         )
+    if not isinstance(listed, dict) or not isinstance(mixtures, dict):
+        raise ValueError(f"{path}: datasets and mixtures are mappings, each entry under its name")
+    for name, text in mixtures.items():
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{path}, mixture {name!r}: expected a text like a*2 + b, got {text!r}"
+            )
     datasets = {}
-    for name, entry in content["datasets"].items():
+    for name, entry in listed.items():
+        where = f"{path}, dataset {name!r}"
+        if re.search(r"[\s*+]", str(name)):
+            raise ValueError(f"{where}: mixtures cannot name it; no spaces, * and + in names")
         if not isinstance(entry, dict):
+            raise ValueError(f"{where}: expected {{adapter: ..., path: ...}}, got {entry!r}")
+        if set(entry) - _KEYS or not {"adapter", "path"} <= set(entry):
             raise ValueError(
-                f"{path}, dataset {name!r}: expected {{adapter: ..., path: ...}}, got {entry!r}"
+                f"{where}: keys are {sorted(_KEYS)}, adapter and path are needed; got "
+                f"{sorted(map(str, entry))}"
             )
-        unknown = set(entry) - _KEYS
-        if unknown or not {"adapter", "path"} <= set(entry):
-            raise ValueError(
-                f"{path}, dataset {name!r}: keys are {sorted(_KEYS)}, adapter and path are needed; "
-                f"got {sorted(entry)}"
-            )
-        paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
-        found = [each if str(each).startswith("hf:") else path.parent / each for each in paths]
-        media_dir = entry.get("media_dir")
-        datasets[name] = open_dataset(
-            entry["adapter"],
-            found[0] if len(found) == 1 else found,
-            name=name,
-            media_dir=None if media_dir is None else path.parent / media_dir,
-            under=entry.get("under"),
-            options=entry.get("options"),
-            style=entry.get("style"),
+        try:
+            datasets[str(name)] = _open(str(name), entry, path.parent)
+        except (TypeError, ValueError) as fault:
+            raise ValueError(f"{where}: {fault}") from fault
+    return DataFile(datasets, mixtures)
+
+
+def _open(name: str, entry: Mapping[str, Any], folder: Path) -> Dataset:
+    """Open what a file lists."""
+    paths, media_dir = entry["path"], entry.get("media_dir")
+    paths = paths if isinstance(paths, list) else [paths]
+    if not paths or not all(isinstance(each, str) and each for each in (*paths, media_dir or ".")):
+        raise ValueError(
+            f"path is a text or a list of them, media_dir a text; got {paths} and {media_dir!r}"
         )
-    return DataFile(datasets, dict(content.get("mixtures") or {}))
+    if not isinstance(entry.get("options") or {}, dict):
+        raise ValueError(f"options are a mapping, got {entry['options']!r}")
+    found = [each if each.startswith("hf:") else folder / Path(each).expanduser() for each in paths]
+    return open_dataset(
+        entry["adapter"],
+        found[0] if len(found) == 1 else found,
+        name=name,
+        media_dir=None if media_dir is None else folder / Path(media_dir).expanduser(),
+        under=entry.get("under"),
+        options=entry.get("options"),
+        style=entry.get("style"),
+    )

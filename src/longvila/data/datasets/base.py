@@ -17,11 +17,12 @@ from typing import Any, get_args
 
 from longvila.data.records import Record, Records
 from longvila.data.sample import Kind, Media, Sample, Style, Turn
+from longvila.errors import LongVILAError
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
 
-class SchemaError(ValueError):
+class SchemaError(LongVILAError, ValueError):
     """A record is not of the shape its adapter knows; the message names fields and record."""
 
 
@@ -110,7 +111,14 @@ class Adapter:
                     "schema could not be checked at its source, so they are not guessed at. Drop "
                     "them, or write an adapter"
                 )
-        return self.convert(record, context)
+        try:
+            return self.convert(record, context)
+        except SchemaError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as fault:
+            raise context.error(
+                f"is not what the adapter {self.name!r} reads: {type(fault).__name__}: {fault}"
+            ) from fault
 
 
 class Dataset:

@@ -29,23 +29,17 @@ _ROLES = {
 }
 _ADJACENT = re.compile(r"\n?<(?:image|video)>\n?")
 _PLACEHOLDER = re.compile(r"<(image|video)>")
-_FIELDS: tuple[str, ...] = (
-    "id",
-    "image",
-    "images",
-    "video",
-    "videos",
-    "video_id",
-    "video_path",
-    "fps",
-)
-_FIELDS = (*_FIELDS, "frame_count", "model", "width", "height", "q", "a")
+_FIELDS = (
+    "id", "image", "images", "video", "videos", "video_id", "video_path", "fps", "frame_count",
+    "model", "width", "height", "q", "a",
+)  # fmt: skip
 
 
 def _list(value: Any) -> list[Any]:
     if value is None:
         return []
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return list(value) if several else [value]
 
 
 def media_of(record: Record, context: Context) -> list[Media]:
@@ -67,8 +61,11 @@ def llava_sample(record: Record, context: Context) -> Sample:
     messages = record.get("conversations")
     if messages is None and "q" in record and "a" in record:
         messages = [{"from": "human", "value": record["q"]}, {"from": "gpt", "value": record["a"]}]
-    if not isinstance(messages, Sequence) or not messages:
-        raise context.error("has no conversations")
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise context.error(
+            "has no conversations, a list of {'from': 'human' or 'gpt', 'value': text}; its fields "
+            f"are {sorted(record)}"
+        )
     media = media_of(record, context)
     placing = context.options.get("placing", "prepend")
     if placing not in ("prepend", "in_place"):
@@ -81,7 +78,9 @@ def llava_sample(record: Record, context: Context) -> Sample:
             raise context.error(
                 f"has a message from {message.get('from')!r}, not of {list(_ROLES)}"
             )
-        text = message["value"] if "value" in message else message["content"]
+        text = message["value"] if "value" in message else message.get("content")
+        if not isinstance(text, str):
+            raise context.error(f"has a message whose text is {text!r}")
         if placing == "prepend":
             parts: list[Any] = [_ADJACENT.sub("", text)]
             if role == "user" and waiting:
@@ -91,9 +90,8 @@ def llava_sample(record: Record, context: Context) -> Sample:
             parts = _in_place(text, waiting, context)
         turns.append((role, tuple(part for part in parts if part != "")))
     if waiting:
-        raise context.error(
-            f"has {len(waiting)} media without a placeholder; placing='prepend' puts them first"
-        )
+        want = "a message from human" if placing == "prepend" else "a placeholder"
+        raise context.error(f"has {len(waiting)} media without {want} to stand in")
     return conversation(record.get("id", context.index), context, *turns)
 
 
@@ -110,10 +108,6 @@ def _in_place(text: str, waiting: list[Media], context: Context) -> list[Any]:
         parts.append(waiting.pop(at))
         end = found.end()
     return [*parts, text[end:]]
-
-
-def _video_chatgpt(record: Record, context: Context) -> Sample:
-    return llava_sample(record, context)
 
 
 _OPTIONS = ("placing",)
@@ -164,7 +158,7 @@ ADAPTERS = (
         options=_OPTIONS,
     ),
     Adapter(
-        "video-chatgpt", "VideoInstruct-100K", ("video_id", "q", "a"), (), _video_chatgpt, False,
+        "video-chatgpt", "VideoInstruct-100K", ("video_id", "q", "a"), (), llava_sample, False,
         "the three fields were seen in several third parties' readers and in the original's older "
         "loader; video_id is ActivityNet's, v_ and YouTube's id",
     ),

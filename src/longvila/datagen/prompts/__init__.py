@@ -46,10 +46,6 @@ class Prompts:
     def fill(self, name: str, **values: Any) -> str:
         """Return a text, filled in.
 
-        Args:
-            name: Of the text.
-            **values: What stands for ``$name``.
-
         Raises:
             LongVILAError: If the text asks for something else.
         """
