@@ -161,6 +161,8 @@ def _to_vila(options: Options) -> int:
         )
     for note in notes:
         print(note)
+    if not options.dry_run:
+        print(f"wrote {options.destination}")
     return 0
 
 

@@ -31,8 +31,8 @@ _NAMED_PROJECTORS: dict[str, int] = {
     "mlp_downsample_3x3_s2": 3,
     "mlp_downsample_3x3_s2_new": 3,
 }
-_MLP = re.compile(r"mlp(\d+)x_gelu")
-_SQUARE = re.compile(r"mlp_downsample_(\d+)x\1")
+_MLP = re.compile(r"mlp([1-9]\d*)x_gelu")
+_SQUARE = re.compile(r"mlp_downsample_([1-9]\d*)x\1")
 
 
 def downsample_factor(projector_type: str) -> int:

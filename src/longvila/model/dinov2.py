@@ -140,8 +140,8 @@ def to_siglip(
     """
     patch_weight = state["embeddings.patch_embeddings.projection.weight"]
     channels, _, patch, _ = patch_weight.shape
-    if image_size % patch:
-        near = round(image_size / patch) * patch
+    if image_size < 1 or image_size % patch:
+        near = max(round(image_size / patch), 1) * patch
         raise ValueError(f"image size {image_size} is no multiple of the patch {patch}; try {near}")
     depth = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.layer."))
     out = {

@@ -68,3 +68,11 @@ def test_an_interrupt_ends_with_its_status(
 def test_a_verb_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["asks"]) == 2
     assert "did you mean 'ask'?" in capsys.readouterr().err
+
+
+def test_help_of_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["help", "convert"])
+    assert ended.value.code == 0
+    assert "usage: longvila convert" in capsys.readouterr().out
+    assert main(["help", "converts"]) == 2

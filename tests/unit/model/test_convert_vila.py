@@ -261,6 +261,25 @@ def test_a_destination_in_use_is_left_alone_and_failures_leave_nothing(
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
+def test_a_folder_that_exists_is_filled_and_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_checkpoint("even_row", tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / ".partial").mkdir()  # of a run that was killed
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    before = (tmp_path / "b").stat().st_ino
+    convert_to_longvila(source, tmp_path / "link")
+    assert (tmp_path / "b").stat().st_ino == before and (tmp_path / "link").is_symlink()
+    monkeypatch.chdir(tmp_path / "b")
+    assert {"config.json", "model.safetensors"} < set(os.listdir())
+    assert not Path(".partial").exists()
+    (tmp_path / "c").mkdir()
+    monkeypatch.chdir(tmp_path / "c")
+    convert_to_vila(tmp_path / "b", ".")
+    assert set(os.listdir()) == {"config.json", *PARTS}
+
+
 def test_what_cannot_go_back_is_refused(tmp_path: Path) -> None:
     source = write_checkpoint("even_row", tmp_path / "a")
     with pytest.raises(CheckpointError, match="in the original's layout already"):
