@@ -135,7 +135,9 @@ class PyAVReader(Closing):
             if not stream.disposition & av.stream.Disposition.attached_pic
         ]
         if not streams:
-            kinds = sorted({stream.type for stream in self._container.streams})
+            # A video stream that was passed over is a cover.
+            names = {"video": "a cover picture"}
+            kinds = sorted({names.get(s.type, s.type) for s in self._container.streams})
             raise VideoError(f"{name}: has no video stream (found: {', '.join(kinds) or 'none'})")
         self._stream = streams[0]
         context = self._stream.codec_context

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from longvila.errors import LongVILAError
@@ -71,6 +71,8 @@ def load_image(source: Any, *, upright: bool = True, limits: Limits | None = Non
         try:
             with Image.open(io.BytesIO(data or b"")) as picture:
                 return _to_rgb(picture, upright)
+        except UnidentifiedImageError as fault:
+            raise ImageError(f"{resolved.name}: is no picture that PIL can read") from fault
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
             raise ImageError(f"{resolved.name}: cannot be read as a picture: {fault}") from fault
     finally:
