@@ -65,9 +65,7 @@ class FramesReader(Closing):
             backend="pictures",
         )
 
-    def frames(
-        self, indices: Iterable[int], *, size: Size | None = None, chunk: int = 16
-    ) -> Iterator[DecodedFrame]:
+    def frames(self, indices: Iterable[int], *, size: Size | None = None) -> Iterator[DecodedFrame]:
         """Load pictures; see ``VideoReader.frames``."""
         target = size or (self.metadata.height, self.metadata.width)
         for index in check_indices(indices, self.metadata):

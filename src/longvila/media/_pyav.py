@@ -33,7 +33,6 @@ from longvila.errors import VideoError
 from longvila.log import get_logger
 from longvila.media._index import (
     INDEX_CACHE,
-    SEEK_COST,
     Orientation,
     Run,
     VideoIndex,
@@ -70,15 +69,11 @@ class PyAVReader(Closing):
     Args:
         source: A resolved source with a ``path`` or ``data``.
         threads: Decoder threads; None chooses by the processors this process may use.
-        seek_cost: Packets worth decoding to be spared one seek.
     """
 
-    def __init__(
-        self, source: Source, *, threads: int | None = None, seek_cost: int = SEEK_COST
-    ) -> None:
+    def __init__(self, source: Source, *, threads: int | None = None) -> None:
         self._source = source
         self._threads = threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-        self._seek_cost = seek_cost
         self._container: Any = None
         self._turn = 0
         self._lead = 0
@@ -94,9 +89,7 @@ class PyAVReader(Closing):
         self.stats = ReadStats()
         self.metadata = self._describe()
 
-    def frames(
-        self, indices: Iterable[int], *, size: Size | None = None, chunk: int = 16
-    ) -> Iterator[DecodedFrame]:
+    def frames(self, indices: Iterable[int], *, size: Size | None = None) -> Iterator[DecodedFrame]:
         """Decode frames; see ``VideoReader.frames``."""
         wanted = check_indices(indices, self.metadata)
         if self._container is None:
@@ -296,7 +289,6 @@ class PyAVReader(Closing):
             self._index,
             wanted,
             fresh=self._fresh,
-            seek_cost=self._seek_cost,
             lead=self._lead if lead is None else lead,
         )
 

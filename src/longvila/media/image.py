@@ -42,14 +42,13 @@ class ImageError(LongVILAError, ValueError):
     """A picture could not be read; the message names it."""
 
 
-def load_image(source: Any, *, upright: bool = True, limits: Limits | None = None) -> Image.Image:
+def load_image(source: Any, *, limits: Limits | None = None) -> Image.Image:
     """Load a picture as RGB.
 
     Args:
         source: A path, an address (``file://``, ``http(s)://``, ``data:``), base64, bytes, an open
             binary file, a PIL image, or a uint8 array or tensor of shape (H, W), (H, W, 1),
             (H, W, 3), (H, W, 4) or (3, H, W).
-        upright: Whether to obey the EXIF orientation.
         limits: How far fetching may go.
 
     Returns:
@@ -60,7 +59,7 @@ def load_image(source: Any, *, upright: bool = True, limits: Limits | None = Non
         TypeError: If the type is none of those listed.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, upright)
+        return _to_rgb(source)
     if isinstance(source, np.ndarray | Tensor):
         return _from_array(source)
     resolved = resolve(source, limits=limits, error=ImageError)
@@ -70,7 +69,7 @@ def load_image(source: Any, *, upright: bool = True, limits: Limits | None = Non
         data = resolved.data if resolved.path is None else resolved.path.read_bytes()
         try:
             with Image.open(io.BytesIO(data or b"")) as picture:
-                return _to_rgb(picture, upright)
+                return _to_rgb(picture)
         except UnidentifiedImageError as fault:
             raise ImageError(f"{resolved.name}: is no picture that PIL can read") from fault
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
@@ -150,7 +149,6 @@ def normalise(
     mean: Sequence[float],
     std: Sequence[float],
     scale: float = 1 / 255,
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Turn uint8 frames into the pixel values a vision tower takes.
 
@@ -159,10 +157,9 @@ def normalise(
         mean: Mean of each channel, after scaling.
         std: Deviation of each channel, after scaling.
         scale: Factor applied to the levels first.
-        dtype: Of the result; the arithmetic is float32.
 
     Returns:
-        Shape (F, 3, H, W).
+        Shape (F, 3, H, W), float32.
     """
     pixels = torch.as_tensor(frames)
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
@@ -174,7 +171,7 @@ def normalise(
     middle = torch.tensor(list(mean), dtype=torch.float32, device=pixels.device).view(shape)
     spread = torch.tensor(list(std), dtype=torch.float32, device=pixels.device).view(shape)
     values = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return values.mul_(scale).sub_(middle).div_(spread).to(dtype)
+    return values.mul_(scale).sub_(middle).div_(spread)
 
 
 def pad_to_square(
@@ -236,7 +233,6 @@ def dynamic_tiles(
     *,
     min_tiles: int = 1,
     max_tiles: int = 12,
-    thumbnail: bool = True,
 ) -> list[Image.Image]:
     """Cut a picture into square tiles that together keep its aspect ratio.
 
@@ -244,11 +240,10 @@ def dynamic_tiles(
         image: The picture, RGB.
         side: Of a tile, in pixels.
         min_tiles: Fewest tiles.
-        max_tiles: Most tiles, the thumbnail not counted.
-        thumbnail: Whether to append the whole picture as one more tile if there are several.
+        max_tiles: Most tiles, the whole picture not counted.
 
     Returns:
-        Tiles row by row, each ``side`` x ``side``, then the thumbnail.
+        Tiles row by row, each ``side`` x ``side``; after several, the whole picture as one more.
 
     Source:
         NVlabs/VILA ``llava/mm_utils.py`` (``dynamic``).
@@ -260,14 +255,13 @@ def dynamic_tiles(
         for y in range(rows)
         for x in range(columns)
     ]
-    if thumbnail and len(tiles) > 1:
+    if len(tiles) > 1:
         tiles.append(resize(image, (side, side)))
     return tiles
 
 
-def _to_rgb(picture: Image.Image, upright: bool) -> Image.Image:
-    if upright:
-        picture = ImageOps.exif_transpose(picture)
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
         levels = np.asarray(picture).astype(np.int64)
         return Image.fromarray((levels.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")

@@ -90,15 +90,12 @@ class VideoReader(Protocol):
     metadata: VideoMetadata
     stats: ReadStats
 
-    def frames(
-        self, indices: Iterable[int], *, size: Size | None = None, chunk: int = 16
-    ) -> Iterator[DecodedFrame]:
+    def frames(self, indices: Iterable[int], *, size: Size | None = None) -> Iterator[DecodedFrame]:
         """Decode frames.
 
         Args:
             indices: Frame numbers in any order; repeated ones count once.
             size: (height, width) to resize to with PIL's bicubic filter; None keeps the size.
-            chunk: Frames held at a time by a back end that decodes in batches.
 
         Returns:
             The frames, ascending. One that cannot be decoded is left out.

@@ -91,8 +91,6 @@ class LongVILAConfig(PreTrainedConfig):
         projector_type: Name of the projector; see :mod:`longvila.model.projector`.
         token_order: Order in which a downsampling projector emits the tokens of a frame, ``row``
             or ``column`` (the latter for weights trained before the order was changed upstream).
-        projector_input_scales: How often the tower's channels are repeated in the projector's
-            input (towers run at several scales).
         image_token_id: Placeholder of image tokens.
         video_token_id: Placeholder of video tokens.
         vision_feature_layer: Which hidden state of the tower is the feature; 0 is the embedding,
@@ -124,7 +122,6 @@ class LongVILAConfig(PreTrainedConfig):
     text_config: Any = None
     projector_type: str = "mlp_downsample"
     token_order: str = "row"
-    projector_input_scales: int = 1
     image_token_id: int = 151649
     video_token_id: int = 151650
     vision_feature_layer: int = -2

@@ -200,11 +200,6 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
         """Placeholders of one image tile or unpooled frame, without the separator."""
         return self.frame_grid[0] * self.frame_grid[1]
 
-    @property
-    def unused_input_names(self) -> list[str]:
-        """Outputs of the parts that are not inputs of the model; none."""
-        return []
-
     def image_text(self, num_tiles: int, *, separator: str, tiled: bool, cut: str = "") -> str:
         """Return what an image's placeholder becomes.
 
@@ -544,23 +539,6 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
             width, height, part.size["height"], min_tiles=part.min_tiles, max_tiles=part.max_tiles
         )
         return columns * rows + (1 if columns * rows > 1 else 0)
-
-    def post_process_image_text_to_text(
-        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
-    ) -> list[str]:
-        """Decode generated ids; pipelines ask for this.
-
-        Args:
-            generated_outputs: Token ids, shape (B, S).
-            skip_special_tokens: Whether to leave special tokens out.
-            **kwargs: Handed to the tokenizer.
-
-        Returns:
-            One text for each sample.
-        """
-        return self.tokenizer.batch_decode(
-            generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
-        )
 
     # ---- files and parts
 

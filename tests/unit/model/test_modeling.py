@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longvila.model.fusion import media_rows
+from longvila.model.fusion import pack_features
 from longvila.model.modeling_longvila import LongVILAModel
 from longvila.testing.asserts import assert_close
 from longvila.testing.tiny import tiny_inputs, tiny_labels, tiny_model, tiny_tokenizer
@@ -63,9 +63,7 @@ def test_feature_methods_give_one_entry_an_item() -> None:
     image = model.get_image_features(pixels, torch.tensor([1, 4]))
     assert [tuple(v.shape) for v in image.pooler_output] == [(9, 32), (36, 32)]
     assert len(model.get_image_features(pixels).pooler_output) == 5
-    packed = media_rows(video)
-    assert packed.counts == [27, 18]
-    assert torch.equal(packed.rows, model.encode_media(pixels).rows)
+    assert torch.equal(pack_features(video.pooler_output), model.encode_media(pixels).rows)
 
 
 def test_placeholders_are_never_looked_up() -> None:

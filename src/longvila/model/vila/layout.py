@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class VilaCheckpoint:
     config: dict[str, Any]
     parts: dict[str, Path]
     adapter: Path | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def part_config(self, part: str) -> dict[str, Any]:
         """Return the config.json of a part.
