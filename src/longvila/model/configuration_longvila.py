@@ -20,7 +20,9 @@ from typing import Any, ClassVar
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
+from longvila.errors import CheckpointError
 from longvila.model.auto import load_models
+from longvila.model.vila.layout import is_vila
 
 _NAMED_PROJECTORS: dict[str, int] = {
     "identity": 1,
@@ -137,6 +139,22 @@ class LongVILAConfig(PreTrainedConfig):
     video_fps: float = 0.0
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> LongVILAConfig:
+        """Read a configuration; see transformers for the arguments.
+
+        Raises:
+            CheckpointError: If a folder is in the original's layout, whose keys mean other things.
+        """
+        if is_vila(pretrained_model_name_or_path):
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path} is in the original's layout: take `config` of "
+                "LongVILAForConditionalGeneration.from_pretrained, or run `longvila convert`"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
         load_models()

@@ -274,14 +274,16 @@ class LongVILAModel(LongVILAPreTrainedModel):
 
         Args:
             input_ids: Token ids, shape (B, S).
-            attention_mask: Mask of the same tokens, shape (B, S); padding whose id lies beyond the
-                table gets an arbitrary row as well.
+            attention_mask: Mask of the same tokens, shape (B, S); padding gets an arbitrary row as
+                well, since its id may lie beyond the table.
 
         Returns:
             Embeddings, shape (B, S, M).
         """
         table = self.get_input_embeddings()
         skip = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
+        if isinstance(attention_mask, Tensor) and attention_mask.shape == input_ids.shape:
+            skip = skip | (attention_mask == 0)
         pad = getattr(self.config.text_config, "pad_token_id", None)
         rows = getattr(table, "num_embeddings", None)
         if pad is not None and rows is not None and pad >= rows:

@@ -79,6 +79,16 @@ def test_placeholders_are_never_looked_up() -> None:
     assert touched <= seen  # in particular not the row that stood in for a placeholder
 
 
+def test_padding_beyond_the_table_is_not_looked_up() -> None:
+    model = tiny_model(text_config={"pad_token_id": None})
+    batch = tiny_inputs(model.config)
+    padded = dict(batch)
+    for name, value in (("input_ids", 10**6), ("attention_mask", 0)):
+        rest = torch.full((1, 5), value)
+        padded[name] = torch.cat([batch[name], rest], dim=1)
+    assert_close(model(**padded).logits[:, :-5], model(**batch).logits, name="logits")
+
+
 def test_newline_after_a_frame_is_trained() -> None:
     """Its gradient reaches the embedding table from the frames' separators alone."""
     model = tiny_model()
