@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import functools
 import io
+import struct
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from longvila.errors import LongVILAError
@@ -36,6 +37,18 @@ from longvila.media.sources import Limits, resolve
 
 #: Fraction bits of PIL's integer filter weights.
 _WEIGHT_BITS = 22
+#: What an orientation in EXIF asks for; 1 asks for nothing.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+#: What PIL raises at a file that is damaged or too large.
+_FAULTS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class ImageError(LongVILAError, ValueError):
@@ -59,7 +72,7 @@ def load_image(source: Any, *, limits: Limits | None = None) -> Image.Image:
         TypeError: If the type is none of those listed.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source)
+        return _to_rgb(source, getattr(source, "filename", "") or "<picture>")
     if isinstance(source, np.ndarray | Tensor):
         return _from_array(source)
     resolved = resolve(source, limits=limits, error=ImageError)
@@ -68,12 +81,13 @@ def load_image(source: Any, *, limits: Limits | None = None) -> Image.Image:
             raise ImageError(f"{resolved.name}: expected one picture, got a folder or a list")
         data = resolved.data if resolved.path is None else resolved.path.read_bytes()
         try:
-            with Image.open(io.BytesIO(data or b"")) as picture:
-                return _to_rgb(picture)
+            picture = Image.open(io.BytesIO(data or b""))
         except UnidentifiedImageError as fault:
             raise ImageError(f"{resolved.name}: is no picture that PIL can read") from fault
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
+        except _FAULTS as fault:
             raise ImageError(f"{resolved.name}: cannot be read as a picture: {fault}") from fault
+        with picture:
+            return _to_rgb(picture, resolved.name)
     finally:
         resolved.close()
 
@@ -260,8 +274,16 @@ def dynamic_tiles(
     return tiles
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    picture = ImageOps.exif_transpose(picture)
+def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    try:  # PIL reads a file when its pixels are wanted.
+        picture.load()
+    except _FAULTS as fault:
+        raise ImageError(f"{name}: cannot be read as a picture: {fault}") from fault
+    try:
+        turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except (*_FAULTS, struct.error):
+        turn = None  # A tag that is damaged says nothing; the pixels are whole.
+    picture = picture if turn is None else picture.transpose(turn)
     if picture.mode.startswith("I"):
         levels = np.asarray(picture).astype(np.int64)
         return Image.fromarray((levels.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
