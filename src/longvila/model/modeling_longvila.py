@@ -155,8 +155,10 @@ class LongVILAModel(LongVILAPreTrainedModel):
 
     def _project(self, features: Tensor) -> Tensor:
         """Features (F, P, C) to rows (F, N, M), in the projector's own precision."""
-        weight = next(self.multi_modal_projector.parameters(), None)
-        return self.multi_modal_projector(features if weight is None else features.to(weight.dtype))
+        # Quantised matrices are bytes; what is beside them says what a layer computes in.
+        kinds = (p.dtype for p in self.multi_modal_projector.parameters())
+        wide = (kind for kind in kinds if kind.is_floating_point and kind.itemsize > 1)
+        return self.multi_modal_projector(features.to(next(wide, features.dtype)))
 
     def _features(self, pixel_values: Tensor) -> Tensor:
         return tower_features(self.vision_tower, pixel_values, self.config)

@@ -83,6 +83,11 @@ def test_resizing_while_decoding_is_pil_bicubic(draw: Draw) -> None:
         assert np.array_equal(np.asarray(picture), resized)
 
 
+def test_indices_may_be_whole_numbers_of_any_kind(draw: Draw) -> None:
+    for indices in ([3, 1], np.array([3.0, 1.0]), (np.uint8(3), np.int64(1))):
+        assert read_frames(draw("h264_gop60"), indices=indices).indices.tolist() == [3, 1]
+
+
 def test_progress(draw: Draw) -> None:
     seen: list[tuple[int, int]] = []
     read_frames(draw("h264_gop60"), num_frames=3, progress=lambda *done: seen.append(done))
@@ -111,6 +116,8 @@ def test_memory_does_not_grow_with_the_frames(tmp_path: Path) -> None:
         ({"num_frames": 2, "indices": [1]}, ValueError, "expected one way of sampling"),
         ({"fps": 2.0, "timestamps_s": [1.0]}, ValueError, "expected one way of sampling"),
         ({"indices": []}, ValueError, "no frame was asked for"),
+        ({"indices": [0.0, 1.5]}, ValueError, r"whole numbers, got \[0.0, 1.5\]"),
+        ({"indices": "01"}, ValueError, "whole numbers, got"),
         ({"indices": [300]}, IndexError, "there is no frame 300; the video has frames 0 to 299"),
         ({"num_frames": 2, "backend": "decord"}, ValueError, "backend must be auto, pyav"),
     ],

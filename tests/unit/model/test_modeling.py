@@ -89,6 +89,32 @@ def test_padding_beyond_the_table_is_not_looked_up() -> None:
     assert_close(model(**padded).logits[:, :-5], model(**batch).logits, name="logits")
 
 
+class InBytes(nn.Module):
+    """A linear layer as quantisers leave it: the matrix in bytes beside a bias."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.scale = float(layer.weight.detach().abs().max()) / 127
+        levels = (layer.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(levels, requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu", "mlp_downsample"])
+def test_a_quantised_projector_computes_in_the_precision_of_what_is_left(kind: str) -> None:
+    model = tiny_model(projector_type=kind)
+    pixels = torch.randn(2, 3, 20, 20)
+    expected = model.encode_media(pixels).rows
+    projector = model.model.multi_modal_projector
+    for name, layer in list(projector.named_modules()):
+        if isinstance(layer, nn.Linear):
+            projector.set_submodule(name, InBytes(layer))
+    assert_close(model.encode_media(pixels).rows, expected, name="rows", tolerance=0.03)
+
+
 def test_newline_after_a_frame_is_trained() -> None:
     """Its gradient reaches the embedding table from the frames' separators alone."""
     model = tiny_model()
