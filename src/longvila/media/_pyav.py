@@ -40,14 +40,15 @@ from longvila.media._index import (
     plan_runs,
 )
 from longvila.media.reader import (
-    Closing,
     DecodedFrame,
     Frame,
     ReadStats,
     Size,
     VideoMetadata,
+    VideoReader,
     check_indices,
     fit,
+    warn_lost,
 )
 from longvila.media.sources import Source
 
@@ -63,7 +64,7 @@ _SUSPECT_PACKETS = 250
 _OPTIONS = {"protocol_whitelist": "file,crypto,data,subfile"}
 
 
-class PyAVReader(Closing):
+class PyAVReader(VideoReader):
     """Frames of a video file through PyAV.
 
     Args:
@@ -246,14 +247,7 @@ class PyAVReader(Closing):
             yield DecodedFrame(index, float(times[index]), self._convert(frame, size))
             if turn != self._turn:
                 raise RuntimeError("frames() was called again before its last result was used up")
-        if missing:
-            log.warning(
-                "%s: %d of %d frames asked for cannot be decoded, the first of them frame %d",
-                self._source.name,
-                len(missing),
-                len(wanted),
-                min(missing),
-            )
+        warn_lost(self._source.name, sorted(missing), wanted)
 
     def _seeking(self, wanted: list[int]) -> Iterator[tuple[int, Any]]:
         runs = self._plan(wanted)

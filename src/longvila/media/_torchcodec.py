@@ -19,12 +19,13 @@ from longvila.errors import VideoError
 from longvila.log import get_logger
 from longvila.media._pyav import PyAVReader
 from longvila.media.reader import (
-    Closing,
     DecodedFrame,
     ReadStats,
     Size,
+    VideoReader,
     check_indices,
     fit,
+    warn_lost,
 )
 from longvila.media.sources import Source
 
@@ -35,7 +36,7 @@ _BATCH = 16
 _FAULTS = (RuntimeError, ValueError, IndexError)
 
 
-class TorchCodecReader(Closing):
+class TorchCodecReader(VideoReader):
     """Frames of a video file through torchcodec.
 
     Args:
@@ -88,14 +89,7 @@ class TorchCodecReader(Closing):
                 yield DecodedFrame(
                     index, float(self.metadata.timestamps_s[index]), fit(pixels.numpy(), target)
                 )
-        if lost:
-            log.warning(
-                "%s: %d of %d frames asked for cannot be decoded, the first of them frame %d",
-                self._source.name,
-                len(lost),
-                len(wanted),
-                lost[0],
-            )
+        warn_lost(self._source.name, lost, wanted)
 
     def close(self) -> None:
         """Release the decoder; harmless when repeated."""
