@@ -191,7 +191,9 @@ def assemble(
         torch.manual_seed(seed)
         model = LongVILAForConditionalGeneration(config)
     _move(tower, model.model.vision_tower, str(vision))
-    _move(language.get_decoder(), model.model.language_model, str(llm))
+    _move(language.base_model, model.model.language_model, str(llm))
+    if getattr(language.get_output_embeddings(), "bias", None) is not None:
+        raise CheckpointError(f"{llm}: its head has a bias, which LongVILA's has no place for")
     if not config.tie_word_embeddings:
         _move(language.get_output_embeddings(), model.lm_head, str(llm))
     model.tie_weights()
