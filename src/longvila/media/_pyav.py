@@ -120,7 +120,7 @@ class PyAVReader(VideoReader):
             self._container = av.open(file, container_options=_OPTIONS)
         except (av.FFmpegError, OSError) as fault:
             raise VideoError(
-                f"{name}: cannot be opened as a video ({fault}); is it a video, and was its "
+                f"{name}: cannot be opened as a video ({fault.strerror}); is it a video, and was its "
                 "recording or copying finished?"
             ) from fault
         streams = [
