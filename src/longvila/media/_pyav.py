@@ -120,8 +120,8 @@ class PyAVReader(VideoReader):
             self._container = av.open(file, container_options=_OPTIONS)
         except (av.FFmpegError, OSError) as fault:
             raise VideoError(
-                f"{name}: cannot be opened as a video ({fault.strerror}); is it a video, and was its "
-                "recording or copying finished?"
+                f"{name}: cannot be opened as a video ({fault.strerror}); is it a video, and was "
+                "its recording or copying finished?"
             ) from fault
         streams = [
             stream
