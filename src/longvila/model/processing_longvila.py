@@ -377,14 +377,18 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
                 f"the prompts have {sum(written)} placeholders {token} but {given} {name} were "
                 "given"
             )
-        lists = isinstance(media, list | tuple) and all(isinstance(m, list | tuple) for m in media)
-        if lists and len(media) == len(prompts):
-            for i, (count, own) in enumerate(zip(written, media, strict=True)):
-                if count != len(leaves([own])):
-                    raise ValueError(
-                        f"prompt {i} has {count} placeholders {token} but its list has "
-                        f"{len(leaves([own]))} {name}"
-                    )
+        if not isinstance(media, list | tuple) or len(media) != len(prompts):
+            return
+        lists = [leaves([own]) if isinstance(own, list | tuple) else [own] for own in media]
+        # A list of frames is one video, and then this is no list a prompt.
+        if any(leaf is own for own, found in zip(media, lists, strict=True) for leaf in found):
+            return
+        for i, (count, found) in enumerate(zip(written, lists, strict=True)):
+            if count != len(found):
+                raise ValueError(
+                    f"prompt {i} has {count} placeholders {token} but its list has {len(found)} "
+                    f"{name}"
+                )
 
     def _alone(self, prompts: list[str] | None, total: int) -> list[bool]:
         """Say of each image whether it is the only one of its prompt (videos do not matter)."""

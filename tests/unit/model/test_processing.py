@@ -370,6 +370,9 @@ def test_counts_of_placeholders_and_media() -> None:
         ValueError, match="prompt 0 has 1 placeholders <vila/video> but its list has 2 videos"
     ):
         processor(text=[VIDEO_TOKEN, VIDEO_TOKEN * 2], videos=[clips[:2], clips[2:]])
+    listed = [list(clip) for clip in clips[:2]]  # frames of each video
+    out = processor(text=[VIDEO_TOKEN * 2, "Hi"], videos=listed, padding=True)
+    assert list(out["video_num_frames"]) == [2, 3]
     with pytest.raises(ValueError, match="give text, images or videos"):
         processor()
     with pytest.raises(ValueError, match="needs one of 'video', 'url' and 'path'"):
