@@ -52,15 +52,19 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     if typing.get_origin(info.type) not in (typing.Union, types.UnionType):
         return None
     kinds = [each for each in typing.get_args(info.type) if each is not types.NoneType]
-    if len(kinds) != 1 or kinds[0] not in _PLAIN or len(typing.get_args(info.type)) != 2:
+    if len(kinds) != 1 or len(typing.get_args(info.type)) != 2:
         return None
-    kind = kinds[0]
+    words = typing.get_args(kinds[0]) if typing.get_origin(kinds[0]) is typing.Literal else ()
+    kind: Any = str if words else kinds[0]
+    if kind not in _PLAIN:
+        return None
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar=_PLAIN[kind],
+        metavar="{" + ",".join(words) + "}" if words else _PLAIN[kind],
         instance_from_str=lambda given: kind(given[0]),
         is_instance=lambda value: value is None or isinstance(value, kind),
         str_from_instance=lambda value: ["none" if value is None else str(value)],
+        choices=words or None,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -161,6 +161,8 @@ def _to_vila(options: Options) -> int:
         )
     for note in notes:
         print(note)
+    if not options.dry_run:
+        print(f"wrote {options.destination}")
     return 0
 
 
@@ -182,23 +184,18 @@ def main(argv: list[str]) -> int:
 
     from longvila.model.convert_vila import convert_to_longvila, plan_conversion
 
+    decisions: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in ("base", "token_order", "conversation", "allow_unused")
+    }
     if options.dry_run:
-        plan = plan_conversion(
-            options.source,
-            base=options.base,
-            token_order=options.token_order,
-            conversation=options.conversation,
-            allow_unused=options.allow_unused,
-        )
+        plan = plan_conversion(options.source, **decisions)
         print("\n".join([*table(plan.moves), "", *summary(plan)]))
         return 0
     plan = convert_to_longvila(
         options.source,
         options.destination,
-        base=options.base,
-        token_order=options.token_order,
-        conversation=options.conversation,
-        allow_unused=options.allow_unused,
+        **decisions,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         max_shard_bytes=parse_size(options.max_shard_size),
     )

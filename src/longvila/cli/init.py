@@ -16,6 +16,7 @@ import tyro
 
 from longvila.cli._options import parse
 from longvila.errors import CheckpointError
+from longvila.model.source import check_source
 from longvila.packaged import PACKAGED, language_model, vision_tower
 
 
@@ -46,14 +47,18 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the verb."""
     options = parse(Options, argv, "init", __doc__)
+    if options.out.exists() and not options.out.is_dir():
+        raise CheckpointError(f"{options.out} is a file; give a folder")
     if options.out.exists() and any(options.out.iterdir()) and not options.force:
         raise CheckpointError(f"{options.out} exists and is not empty; --force writes into it")
-    from longvila.model.assemble import assemble
-
-    for name in (options.llm, options.vision):
+    for name, option in ((options.llm, "--llm"), (options.vision, "--vision")):
         if name in PACKAGED:
             item = PACKAGED[name]
             print(f"{name}: {item.about}, from {item.requirement}, licence {item.licence}")
+        else:
+            check_source(name, label=option)
+    from longvila.model.assemble import assemble
+
     model, processor = assemble(
         language_model(options.llm),
         vision_tower(options.vision, image_size=options.image_size),

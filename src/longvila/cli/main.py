@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         The exit status.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["help"] and argv[1:]:
+        argv = [argv[1], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     except (LongVILAError, OSError) as error:
         print(f"longvila {verb}: {error}", file=sys.stderr)
         return 1
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         if not raised_here(error):
             raise
         print(f"longvila {verb}: {error}", file=sys.stderr)
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def raised_here(error: ValueError) -> bool:
+def raised_here(error: Exception) -> bool:
     """Whether this package raised an error itself.
 
     Its own say what was expected and what came; one that escapes from a library is a fault of

@@ -14,12 +14,12 @@ from longvila.errors import VideoError
 from longvila.log import get_logger
 from longvila.media.image import ImageError, load_image
 from longvila.media.reader import (
-    Closing,
     DecodedFrame,
     Frame,
     ReadStats,
     Size,
     VideoMetadata,
+    VideoReader,
     check_indices,
     fit,
 )
@@ -28,7 +28,7 @@ from longvila.media.sources import Limits, Source
 log = get_logger(__name__)
 
 
-class FramesReader(Closing):
+class FramesReader(VideoReader):
     """Frames from pictures; pictures of other sizes are resized to the first one's.
 
     Args:
@@ -65,9 +65,7 @@ class FramesReader(Closing):
             backend="pictures",
         )
 
-    def frames(
-        self, indices: Iterable[int], *, size: Size | None = None, chunk: int = 16
-    ) -> Iterator[DecodedFrame]:
+    def frames(self, indices: Iterable[int], *, size: Size | None = None) -> Iterator[DecodedFrame]:
         """Load pictures; see ``VideoReader.frames``."""
         target = size or (self.metadata.height, self.metadata.width)
         for index in check_indices(indices, self.metadata):

@@ -33,7 +33,6 @@ from longvila.errors import VideoError
 from longvila.log import get_logger
 from longvila.media._index import (
     INDEX_CACHE,
-    SEEK_COST,
     Orientation,
     Run,
     VideoIndex,
@@ -41,14 +40,15 @@ from longvila.media._index import (
     plan_runs,
 )
 from longvila.media.reader import (
-    Closing,
     DecodedFrame,
     Frame,
     ReadStats,
     Size,
     VideoMetadata,
+    VideoReader,
     check_indices,
     fit,
+    warn_lost,
 )
 from longvila.media.sources import Source
 
@@ -64,21 +64,17 @@ _SUSPECT_PACKETS = 250
 _OPTIONS = {"protocol_whitelist": "file,crypto,data,subfile"}
 
 
-class PyAVReader(Closing):
+class PyAVReader(VideoReader):
     """Frames of a video file through PyAV.
 
     Args:
         source: A resolved source with a ``path`` or ``data``.
         threads: Decoder threads; None chooses by the processors this process may use.
-        seek_cost: Packets worth decoding to be spared one seek.
     """
 
-    def __init__(
-        self, source: Source, *, threads: int | None = None, seek_cost: int = SEEK_COST
-    ) -> None:
+    def __init__(self, source: Source, *, threads: int | None = None) -> None:
         self._source = source
         self._threads = threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-        self._seek_cost = seek_cost
         self._container: Any = None
         self._turn = 0
         self._lead = 0
@@ -94,9 +90,7 @@ class PyAVReader(Closing):
         self.stats = ReadStats()
         self.metadata = self._describe()
 
-    def frames(
-        self, indices: Iterable[int], *, size: Size | None = None, chunk: int = 16
-    ) -> Iterator[DecodedFrame]:
+    def frames(self, indices: Iterable[int], *, size: Size | None = None) -> Iterator[DecodedFrame]:
         """Decode frames; see ``VideoReader.frames``."""
         wanted = check_indices(indices, self.metadata)
         if self._container is None:
@@ -126,8 +120,8 @@ class PyAVReader(Closing):
             self._container = av.open(file, container_options=_OPTIONS)
         except (av.FFmpegError, OSError) as fault:
             raise VideoError(
-                f"{name}: cannot be opened as a video ({fault}); is it a video, and was its "
-                "recording or copying finished?"
+                f"{name}: cannot be opened as a video ({fault.strerror}); is it a video, and was "
+                "its recording or copying finished?"
             ) from fault
         streams = [
             stream
@@ -135,7 +129,9 @@ class PyAVReader(Closing):
             if not stream.disposition & av.stream.Disposition.attached_pic
         ]
         if not streams:
-            kinds = sorted({stream.type for stream in self._container.streams})
+            # A video stream that was passed over is a cover.
+            names = {"video": "a cover picture"}
+            kinds = sorted({names.get(s.type, s.type) for s in self._container.streams})
             raise VideoError(f"{name}: has no video stream (found: {', '.join(kinds) or 'none'})")
         self._stream = streams[0]
         context = self._stream.codec_context
@@ -251,14 +247,7 @@ class PyAVReader(Closing):
             yield DecodedFrame(index, float(times[index]), self._convert(frame, size))
             if turn != self._turn:
                 raise RuntimeError("frames() was called again before its last result was used up")
-        if missing:
-            log.warning(
-                "%s: %d of %d frames asked for cannot be decoded, the first of them frame %d",
-                self._source.name,
-                len(missing),
-                len(wanted),
-                min(missing),
-            )
+        warn_lost(self._source.name, sorted(missing), wanted)
 
     def _seeking(self, wanted: list[int]) -> Iterator[tuple[int, Any]]:
         runs = self._plan(wanted)
@@ -294,7 +283,6 @@ class PyAVReader(Closing):
             self._index,
             wanted,
             fresh=self._fresh,
-            seek_cost=self._seek_cost,
             lead=self._lead if lead is None else lead,
         )
 

@@ -1,8 +1,8 @@
 """Reader on torchcodec, for machines where it and a system FFmpeg load; chosen by name.
 
 Frames are numbered and timed by the same packet index as in the PyAV reader, so that both back
-ends mean the same frame by the same number; torchcodec supplies the pixels, in batches of
-``chunk``. Every timestamp that comes back is compared with the index. A batch that fails is asked
+ends mean the same frame by the same number; torchcodec supplies the pixels, in small
+batches. Every timestamp that comes back is compared with the index. A batch that fails is asked
 for again frame by frame, so that only damaged frames are left out.
 
 torchcodec turns frames upright itself and cannot say how many frames it decoded, so ``stats``
@@ -19,21 +19,24 @@ from longvila.errors import VideoError
 from longvila.log import get_logger
 from longvila.media._pyav import PyAVReader
 from longvila.media.reader import (
-    Closing,
     DecodedFrame,
     ReadStats,
     Size,
+    VideoReader,
     check_indices,
     fit,
+    warn_lost,
 )
 from longvila.media.sources import Source
 
 log = get_logger(__name__)
 
+#: Frames held at a time.
+_BATCH = 16
 _FAULTS = (RuntimeError, ValueError, IndexError)
 
 
-class TorchCodecReader(Closing):
+class TorchCodecReader(VideoReader):
     """Frames of a video file through torchcodec.
 
     Args:
@@ -75,27 +78,18 @@ class TorchCodecReader(Closing):
             )
         self._start_s = float(self._decoder.get_frame_at(0).pts_seconds)
 
-    def frames(
-        self, indices: Iterable[int], *, size: Size | None = None, chunk: int = 16
-    ) -> Iterator[DecodedFrame]:
+    def frames(self, indices: Iterable[int], *, size: Size | None = None) -> Iterator[DecodedFrame]:
         """Decode frames; see ``VideoReader.frames``."""
         wanted = check_indices(indices, self.metadata)
         target = size or (self.metadata.height, self.metadata.width)
         lost: list[int] = []
-        for start in range(0, len(wanted), max(chunk, 1)):
-            for index, time_s, pixels in self._batch(wanted[start : start + max(chunk, 1)], lost):
+        for start in range(0, len(wanted), _BATCH):
+            for index, time_s, pixels in self._batch(wanted[start : start + _BATCH], lost):
                 self._check_time(index, time_s)
                 yield DecodedFrame(
                     index, float(self.metadata.timestamps_s[index]), fit(pixels.numpy(), target)
                 )
-        if lost:
-            log.warning(
-                "%s: %d of %d frames asked for cannot be decoded, the first of them frame %d",
-                self._source.name,
-                len(lost),
-                len(wanted),
-                lost[0],
-            )
+        warn_lost(self._source.name, lost, wanted)
 
     def close(self) -> None:
         """Release the decoder; harmless when repeated."""

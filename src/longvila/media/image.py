@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import functools
 import io
+import struct
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from longvila.errors import LongVILAError
@@ -36,20 +37,31 @@ from longvila.media.sources import Limits, resolve
 
 #: Fraction bits of PIL's integer filter weights.
 _WEIGHT_BITS = 22
+#: What an orientation in EXIF asks for; 1 asks for nothing.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+#: What PIL raises at a file that is damaged or too large.
+_FAULTS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class ImageError(LongVILAError, ValueError):
     """A picture could not be read; the message names it."""
 
 
-def load_image(source: Any, *, upright: bool = True, limits: Limits | None = None) -> Image.Image:
+def load_image(source: Any, *, limits: Limits | None = None) -> Image.Image:
     """Load a picture as RGB.
 
     Args:
         source: A path, an address (``file://``, ``http(s)://``, ``data:``), base64, bytes, an open
             binary file, a PIL image, or a uint8 array or tensor of shape (H, W), (H, W, 1),
             (H, W, 3), (H, W, 4) or (3, H, W).
-        upright: Whether to obey the EXIF orientation.
         limits: How far fetching may go.
 
     Returns:
@@ -60,7 +72,7 @@ def load_image(source: Any, *, upright: bool = True, limits: Limits | None = Non
         TypeError: If the type is none of those listed.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, upright)
+        return _to_rgb(source, getattr(source, "filename", "") or "<picture>")
     if isinstance(source, np.ndarray | Tensor):
         return _from_array(source)
     resolved = resolve(source, limits=limits, error=ImageError)
@@ -69,10 +81,13 @@ def load_image(source: Any, *, upright: bool = True, limits: Limits | None = Non
             raise ImageError(f"{resolved.name}: expected one picture, got a folder or a list")
         data = resolved.data if resolved.path is None else resolved.path.read_bytes()
         try:
-            with Image.open(io.BytesIO(data or b"")) as picture:
-                return _to_rgb(picture, upright)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
+            picture = Image.open(io.BytesIO(data or b""))
+        except UnidentifiedImageError as fault:
+            raise ImageError(f"{resolved.name}: is no picture that PIL can read") from fault
+        except _FAULTS as fault:
             raise ImageError(f"{resolved.name}: cannot be read as a picture: {fault}") from fault
+        with picture:
+            return _to_rgb(picture, resolved.name)
     finally:
         resolved.close()
 
@@ -148,7 +163,6 @@ def normalise(
     mean: Sequence[float],
     std: Sequence[float],
     scale: float = 1 / 255,
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Turn uint8 frames into the pixel values a vision tower takes.
 
@@ -157,10 +171,9 @@ def normalise(
         mean: Mean of each channel, after scaling.
         std: Deviation of each channel, after scaling.
         scale: Factor applied to the levels first.
-        dtype: Of the result; the arithmetic is float32.
 
     Returns:
-        Shape (F, 3, H, W).
+        Shape (F, 3, H, W), float32.
     """
     pixels = torch.as_tensor(frames)
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
@@ -172,7 +185,7 @@ def normalise(
     middle = torch.tensor(list(mean), dtype=torch.float32, device=pixels.device).view(shape)
     spread = torch.tensor(list(std), dtype=torch.float32, device=pixels.device).view(shape)
     values = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return values.mul_(scale).sub_(middle).div_(spread).to(dtype)
+    return values.mul_(scale).sub_(middle).div_(spread)
 
 
 def pad_to_square(
@@ -234,7 +247,6 @@ def dynamic_tiles(
     *,
     min_tiles: int = 1,
     max_tiles: int = 12,
-    thumbnail: bool = True,
 ) -> list[Image.Image]:
     """Cut a picture into square tiles that together keep its aspect ratio.
 
@@ -242,11 +254,10 @@ def dynamic_tiles(
         image: The picture, RGB.
         side: Of a tile, in pixels.
         min_tiles: Fewest tiles.
-        max_tiles: Most tiles, the thumbnail not counted.
-        thumbnail: Whether to append the whole picture as one more tile if there are several.
+        max_tiles: Most tiles, the whole picture not counted.
 
     Returns:
-        Tiles row by row, each ``side`` x ``side``, then the thumbnail.
+        Tiles row by row, each ``side`` x ``side``; after several, the whole picture as one more.
 
     Source:
         NVlabs/VILA ``llava/mm_utils.py`` (``dynamic``).
@@ -258,14 +269,21 @@ def dynamic_tiles(
         for y in range(rows)
         for x in range(columns)
     ]
-    if thumbnail and len(tiles) > 1:
+    if len(tiles) > 1:
         tiles.append(resize(image, (side, side)))
     return tiles
 
 
-def _to_rgb(picture: Image.Image, upright: bool) -> Image.Image:
-    if upright:
-        picture = ImageOps.exif_transpose(picture)
+def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    try:  # PIL reads a file when its pixels are wanted.
+        picture.load()
+    except _FAULTS as fault:
+        raise ImageError(f"{name}: cannot be read as a picture: {fault}") from fault
+    try:
+        turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except (*_FAULTS, struct.error):
+        turn = None  # A tag that is damaged says nothing; the pixels are whole.
+    picture = picture if turn is None else picture.transpose(turn)
     if picture.mode.startswith("I"):
         levels = np.asarray(picture).astype(np.int64)
         return Image.fromarray((levels.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")

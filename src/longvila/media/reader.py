@@ -1,4 +1,4 @@
-"""The protocol every video back end follows, and the facts it reports.
+"""What every video back end is, and the facts it reports.
 
 A reader is opened on one source, says what it found (``metadata``), and decodes the frames it is
 asked for, each exactly once, in the order of the video, converted to upright RGB and resized one
@@ -12,15 +12,19 @@ A reader belongs to one thread at a time; open one reader for each thread or pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from longvila.log import get_logger
 from longvila.media.image import resize
+
+log = get_logger(__name__)
 
 Frame = NDArray[np.uint8]
 Size = tuple[int, int]
@@ -84,21 +88,19 @@ class DecodedFrame(NamedTuple):
     image: Frame
 
 
-class VideoReader(Protocol):
-    """What a back end offers."""
+class VideoReader(ABC):
+    """What a back end offers; usable in a ``with`` block."""
 
     metadata: VideoMetadata
     stats: ReadStats
 
-    def frames(
-        self, indices: Iterable[int], *, size: Size | None = None, chunk: int = 16
-    ) -> Iterator[DecodedFrame]:
+    @abstractmethod
+    def frames(self, indices: Iterable[int], *, size: Size | None = None) -> Iterator[DecodedFrame]:
         """Decode frames.
 
         Args:
             indices: Frame numbers in any order; repeated ones count once.
             size: (height, width) to resize to with PIL's bicubic filter; None keeps the size.
-            chunk: Frames held at a time by a back end that decodes in batches.
 
         Returns:
             The frames, ascending. One that cannot be decoded is left out.
@@ -106,27 +108,10 @@ class VideoReader(Protocol):
         Raises:
             IndexError: If a number is outside the video.
         """
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Release the file and the decoder; harmless when repeated."""
-        ...
-
-    def __enter__(self) -> Self:
-        """Return the reader."""
-        ...
-
-    def __exit__(self, *fault: object) -> None:
-        """Close it."""
-        ...
-
-
-class Closing:
-    """What makes a reader usable in a ``with`` block."""
-
-    def close(self) -> None:
-        """Release what is held; overridden."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         """Return the reader."""
@@ -158,3 +143,15 @@ def fit(image: Frame, size: Size) -> Frame:
     if image.shape[:2] == tuple(size):
         return image
     return np.asarray(resize(Image.fromarray(image), size))
+
+
+def warn_lost(name: str, lost: Sequence[int], wanted: Sequence[int]) -> None:
+    """Log which of the frames asked for did not come, if any."""
+    if lost:
+        log.warning(
+            "%s: %d of %d frames asked for cannot be decoded, the first of them frame %d",
+            name,
+            len(lost),
+            len(wanted),
+            min(lost),
+        )

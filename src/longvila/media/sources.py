@@ -181,7 +181,14 @@ def _from_path(path: Path, error: type[LongVILAError]) -> Source:
 
 
 def _from_folder(folder: Path, error: type[LongVILAError]) -> Source:
-    found = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+    # Hidden ones are not frames: macOS leaves a "._NAME" beside each file it copies.
+    found = [
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and path.is_file()
+    ]
     if not found:
         raise error(
             f"{folder}: a folder without pictures; expected files ending in "

@@ -126,7 +126,10 @@ def choose_indices(
             "indices, or timestamps_s"
         )
     if indices is not None:
-        return np.asarray(list(indices), dtype=np.int64)
+        numbers = np.asarray(list(indices))
+        if numbers.size and (numbers.dtype.kind not in "iuf" or (numbers != numbers.round()).any()):
+            raise ValueError(f"indices must be whole numbers, got {numbers.tolist()[:8]}")
+        return numbers.astype(np.int64)
     if timestamps_s is not None:
         return timestamp_indices(metadata.timestamps_s, timestamps_s)
     if fps is not None:

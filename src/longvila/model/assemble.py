@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -31,7 +32,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from longvila.errors import CheckpointError
-from longvila.model.configuration_longvila import LongVILAConfig
+from longvila.model.configuration_longvila import LongVILAConfig, downsample_factor
 from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
 from longvila.model.processing_longvila import LongVILAProcessor, add_media_tokens
 
@@ -48,17 +49,28 @@ def load_tower(source: str | Path, image_size: int | None) -> PreTrainedModel:
 
     Raises:
         ValueError: If the size is no multiple of the patch.
-        CheckpointError: If the tower has no table of positions to resize.
+        CheckpointError: If it is no vision tower, or has no table of positions to resize.
     """
     config = AutoConfig.from_pretrained(source)
     vision_config = getattr(config, "vision_config", config)
-    tower: PreTrainedModel = AutoModel.from_pretrained(source, dtype=torch.float32)
-    tower = getattr(tower, "vision_model", tower) if vision_config is not config else tower
+    needed = ("image_size", "patch_size", "num_hidden_layers", "hidden_size")
+    if not all(hasattr(vision_config, name) for name in needed):
+        raise CheckpointError(
+            f"{source} is no vision tower: {config.model_type} has no {', '.join(needed)}"
+        )
+    tower: Any = AutoModel.from_pretrained(source, dtype=torch.float32)
+    if vision_config is not config:
+        if not hasattr(tower, "vision_model"):
+            raise CheckpointError(
+                f"{source} is no vision tower, and no pair of encoders that has one: its type is "
+                f"{config.model_type!r}"
+            )
+        tower = tower.vision_model
     if image_size is None or image_size == vision_config.image_size:
         return tower
     patch = int(vision_config.patch_size)
-    if image_size % patch:
-        near = round(image_size / patch) * patch
+    if image_size < 1 or image_size % patch:
+        near = max(round(image_size / patch), 1) * patch
         raise ValueError(
             f"--image-size {image_size} is no multiple of the patch {patch}; try {near}"
         )
@@ -153,7 +165,15 @@ def assemble(
 
     Returns:
         The model, in float32 and evaluation mode, and its processor.
+
+    Raises:
+        ValueError: If no projector has this name, or a size does not fit.
+        CheckpointError: If a part is not what it is to be.
     """
+    downsample_factor(projector_type)
+    text_config = AutoConfig.from_pretrained(llm)
+    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(f"{llm} is no language model: its type is {text_config.model_type!r}")
     tokenizer = AutoTokenizer.from_pretrained(llm)
     image_id, video_id = add_media_tokens(tokenizer)
     tower = load_tower(vision, image_size)
@@ -171,7 +191,9 @@ def assemble(
         torch.manual_seed(seed)
         model = LongVILAForConditionalGeneration(config)
     _move(tower, model.model.vision_tower, str(vision))
-    _move(language.get_decoder(), model.model.language_model, str(llm))
+    _move(language.base_model, model.model.language_model, str(llm))
+    if getattr(language.get_output_embeddings(), "bias", None) is not None:
+        raise CheckpointError(f"{llm}: its head has a bias, which LongVILA's has no place for")
     if not config.tie_word_embeddings:
         _move(language.get_output_embeddings(), model.lm_head, str(llm))
     model.tie_weights()

@@ -20,7 +20,9 @@ from typing import Any, ClassVar
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
+from longvila.errors import CheckpointError
 from longvila.model.auto import load_models
+from longvila.model.vila.layout import is_vila
 
 _NAMED_PROJECTORS: dict[str, int] = {
     "identity": 1,
@@ -31,8 +33,8 @@ _NAMED_PROJECTORS: dict[str, int] = {
     "mlp_downsample_3x3_s2": 3,
     "mlp_downsample_3x3_s2_new": 3,
 }
-_MLP = re.compile(r"mlp(\d+)x_gelu")
-_SQUARE = re.compile(r"mlp_downsample_(\d+)x\1")
+_MLP = re.compile(r"mlp([1-9]\d*)x_gelu")
+_SQUARE = re.compile(r"mlp_downsample_([1-9]\d*)x\1")
 
 
 def downsample_factor(projector_type: str) -> int:
@@ -91,8 +93,6 @@ class LongVILAConfig(PreTrainedConfig):
         projector_type: Name of the projector; see :mod:`longvila.model.projector`.
         token_order: Order in which a downsampling projector emits the tokens of a frame, ``row``
             or ``column`` (the latter for weights trained before the order was changed upstream).
-        projector_input_scales: How often the tower's channels are repeated in the projector's
-            input (towers run at several scales).
         image_token_id: Placeholder of image tokens.
         video_token_id: Placeholder of video tokens.
         vision_feature_layer: Which hidden state of the tower is the feature; 0 is the embedding,
@@ -124,7 +124,6 @@ class LongVILAConfig(PreTrainedConfig):
     text_config: Any = None
     projector_type: str = "mlp_downsample"
     token_order: str = "row"
-    projector_input_scales: int = 1
     image_token_id: int = 151649
     video_token_id: int = 151650
     vision_feature_layer: int = -2
@@ -140,6 +139,22 @@ class LongVILAConfig(PreTrainedConfig):
     video_fps: float = 0.0
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> LongVILAConfig:
+        """Read a configuration; see transformers for the arguments.
+
+        Raises:
+            CheckpointError: If a folder is in the original's layout, whose keys mean other things.
+        """
+        if is_vila(pretrained_model_name_or_path):
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path} is in the original's layout: take `config` of "
+                "LongVILAForConditionalGeneration.from_pretrained, or run `longvila convert`"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
         load_models()

@@ -356,20 +356,26 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 @contextmanager
 def _new_folder(destination: str | Path) -> Iterator[Path]:
-    """A folder that gets its name when the body is done, and is removed if the body fails."""
+    """A folder whose content appears when the body is done, and is removed if the body fails.
+
+    One that exists is filled and not replaced: it may be a link, a mount, or where the shell is.
+    """
     target = Path(destination)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    exists = target.exists()
+    partial = target / ".partial" if exists else target.with_name(f".{target.name}.partial")
+    if exists and (not target.is_dir() or any(path != partial for path in target.iterdir())):
         raise CheckpointError(f"{target} exists and is not an empty folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
-    partial.mkdir()
+    partial.mkdir(parents=True)
     try:
         yield partial
     except BaseException:
         shutil.rmtree(partial)
         raise
-    if target.exists():
-        target.rmdir()
-    partial.rename(target)
+    if not exists:
+        partial.rename(target)
+        return
+    for path in partial.iterdir():
+        path.rename(target / path.name)
+    partial.rmdir()

@@ -43,12 +43,11 @@ _RENAMES = (
 )
 
 
-def read_onnx(path: Path, prefix: str = "backbone.") -> dict[str, Tensor]:
+def read_onnx(path: Path) -> dict[str, Tensor]:
     """Read the weights of an exported DINOv2 under their original names.
 
     Args:
         path: The ONNX file.
-        prefix: Where the backbone sits in the exported module.
 
     Returns:
         Names without the prefix and their float tensors; ``embeddings.position_embeddings`` has
@@ -63,6 +62,7 @@ def read_onnx(path: Path, prefix: str = "backbone.") -> dict[str, Tensor]:
         from onnx import numpy_helper
     except ImportError as error:
         raise ImportError("reading ONNX files needs `pip install 'longvila[weights]'`") from error
+    prefix = "backbone."
     graph = onnx.load(str(path)).graph
     arrays: dict[str, Any] = {entry.name: entry for entry in graph.initializer}
 
@@ -122,14 +122,13 @@ def resize_positions(table: Tensor, grid: int) -> Tensor:
 
 
 def to_siglip(
-    state: dict[str, Tensor], *, image_size: int, num_heads: int | None = None
+    state: dict[str, Tensor], *, image_size: int
 ) -> tuple[SiglipVisionConfig, dict[str, Tensor]]:
     """Rewrite DINOv2 weights for ``SiglipVisionModel``.
 
     Args:
         state: Weights under DINOv2's names, positions of patches only.
         image_size: Side of the pictures, a multiple of the patch.
-        num_heads: Attention heads; of 64 channels each if None.
 
     Returns:
         The tower's configuration and state dict.
@@ -140,8 +139,8 @@ def to_siglip(
     """
     patch_weight = state["embeddings.patch_embeddings.projection.weight"]
     channels, _, patch, _ = patch_weight.shape
-    if image_size % patch:
-        near = round(image_size / patch) * patch
+    if image_size < 1 or image_size % patch:
+        near = max(round(image_size / patch), 1) * patch
         raise ValueError(f"image size {image_size} is no multiple of the patch {patch}; try {near}")
     depth = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.layer."))
     out = {
@@ -174,7 +173,7 @@ def to_siglip(
         hidden_size=channels,
         intermediate_size=out["encoder.layers.0.mlp.fc1.weight"].shape[0],
         num_hidden_layers=depth,
-        num_attention_heads=num_heads or channels // 64,
+        num_attention_heads=channels // 64,  # as in every DINOv2
         image_size=image_size,
         patch_size=patch,
         hidden_act="gelu",

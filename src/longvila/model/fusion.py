@@ -16,7 +16,6 @@ Dimensions: B batch, S sequence, N rows, M model dim, F frames.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,16 +112,3 @@ def pack_features(features: Any) -> Tensor:
         return features.reshape(-1, features.shape[-1])
     items = [item.reshape(-1, item.shape[-1]) for item in features]
     return items[0] if len(items) == 1 else torch.cat(items)
-
-
-def media_rows(output: Any) -> MediaFeatures:
-    """Read packed rows back from what ``get_image_features`` or ``get_video_features`` returned.
-
-    Args:
-        output: The output of either: its ``pooler_output`` holds the (rows, M) of each item.
-
-    Returns:
-        Packed rows (N, M) and the count of each item.
-    """
-    items = output.pooler_output
-    return MediaFeatures(pack_features(items), [math.prod(item.shape[:-1]) for item in items])

@@ -6,17 +6,25 @@
    versions would repeat packed frames frame by frame for beams and pair them with the wrong prompt.
 3. For beams and several return sequences each prompt is repeated together with its own rows.
 4. After the step that used them, features are not passed again.
+5. Processors of logits that look scores up by the ids of the prompt see placeholders beyond the
+   vocabulary as another token of their prompt.
 
 ``prefill_chunk_size`` with media is refused where transformers would give wrong tokens.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor
+from transformers.generation import (
+    NoRepeatNGramLogitsProcessor,
+    PromptLookupCandidateGenerator,
+    RepetitionPenaltyLogitsProcessor,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from longvila.errors import ContextLengthError
@@ -27,6 +35,45 @@ from longvila.model.fusion import pack_features
 DEFAULT_MAX_NEW_TOKENS = 512
 
 
+def ids_in_table(input_ids: Tensor, rows: int) -> Tensor:
+    """Replace ids beyond a vocabulary by the first other one of their prompt.
+
+    Args:
+        input_ids: Token ids, shape (B, S).
+        rows: Size of the vocabulary.
+
+    Returns:
+        Ids below it, shape (B, S). What is looked up by them was looked up for their prompt anyway.
+    """
+    inside = input_ids < rows
+    first = input_ids.gather(1, inside.long().argmax(1, keepdim=True))
+    return torch.where(inside, input_ids, first.clamp(max=rows - 1))
+
+
+class _InTable(LogitsProcessor):
+    """A processor of logits that never sees an id without a score."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        return self.processor(ids_in_table(input_ids, scores.shape[-1]), scores)
+
+
+class _LookupInTable:
+    """Candidates looked up in the prompt, of which no placeholder is one."""
+
+    def __init__(self, generator: Any, rows: int) -> None:
+        self.generator, self.rows = generator, rows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.generator, name)
+
+    def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+        found, scores = self.generator.get_candidates(ids_in_table(input_ids, self.rows), **kwargs)
+        return torch.cat([input_ids, found[:, input_ids.shape[1] :]], dim=1), scores
+
+
 class LongVILAGenerationMixin(GenerationMixin):
     """What ``generate`` needs to know about packed media."""
 
@@ -34,7 +81,13 @@ class LongVILAGenerationMixin(GenerationMixin):
     model: Any
     generation_config: Any
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Generate text; see transformers' ``GenerationMixin.generate`` for the arguments.
 
         Media are encoded once before the first step. Nothing is computed for a prompt that, with
@@ -42,6 +95,8 @@ class LongVILAGenerationMixin(GenerationMixin):
 
         Args:
             inputs: Token ids with expanded placeholders, if not given by name.
+            generation_config: Options of generation. A ``max_length`` there or by name holds where
+                the call does not say ``max_new_tokens``.
             *args: Passed on.
             **kwargs: Passed on; pixels or ``mm_encoder_outputs`` and all options of generation.
 
@@ -51,11 +106,9 @@ class LongVILAGenerationMixin(GenerationMixin):
         Raises:
             ContextLengthError: If the prompt and the new tokens exceed the context.
             ValueError: If ``prefill_chunk_size`` is asked for with media where transformers cannot
-                chunk them.
+                chunk them, or the prompt has ``max_length`` tokens already.
         """
-        prompt = kwargs.get("input_ids", inputs)
-        generation_config = kwargs.get("generation_config", args[0] if args else None)
-        self._check_context(prompt, generation_config, kwargs)
+        generation_config = self._limit(kwargs.get("input_ids", inputs), generation_config, kwargs)
         has_media = any(
             kwargs.get(name) is not None
             for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
@@ -74,7 +127,7 @@ class LongVILAGenerationMixin(GenerationMixin):
             with torch.no_grad():
                 self._encode_once(kwargs)
         parent: Any = super()
-        return parent.generate(inputs, *args, **kwargs)
+        return parent.generate(inputs, generation_config, *args, **kwargs)
 
     def _encode_once(self, kwargs: dict[str, Any]) -> None:
         """Replace pixels among the arguments of generate by their features."""
@@ -92,30 +145,74 @@ class LongVILAGenerationMixin(GenerationMixin):
             encoded[kind] = encode(pixels.to(self.model.vision_tower.device), counts)
         kwargs["mm_encoder_outputs"] = encoded
 
-    def _check_context(
-        self, prompt: Tensor | None, generation_config: Any, kwargs: dict[str, Any]
-    ) -> None:
+    def _limit(
+        self,
+        prompt: Tensor | None,
+        generation_config: GenerationConfig | None,
+        kwargs: dict[str, Any],
+    ) -> GenerationConfig | None:
+        """Refuse what exceeds the context, and count ``max_length`` in new tokens.
+
+        Checkpoints limit new tokens, and transformers would let that limit outdo ``max_length``.
+        """
+        given = [t for t in (prompt, kwargs.get("inputs_embeds")) if t is not None]
+        if not given:
+            return generation_config
+        length = max(t.shape[1] for t in given)
         limit = self.config.context_length
-        embeds = kwargs.get("inputs_embeds")
-        if (prompt is None and embeds is None) or limit is None:
-            return
-        length = max(t.shape[1] for t in (prompt, embeds) if t is not None)
-        if length > limit:
+        if limit is not None and length > limit:
             raise ContextLengthError(
                 f"the prompt has {length} tokens, the model's context is {limit} "
                 f"({self.config.tokens_per_frame} tokens a frame): use fewer frames, or a model "
                 "whose context was extended"
             )
-        new = kwargs.get("max_new_tokens")
-        if new is None and kwargs.get("max_length") is not None:
-            new = max(kwargs["max_length"] - length, 0)
+        asked = generation_config or GenerationConfig()
+        total, new = kwargs.get("max_length"), kwargs.get("max_new_tokens")
+        if new is None and total is not None:
+            new = kwargs["max_new_tokens"] = kwargs.pop("max_length") - length
+        elif new is None and asked.max_new_tokens is None and asked.max_length is not None:
+            total, new = asked.max_length, asked.max_length - length
+            generation_config = copy.deepcopy(asked)
+            generation_config.max_length, generation_config.max_new_tokens = None, new
         elif new is None:
-            new = getattr(generation_config or self.generation_config, "max_new_tokens", None)
-        if new is not None and length + new > limit:
+            new = asked.max_new_tokens or self.generation_config.max_new_tokens
+        if total is not None and new is not None and new < 1:
+            raise ValueError(
+                f"the prompt has {length} tokens, max_length is {total}: nothing to do"
+            )
+        if limit is not None and new is not None and length + new > limit:
             raise ContextLengthError(
                 f"a prompt of {length} tokens and {new} new ones exceed the model's context of "
                 f"{limit}: max_new_tokens can be at most {limit - length} here"
             )
+        return generation_config
+
+    def _get_logits_processor(
+        self, generation_config: Any, *args: Any, encoder_input_ids: Any = None, **kwargs: Any
+    ) -> Any:
+        """Keep ids without a score from the processors that look scores up by id."""
+        rows = self.config.get_text_config().vocab_size
+        # Of embeddings, this is what transformers passes for the ids.
+        if encoder_input_ids is not None and encoder_input_ids.ndim == 2:
+            encoder_input_ids = ids_in_table(encoder_input_ids, rows)
+        parent: Any = super()
+        processors = parent._get_logits_processor(
+            generation_config, *args, encoder_input_ids=encoder_input_ids, **kwargs
+        )
+        by_id = (RepetitionPenaltyLogitsProcessor, NoRepeatNGramLogitsProcessor)
+        return type(processors)(_InTable(p) if isinstance(p, by_id) else p for p in processors)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep placeholders out of candidates that are looked up in the prompt."""
+        parent: Any = super()
+        found = parent._get_candidate_generator(*args, **kwargs)
+        rows = min(
+            self.config.get_text_config().vocab_size,
+            self.config.image_token_id,
+            self.config.video_token_id,
+        )
+        lookup = isinstance(found, PromptLookupCandidateGenerator)
+        return _LookupInTable(found, rows) if lookup else found
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -134,8 +231,12 @@ class LongVILAGenerationMixin(GenerationMixin):
         model_inputs = parent.prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
-        cached = kwargs.get("use_cache", True) and not kwargs.get("is_first_iteration", False)
-        if cached or model_inputs.get("input_ids") is None:
+        ids, encoded = model_inputs.get("input_ids"), kwargs.get("mm_encoder_outputs")
+        # An assistant's first step is told to be none, and is the whole prompt all the same.
+        whole = ids is not None and ids.shape[1] == input_ids.shape[1]
+        if whole and encoded is not None:
+            model_inputs["mm_encoder_outputs"] = encoded
+        elif ids is None or not kwargs.get("is_first_iteration", False):
             model_inputs.pop("mm_encoder_outputs", None)
         return model_inputs
 

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
@@ -95,10 +94,6 @@ class PixelProcessor(BaseImageProcessor):
         return normalise(
             frames, mean=self.image_mean, std=self.image_std, scale=self.rescale_factor
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what a file needs to make this processor again."""
-        return super().to_dict()
 
 
 class LongVILAImageProcessor(PixelProcessor):
@@ -184,11 +179,6 @@ def flatten(items: Any) -> list[Any]:
     if isinstance(items, list | tuple):
         return [leaf for item in items for leaf in flatten(item)]
     return [items]
-
-
-def count_tensor(counts: Sequence[int]) -> Tensor:
-    """Return counts as an int64 tensor."""
-    return torch.tensor(list(counts), dtype=torch.int64)
 
 
 AutoImageProcessor.register(

@@ -155,8 +155,10 @@ class LongVILAModel(LongVILAPreTrainedModel):
 
     def _project(self, features: Tensor) -> Tensor:
         """Features (F, P, C) to rows (F, N, M), in the projector's own precision."""
-        weight = next(self.multi_modal_projector.parameters(), None)
-        return self.multi_modal_projector(features if weight is None else features.to(weight.dtype))
+        # Quantised matrices are bytes; what is beside them says what a layer computes in.
+        kinds = (p.dtype for p in self.multi_modal_projector.parameters())
+        wide = (kind for kind in kinds if kind.is_floating_point and kind.itemsize > 1)
+        return self.multi_modal_projector(features.to(next(wide, features.dtype)))
 
     def _features(self, pixel_values: Tensor) -> Tensor:
         return tower_features(self.vision_tower, pixel_values, self.config)
@@ -274,14 +276,16 @@ class LongVILAModel(LongVILAPreTrainedModel):
 
         Args:
             input_ids: Token ids, shape (B, S).
-            attention_mask: Mask of the same tokens, shape (B, S); padding whose id lies beyond the
-                table gets an arbitrary row as well.
+            attention_mask: Mask of the same tokens, shape (B, S); padding gets an arbitrary row as
+                well, since its id may lie beyond the table.
 
         Returns:
             Embeddings, shape (B, S, M).
         """
         table = self.get_input_embeddings()
         skip = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
+        if isinstance(attention_mask, Tensor) and attention_mask.shape == input_ids.shape:
+            skip = skip | (attention_mask == 0)
         pad = getattr(self.config.text_config, "pad_token_id", None)
         rows = getattr(table, "num_embeddings", None)
         if pad is not None and rows is not None and pad >= rows:
@@ -469,14 +473,6 @@ class LongVILAForConditionalGeneration(LongVILAPreTrainedModel, LongVILAGenerati
         """Replace the embedding table of the language model."""
         self.model.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the head."""
-        self.lm_head = new_embeddings
-
     def encode_media(self, *args: Any, **kwargs: Any) -> MediaFeatures:
         """See :meth:`LongVILAModel.encode_media`."""
         return self.model.encode_media(*args, **kwargs)
@@ -514,21 +510,11 @@ class LongVILAForConditionalGeneration(LongVILAPreTrainedModel, LongVILAGenerati
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> LongVILACausalLMOutputWithPast:
-        """Run the model and its head.
+        """Run the model and its head; what is not listed is as for :meth:`LongVILAModel.forward`.
 
         Args:
-            input_ids: Token ids with expanded placeholders, shape (B, S).
-            pixel_values: Tiles of all images, shape (tiles, 3, height, width).
-            pixel_values_videos: Frames of all videos, shape (frames, 3, height, width).
-            attention_mask: Mask, shape (B, S), or whatever the language model takes.
-            position_ids: Positions, shape (B, S).
-            past_key_values: Cache to read and extend.
-            inputs_embeds: Fused embeddings in place of ids and media, shape (B, S, M).
             labels: Targets at their own positions (shifted here), -100 for none, shape (B, S).
             logits_to_keep: How many last positions (0: all), or which, get logits.
-            image_num_tiles: Tiles of each image.
-            video_num_frames: Frames of each video.
-            mm_encoder_outputs: Encoded media in place of pixels.
             **kwargs: ``shift_labels`` (targets already shifted), ``num_items_in_batch`` and
                 ``ignore_index`` go to the loss, the rest to the language model.
 

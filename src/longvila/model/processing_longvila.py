@@ -22,16 +22,18 @@ placeholders would misplace features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from longvila.log import log_once
 from longvila.media.video import SampledVideo
 from longvila.model.configuration_longvila import LongVILAConfig, video_segments
 from longvila.model.conversation import (
@@ -198,11 +200,6 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
         """Placeholders of one image tile or unpooled frame, without the separator."""
         return self.frame_grid[0] * self.frame_grid[1]
 
-    @property
-    def unused_input_names(self) -> list[str]:
-        """Outputs of the parts that are not inputs of the model; none."""
-        return []
-
     def image_text(self, num_tiles: int, *, separator: str, tiled: bool, cut: str = "") -> str:
         """Return what an image's placeholder becomes.
 
@@ -279,21 +276,27 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
             return_mm_token_type_ids: Whether to add 0 (text), 1 (image), 2 (video) for each token.
             return_text_replacement_offsets: Whether to add where placeholders were expanded.
             **kwargs: Options of the videos (``num_frames``, ``fps``, ``indices``,
-                ``do_sample_frames`` and those of reading), of the layout (``timestamps``,
-                ``frame_separator``, ``tile_images``), and of the tokenizer; each may also stand in
-                ``videos_kwargs``, ``images_kwargs`` or ``text_kwargs``.
+                ``do_sample_frames``, ``video_metadata`` and those of reading), of the layout
+                (``timestamps``, ``frame_separator``, ``tile_images``), and of the tokenizer; each
+                may also stand in ``videos_kwargs``, ``images_kwargs`` or ``text_kwargs``.
 
         Returns:
             ``input_ids``, ``attention_mask``, and of the media that are there ``pixel_values`` with
             ``image_num_tiles``, ``pixel_values_videos`` with ``video_num_frames``.
 
         Raises:
-            ValueError: If placeholders and media do not agree in number.
+            ValueError: If placeholders and media do not agree in number, over all prompts or, where
+                media come as one list a prompt, in one of them.
         """
         for group in _GROUPS:
             kwargs = {**(kwargs.pop(group, None) or {}), **kwargs}
         return_tensors = kwargs.pop("return_tensors", return_tensors)
         kwargs.pop("audio", None)
+        unknown = sorted(
+            set(kwargs) - _VIDEO_OPTIONS - _OUR_OPTIONS - set(TextKwargs.__annotations__)
+        )
+        if unknown:
+            log_once(__name__, logging.WARNING, f"options that mean nothing here: {unknown}")
         ours = {k: kwargs.pop(k) for k in list(kwargs) if k in _OUR_OPTIONS}
         video_options = {k: kwargs.pop(k) for k in list(kwargs) if k in _VIDEO_OPTIONS}
         separator = ours.get("frame_separator")
@@ -309,8 +312,8 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
         image_texts: list[str] = []
         video_texts: list[str] = []
         if prompts is not None:
-            self._check_counts(prompts, self.image_token, len(pictures), "images")
-            self._check_counts(prompts, self.video_token, len(clips), "videos")
+            self._check_counts(prompts, self.image_token, images, flatten, "images")
+            self._check_counts(prompts, self.video_token, videos, list_videos, "videos")
         if pictures:
             alone = self._alone(prompts, len(pictures))
             if ours.get("tile_images") is not None:
@@ -325,8 +328,9 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
                     )
                 )
         if clips:
+            # As one sample's: a clip that is a list of paths must not be listed a second time.
             out = self.video_processor(
-                clips, return_tensors=return_tensors, return_metadata=True, **video_options
+                [clips], return_tensors=return_tensors, return_metadata=True, **video_options
             )
             sampled: list[SampledVideo] = out.pop("video_metadata")
             data.update(out)
@@ -363,12 +367,28 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
         return features
 
     @staticmethod
-    def _check_counts(prompts: list[str], token: str, given: int, name: str) -> None:
-        written = sum(prompt.count(token) for prompt in prompts)
-        if written != given:
+    def _check_counts(
+        prompts: list[str], token: str, media: Any, leaves: Callable[[Any], list[Any]], name: str
+    ) -> None:
+        written = [prompt.count(token) for prompt in prompts]
+        given = 0 if media is None else len(leaves(media))
+        if sum(written) != given:
             raise ValueError(
-                f"the prompts have {written} placeholders {token} but {given} {name} were given"
+                f"the prompts have {sum(written)} placeholders {token} but {given} {name} were "
+                "given"
             )
+        if not isinstance(media, list | tuple) or len(media) != len(prompts):
+            return
+        lists = [leaves([own]) if isinstance(own, list | tuple) else [own] for own in media]
+        # A list of frames is one video, and then this is no list a prompt.
+        if any(leaf is own for own, found in zip(media, lists, strict=True) for leaf in found):
+            return
+        for i, (count, found) in enumerate(zip(written, lists, strict=True)):
+            if count != len(found):
+                raise ValueError(
+                    f"prompt {i} has {count} placeholders {token} but its list has {len(found)} "
+                    f"{name}"
+                )
 
     def _alone(self, prompts: list[str] | None, total: int) -> list[bool]:
         """Say of each image whether it is the only one of its prompt (videos do not matter)."""
@@ -458,7 +478,7 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
         features = self(
             text=prompts,
             images=images or None,
-            videos=videos or None,
+            videos=[videos] if videos else None,
             return_tensors=return_tensors,
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
@@ -523,23 +543,6 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
             width, height, part.size["height"], min_tiles=part.min_tiles, max_tiles=part.max_tiles
         )
         return columns * rows + (1 if columns * rows > 1 else 0)
-
-    def post_process_image_text_to_text(
-        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
-    ) -> list[str]:
-        """Decode generated ids; pipelines ask for this.
-
-        Args:
-            generated_outputs: Token ids, shape (B, S).
-            skip_special_tokens: Whether to leave special tokens out.
-            **kwargs: Handed to the tokenizer.
-
-        Returns:
-            One text for each sample.
-        """
-        return self.tokenizer.batch_decode(
-            generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
-        )
 
     # ---- files and parts
 

@@ -103,7 +103,7 @@ def build_layers(config: LongVILAConfig) -> nn.Module:
         ValueError: If the name is unknown, or ``identity`` meets different widths.
     """
     kind = config.projector_type
-    c = config.vision_config.hidden_size * config.projector_input_scales
+    c = config.vision_config.hidden_size
     m = config.text_config.hidden_size
     factor = downsample_factor(kind)
     if kind == "identity":

@@ -16,6 +16,7 @@ one derives from the base of image processors, which can.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from transformers.utils.hub import cached_file
 
 from longvila.media.video import SampledVideo, read_frames
 from longvila.model.configuration_longvila import LongVILAConfig
-from longvila.model.image_processing_longvila import PixelProcessor
+from longvila.model.image_processing_longvila import PixelProcessor, flatten
 
 _FILE = "video_preprocessor_config.json"
 
@@ -139,6 +140,18 @@ class LongVILAVideoProcessor(PixelProcessor):
             num_frames, fps = self.num_frames, self.fps
         return read_frames(video, num_frames=num_frames, fps=fps, short=self.short, **options)
 
+    def _sample_by_clock(self, video: Any, facts: Any, options: dict[str, Any]) -> SampledVideo:
+        """Sample a video by what transformers' metadata say of it where it has no clock itself."""
+        known = facts if isinstance(facts, dict) else vars(facts) if facts is not None else {}
+        rate, numbers = known.get("fps"), known.get("frames_indices")
+        if not rate or not _is_decoded(video):
+            return self.sample(video, **options)
+        sampled = self.sample(video, **{"frame_rate": rate, **options})
+        if numbers is None:
+            return sampled
+        times_s = np.asarray(numbers, dtype=np.float64)[sampled.indices] / rate
+        return dataclasses.replace(sampled, timestamps_s=times_s)
+
     def frame_levels(self, video: SampledVideo) -> np.ndarray:
         """Return sampled frames at the tower's size, uint8, shape (F, height, width, 3)."""
         frames = video.frames
@@ -156,6 +169,7 @@ class LongVILAVideoProcessor(PixelProcessor):
         *,
         return_tensors: Any = "pt",
         return_metadata: bool = False,
+        video_metadata: Any = None,
         **options: Any,
     ) -> BatchFeature:
         """Process videos.
@@ -164,14 +178,26 @@ class LongVILAVideoProcessor(PixelProcessor):
             videos: What `list_videos` takes; a video may be a `SampledVideo` already.
             return_tensors: Type of the tensors.
             return_metadata: Whether to add ``video_metadata``, the `SampledVideo` of each video.
+            video_metadata: Of each video, transformers' ``VideoMetadata`` or a dict like it. Its
+                ``fps`` and ``frames_indices`` are the clock of videos that are decoded already.
             **options: As for `sample`.
 
         Returns:
             ``pixel_values_videos`` (frames, 3, height, width) and ``video_num_frames`` (videos,).
+
+        Raises:
+            ValueError: If there are metadata, but not of each video.
         """
-        for key in ("video_metadata", "device", "input_data_format", "data_format"):
+        for key in ("device", "input_data_format", "data_format"):
             options.pop(key, None)
-        sampled = [self.sample(video, **options) for video in list_videos(videos)]
+        listed = list_videos(videos)
+        facts = flatten(video_metadata) if video_metadata is not None else [None] * len(listed)
+        if len(facts) != len(listed):
+            raise ValueError(f"there are {len(facts)} video_metadata for {len(listed)} videos")
+        sampled = [
+            self._sample_by_clock(video, each, options)
+            for video, each in zip(listed, facts, strict=True)
+        ]
         data: dict[str, Any] = {
             "pixel_values_videos": torch.cat([self.frame_pixels(video) for video in sampled]),
             "video_num_frames": [len(video.frames) for video in sampled],

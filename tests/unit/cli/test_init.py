@@ -37,3 +37,28 @@ def test_init(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert model.config.image_size == (24, 24)
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         main(arguments)
+
+    llm, vision = tmp_path / "llm", tmp_path / "vision"
+    (tmp_path / "file").touch()
+    for arguments, wrong in (
+        (["--llm", str(vision), "--vision", str(vision)], "is no language model"),
+        (["--llm", str(out), "--vision", str(vision)], "is no language model.*'longvila'"),
+        (["--llm", str(llm), "--vision", str(llm)], "is no vision tower: qwen2 has no image_size"),
+        (["--llm", str(llm), "--vision", str(out)], "no pair of encoders.*'longvila'"),
+        (["--llm", f"{llm}s", "--vision", str(vision)], "--llm .*there is no such folder"),
+        (["--llm", str(llm), "--vision", f"{vision}s"], "--vision .*there is no such folder"),
+    ):
+        with pytest.raises(CheckpointError, match=wrong):
+            main([*arguments, str(tmp_path / "other")])
+    arguments = ["--llm", str(llm), "--vision", str(vision), str(tmp_path / "other")]
+    for more, wrong in (
+        (["--image-size", "0"], "no multiple of the patch 4; try 4"),
+        (["--image-size", "-8"], "no multiple of the patch 4; try 4"),
+        (["--projector", "mlp_downsample_0x0"], "unknown projector_type"),
+        (["--projector", "mlp0x_gelu"], "unknown projector_type"),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            main([*arguments, *more])
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(CheckpointError, match="is a file; give a folder"):
+        main([*arguments[:-1], str(tmp_path / "file")])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from longvila.cli.main import main
 from longvila.errors import LongVILAError
 from longvila.media.sampling import uniform_indices
+from longvila.model.gguf import read_gguf
 
 
 @pytest.fixture
@@ -58,6 +61,18 @@ def test_our_own_value_errors_are_sentences_and_those_of_libraries_are_not(
         verb(lambda: int("x"))
 
 
+def test_a_package_that_is_not_there_is_a_sentence(
+    verb: Callable[[Callable[[], int]], int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert verb(lambda: len(read_gguf(Path("a.gguf")))) == 1
+    assert "longvila ask: reading GGUF files needs `pip install" in capsys.readouterr().err
+    with pytest.raises(ImportError, match="gguf"):
+        verb(lambda: len(__import__("gguf")))
+
+
 def test_an_interrupt_ends_with_its_status(
     verb: Callable[[Callable[[], int]], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,3 +83,11 @@ def test_an_interrupt_ends_with_its_status(
 def test_a_verb_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["asks"]) == 2
     assert "did you mean 'ask'?" in capsys.readouterr().err
+
+
+def test_help_of_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["help", "convert"])
+    assert ended.value.code == 0
+    assert "usage: longvila convert" in capsys.readouterr().out
+    assert main(["help", "converts"]) == 2

@@ -20,6 +20,7 @@ def folder(path: Path, count: int) -> Path:
     for number in range(count):
         Image.fromarray(numbered_frame(number)).save(path / f"frame{number}.png")
     (path / "notes.txt").write_text("not a frame")
+    (path / "._frame0.png").write_bytes(b"what macOS leaves beside a copied file")
     return path
 
 

@@ -7,7 +7,9 @@ import logging
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,7 +17,14 @@ from PIL import Image
 from longvila.errors import VideoError
 from longvila.media.reader import fit
 from longvila.media.sampling import uniform_indices
-from longvila.media.synthetic import audio_only, clip, damage, read_number, truncate
+from longvila.media.synthetic import (
+    audio_only,
+    clip,
+    damage,
+    numbered_frame,
+    read_number,
+    truncate,
+)
 from longvila.media.video import open_video, read_frames
 
 Draw = Callable[[str], Path]
@@ -74,6 +83,11 @@ def test_resizing_while_decoding_is_pil_bicubic(draw: Draw) -> None:
         assert np.array_equal(np.asarray(picture), resized)
 
 
+def test_indices_may_be_whole_numbers_of_any_kind(draw: Draw) -> None:
+    for indices in ([3, 1], np.array([3.0, 1.0]), (np.uint8(3), np.int64(1))):
+        assert read_frames(draw("h264_gop60"), indices=indices).indices.tolist() == [3, 1]
+
+
 def test_progress(draw: Draw) -> None:
     seen: list[tuple[int, int]] = []
     read_frames(draw("h264_gop60"), num_frames=3, progress=lambda *done: seen.append(done))
@@ -102,6 +116,8 @@ def test_memory_does_not_grow_with_the_frames(tmp_path: Path) -> None:
         ({"num_frames": 2, "indices": [1]}, ValueError, "expected one way of sampling"),
         ({"fps": 2.0, "timestamps_s": [1.0]}, ValueError, "expected one way of sampling"),
         ({"indices": []}, ValueError, "no frame was asked for"),
+        ({"indices": [0.0, 1.5]}, ValueError, r"whole numbers, got \[0.0, 1.5\]"),
+        ({"indices": "01"}, ValueError, "whole numbers, got"),
         ({"indices": [300]}, IndexError, "there is no frame 300; the video has frames 0 to 299"),
         ({"num_frames": 2, "backend": "decord"}, ValueError, "backend must be auto, pyav"),
     ],
@@ -128,10 +144,31 @@ def empty_folder(path: Path) -> Path:
     return path
 
 
+def sound_with_a_cover(path: Path) -> Path:
+    """A file of sound that carries one picture, as music does."""
+    with av.open(str(path), "w") as out:
+        sound: Any = out.add_stream("libmp3lame", rate=44100, layout="mono")
+        cover: Any = out.add_stream("mjpeg")
+        cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"
+        picture = av.VideoFrame.from_ndarray(numbered_frame(1), format="rgb24")
+        out.mux(cover.encode(picture.reformat(format="yuvj420p")))
+        out.mux(cover.encode(None))
+        silence = np.zeros((1, 1152), np.float32)
+        frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        out.mux(sound.encode(frame))
+        out.mux(sound.encode(None))
+    return path
+
+
 BROKEN: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "empty": ("a.mp4", write(b""), "file is empty"),
     "text": ("a.mp4", write(b"this is not a video\n" * 100), "cannot be opened as a video"),
-    "zeros": ("a.mp4", write(bytes(100_000)), "cannot be opened as a video"),
+    "zeros": (
+        "a.mp4",
+        write(bytes(100_000)),
+        r"cannot be opened as a video \(Invalid data found when processing input\); is it",
+    ),
     "noise": (
         "a.mp4",
         write(np.random.default_rng(0).bytes(100_000)),
@@ -140,6 +177,11 @@ BROKEN: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "head only": ("a.mp4", lambda p: truncate(clip(p, 50), 0.01), "cannot be opened as a video"),
     "no index": ("a.mp4", lambda p: truncate(clip(p, 50), 0.7), "was its recording or copying"),
     "sound only": ("a.m4a", audio_only, r"has no video stream \(found: audio\)"),
+    "sound with a cover": (
+        "a.mp3",
+        sound_with_a_cover,
+        r"has no video stream \(found: a cover picture, audio\)",
+    ),
     "no frames": ("a.mp4", lambda p: clip(p, 0), "a.mp4"),
     "folder": ("frames", empty_folder, "folder without pictures"),
     "all noise inside": (

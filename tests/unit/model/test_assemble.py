@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    PhiConfig,
+    PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     SiglipConfig,
@@ -140,3 +142,13 @@ def test_missing_weights_are_named(
     monkeypatch.setattr(module, "load_tower", lambda source, size: tower)
     with pytest.raises(CheckpointError, match=r"has no weights for encoder\.layers"):
         assemble(llm, vision, projector_type="linear", vision_feature_layer=-1)
+
+
+def test_a_head_with_a_bias_is_refused(tmp_path: Path, vision: Path) -> None:
+    tokenizer = tiny_tokenizer(media_tokens=False)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = PhiConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **small)
+    PhiForCausalLM(config).save_pretrained(tmp_path / "phi")
+    tokenizer.save_pretrained(tmp_path / "phi")
+    with pytest.raises(CheckpointError, match="its head has a bias"):
+        assemble(tmp_path / "phi", vision, projector_type="linear")

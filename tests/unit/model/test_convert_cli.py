@@ -23,6 +23,9 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "9 tokens a frame" in said and "context 1048576" in said and "'<|im_end|>'" in said
     assert len(list((tmp_path / "b").glob("model-*.safetensors"))) > 2
     assert main(["convert", str(tmp_path / "b"), str(tmp_path / "c"), "--to", "vila"]) == 0
+    assert f"wrote {tmp_path / 'c'}" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "b"), str(tmp_path / "d")]) == 1
+    assert "is in Hugging Face form already" in capsys.readouterr().err
     assert json.loads((tmp_path / "c" / "config.json").read_text())["model_type"] == "llava_llama"
     stored = load_file(tmp_path / "c" / "mm_projector" / "model.safetensors")
     assert all(str(tensor.dtype) == "torch.bfloat16" for tensor in stored.values())

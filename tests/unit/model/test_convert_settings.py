@@ -85,6 +85,8 @@ def test_encoders_as_text_and_as_dict(tmp_path: Path, as_text: bool) -> None:
             "one separator for both",
         ),
         ({"mm_vision_select_feature": "cls"}, "'cls' is not known"),
+        ({"vision_resolution": 448}, "vision_resolution 448.* a tower of 56 pixels"),
+        ({"image_aspect_ratio": "dynamic", "video_max_tiles": 4}, "video_max_tiles 4"),
     ],
 )
 def test_what_the_model_does_not_do_is_refused(

@@ -15,6 +15,7 @@ from tests.fixtures.upstream_case import PARTS, case_names, chat, index, write_c
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from longvila.errors import CheckpointError
+from longvila.model.configuration_longvila import LongVILAConfig
 from longvila.model.convert_vila import ORIGIN, convert_to_longvila, convert_to_vila
 from longvila.model.modeling_longvila import LongVILAForConditionalGeneration, LongVILAModel
 from longvila.model.processing_longvila import LongVILAProcessor
@@ -261,6 +262,25 @@ def test_a_destination_in_use_is_left_alone_and_failures_leave_nothing(
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
+def test_a_folder_that_exists_is_filled_and_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_checkpoint("even_row", tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / ".partial").mkdir()  # of a run that was killed
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    before = (tmp_path / "b").stat().st_ino
+    convert_to_longvila(source, tmp_path / "link")
+    assert (tmp_path / "b").stat().st_ino == before and (tmp_path / "link").is_symlink()
+    monkeypatch.chdir(tmp_path / "b")
+    assert {"config.json", "model.safetensors"} < set(os.listdir())
+    assert not Path(".partial").exists()
+    (tmp_path / "c").mkdir()
+    monkeypatch.chdir(tmp_path / "c")
+    convert_to_vila(tmp_path / "b", ".")
+    assert set(os.listdir()) == {"config.json", *PARTS}
+
+
 def test_what_cannot_go_back_is_refused(tmp_path: Path) -> None:
     source = write_checkpoint("even_row", tmp_path / "a")
     with pytest.raises(CheckpointError, match="in the original's layout already"):
@@ -327,12 +347,18 @@ def test_loading_options(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="config= cannot be combined"):
         load(source, config=model.config)
+    with pytest.raises(CheckpointError, match="is in the original's layout: take `config` of"):
+        LongVILAConfig.from_pretrained(source)
 
 
 def test_settings_of_the_processor(tmp_path: Path) -> None:
     source = write_checkpoint("tsp_fewer_rows_pad", tmp_path / "a")
     edit(source / "vision_tower" / "preprocessor_config.json", image_mean=[0.4, 0.5, 0.6])
-    processor = LongVILAProcessor.from_pretrained(source, num_frames=6)
+    options = {"padding_side": "right", "use_fast": True, "trust_remote_code": True}
+    processor = LongVILAProcessor.from_pretrained(source, num_frames=6, **options)
+    assert processor.tokenizer.padding_side == "right"
+    with pytest.raises(TypeError, match="num_framez"):
+        LongVILAProcessor.from_pretrained(source, num_framez=6)
     assert processor.image_processor.image_mean == [0.4, 0.5, 0.6]
     assert processor.image_processor.image_aspect_ratio == "pad"
     assert processor.video_processor.num_frames == 6 and processor.pool_sizes == [[2, 1, 1]]

@@ -11,7 +11,7 @@ from transformers import DynamicCache, GenerationConfig, Qwen2ForCausalLM
 
 from longvila.errors import ContextLengthError
 from longvila.model import _compat
-from longvila.model.generation_longvila import DEFAULT_MAX_NEW_TOKENS
+from longvila.model.generation_longvila import DEFAULT_MAX_NEW_TOKENS, ids_in_table
 from longvila.testing.tiny import tiny_inputs, tiny_model
 
 NEW = 8
@@ -226,6 +226,80 @@ def test_new_tokens_beyond_the_context(how: str) -> None:
         model.generate(**batch, **kwargs)
     out = model.generate(**batch, max_new_tokens=room, do_sample=False, eos_token_id=None)
     assert out.shape[1] <= 80
+
+
+@pytest.mark.parametrize("how", ["argument", "config", "position"])
+def test_max_length_holds_though_checkpoints_limit_new_tokens(how: str) -> None:
+    model, batch = setup(videos=(1,))
+    length = batch["input_ids"].shape[1]
+    assert model.generation_config.max_new_tokens == DEFAULT_MAX_NEW_TOKENS
+    config = GenerationConfig(max_length=length + 3)
+    if how == "position":
+        out = model.generate(batch.pop("input_ids"), config, **batch)
+    elif how == "config":
+        out = model.generate(**batch, generation_config=config)
+    else:
+        out = model.generate(**batch, max_length=length + 3)
+    assert out.shape[1] == length + 3
+    assert config.max_length == length + 3 and config.max_new_tokens is None
+
+
+def test_a_prompt_of_max_length_already() -> None:
+    model, batch = setup(videos=(1,))
+    length = batch["input_ids"].shape[1]
+    with pytest.raises(ValueError, match=f"{length} tokens, max_length is {length}"):
+        model.generate(**batch, max_length=length)
+
+
+def test_ids_beyond_the_table_become_another_of_their_prompt() -> None:
+    ids = torch.tensor([[9, 3, 8, 4], [1, 9, 9, 2], [9, 9, 9, 9]])
+    expected = [[3, 3, 3, 4], [1, 1, 1, 2], [7, 7, 7, 7]]
+    assert ids_in_table(ids, 8).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"encoder_repetition_penalty": 1.5},
+        {"encoder_no_repeat_ngram_size": 2},
+    ],
+)
+def test_processors_by_id_with_placeholders_beyond_the_table(option: dict[str, Any]) -> None:
+    # The same model with rows for its placeholders, which are never the best token.
+    model, batch = setup(videos=(2,), images=1)
+    assert model.config.image_token_id >= model.lm_head.weight.shape[0]
+    out = model.generate(**batch, max_new_tokens=NEW, do_sample=False, **option)
+    whole, _ = setup()
+    whole.resize_token_embeddings(model.config.video_token_id + 1, mean_resizing=False)
+    whole.lm_head.weight.data[model.lm_head.weight.shape[0] :] = 0
+    assert torch.equal(out, whole.generate(**batch, max_new_tokens=NEW, do_sample=False, **option))
+
+
+def test_candidates_looked_up_in_the_prompt() -> None:
+    model, batch = setup(videos=(2,), images=1)
+    expected = by_hand(model, batch, 3 * NEW)
+    out = model.generate(
+        **batch, max_new_tokens=3 * NEW, do_sample=False, prompt_lookup_num_tokens=3
+    )
+    assert torch.equal(out, expected)
+
+
+def test_an_assistant_sees_the_media_too() -> None:
+    model, batch = setup(videos=(2,), images=1)
+    assistant = tiny_model(seed=3)
+    seen: list[int] = []
+    fuse = assistant.model.fuse
+
+    def counted(ids: Tensor, embeds: Tensor, images: Any = None, videos: Any = None) -> Tensor:
+        seen.append(0 if videos is None else len(videos))
+        return fuse(ids, embeds, images, videos)
+
+    assistant.model.fuse = counted
+    out = model.generate(**batch, max_new_tokens=NEW, do_sample=False, assistant_model=assistant)
+    assert torch.equal(out, by_hand(model, batch))
+    assert seen[0] == 18 and set(seen[1:]) == {0}
 
 
 def test_a_medium_given_twice() -> None:

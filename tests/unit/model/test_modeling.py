@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longvila.model.fusion import media_rows
+from longvila.model.fusion import pack_features
 from longvila.model.modeling_longvila import LongVILAModel
 from longvila.testing.asserts import assert_close
 from longvila.testing.tiny import tiny_inputs, tiny_labels, tiny_model, tiny_tokenizer
@@ -63,9 +63,7 @@ def test_feature_methods_give_one_entry_an_item() -> None:
     image = model.get_image_features(pixels, torch.tensor([1, 4]))
     assert [tuple(v.shape) for v in image.pooler_output] == [(9, 32), (36, 32)]
     assert len(model.get_image_features(pixels).pooler_output) == 5
-    packed = media_rows(video)
-    assert packed.counts == [27, 18]
-    assert torch.equal(packed.rows, model.encode_media(pixels).rows)
+    assert torch.equal(pack_features(video.pooler_output), model.encode_media(pixels).rows)
 
 
 def test_placeholders_are_never_looked_up() -> None:
@@ -79,6 +77,42 @@ def test_placeholders_are_never_looked_up() -> None:
     assert grad is not None
     touched = set(grad.abs().sum(1).nonzero().flatten().tolist())
     assert touched <= seen  # in particular not the row that stood in for a placeholder
+
+
+def test_padding_beyond_the_table_is_not_looked_up() -> None:
+    model = tiny_model(text_config={"pad_token_id": None})
+    batch = tiny_inputs(model.config)
+    padded = dict(batch)
+    for name, value in (("input_ids", 10**6), ("attention_mask", 0)):
+        rest = torch.full((1, 5), value)
+        padded[name] = torch.cat([batch[name], rest], dim=1)
+    assert_close(model(**padded).logits[:, :-5], model(**batch).logits, name="logits")
+
+
+class InBytes(nn.Module):
+    """A linear layer as quantisers leave it: the matrix in bytes beside a bias."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.scale = float(layer.weight.detach().abs().max()) / 127
+        levels = (layer.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(levels, requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu", "mlp_downsample"])
+def test_a_quantised_projector_computes_in_the_precision_of_what_is_left(kind: str) -> None:
+    model = tiny_model(projector_type=kind)
+    pixels = torch.randn(2, 3, 20, 20)
+    expected = model.encode_media(pixels).rows
+    projector = model.model.multi_modal_projector
+    for name, layer in list(projector.named_modules()):
+        if isinstance(layer, nn.Linear):
+            projector.set_submodule(name, InBytes(layer))
+    assert_close(model.encode_media(pixels).rows, expected, name="rows", tolerance=0.03)
 
 
 def test_newline_after_a_frame_is_trained() -> None:

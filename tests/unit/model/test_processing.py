@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.video_utils import VideoMetadata
 
 from longvila.media.synthetic import clip
 from longvila.model.conversation import move_spans
@@ -287,6 +288,53 @@ def test_files_are_sampled_and_decoded_videos_are_not(tmp_path: Path) -> None:
         processor(text=VIDEO_TOKEN, videos=str(film), do_sample_frames=False)
 
 
+def test_a_video_given_as_a_list_of_paths_is_one_video(tmp_path: Path) -> None:
+    processor = tiny_processor(num_frames=3)
+    paths = []
+    for i, frame in enumerate(frames(3)):
+        paths.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(frame).save(paths[-1])
+    chat = user({"not": "used"}, "Q")
+    chat[0]["content"][0] = {"type": "video", "video": paths}
+    out = run(processor, chat)
+    assert out["video_num_frames"].tolist() == [3]
+    expected = run(processor, user(frames(3), "Q"))["pixel_values_videos"]
+    assert torch.equal(out["pixel_values_videos"], expected)
+    labelled = processor.apply_chat_template(
+        [*chat, {"role": "assistant", "content": "A"}], return_labels=True
+    )
+    assert torch.equal(labelled["pixel_values_videos"], expected)
+
+
+@pytest.mark.parametrize("kind", [dict, VideoMetadata])
+def test_metadata_are_the_clock_of_decoded_videos(kind: Any) -> None:
+    processor = tiny_processor(timestamps=True)
+    facts = kind(total_num_frames=96, fps=24.0)
+
+    def times(metadata: Any, **options: Any) -> list[float]:
+        out = processor(
+            text=[VIDEO_TOKEN] * 2,
+            videos=[frames(96), frames(96)],
+            video_metadata=[facts, metadata],
+            padding=True,
+            return_metadata=True,
+            **options,
+        )
+        return out["video_metadata"][1].timestamps_s.tolist()
+
+    assert times(facts, num_frames=3) == [0.0, pytest.approx(48 / 24), pytest.approx(95 / 24)]
+    assert times(facts, fps=1.0) == [0.0, 1.0, 2.0, 3.0]
+    taken = kind(total_num_frames=960, fps=24.0, frames_indices=list(range(0, 960, 10)))
+    assert times(taken, num_frames=2) == [0.0, pytest.approx(950 / 24)]
+    with pytest.raises(ValueError, match="1 video_metadata for 2 videos"):
+        processor(text=[VIDEO_TOKEN] * 2, videos=[frames(2)] * 2, video_metadata=facts)
+
+
+def test_options_that_mean_nothing_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    tiny_processor()(text="a", num_framez=3, max_length=5, return_offsets_mapping=True)
+    assert [r.message for r in caplog.records] == ["options that mean nothing here: ['num_framez']"]
+
+
 def test_ways_to_hand_over_media() -> None:
     processor = tiny_processor()
     video, other = frames(2), frames(3)
@@ -312,6 +360,19 @@ def test_counts_of_placeholders_and_media() -> None:
         processor(text=VIDEO_TOKEN)
     with pytest.raises(ValueError, match="0 placeholders <image> but 1 images"):
         processor(text="Hi", images=Image.fromarray(frames(1)[0]))
+    pictures = [Image.fromarray(f) for f in frames(3)]
+    text = [IMAGE_TOKEN, IMAGE_TOKEN * 2]
+    assert len(processor(text=text, images=[pictures[:1], pictures[1:]])["image_num_tiles"]) == 3
+    with pytest.raises(ValueError, match="prompt 0 has 1 placeholders <image> but its list has 2"):
+        processor(text=text, images=[pictures[:2], pictures[2:]])
+    clips = [frames(2), frames(3), frames(4)]
+    with pytest.raises(
+        ValueError, match="prompt 0 has 1 placeholders <vila/video> but its list has 2 videos"
+    ):
+        processor(text=[VIDEO_TOKEN, VIDEO_TOKEN * 2], videos=[clips[:2], clips[2:]])
+    listed = [list(clip) for clip in clips[:2]]  # frames of each video
+    out = processor(text=[VIDEO_TOKEN * 2, "Hi"], videos=listed, padding=True)
+    assert list(out["video_num_frames"]) == [2, 3]
     with pytest.raises(ValueError, match="give text, images or videos"):
         processor()
     with pytest.raises(ValueError, match="needs one of 'video', 'url' and 'path'"):

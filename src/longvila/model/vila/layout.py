@@ -1,7 +1,7 @@
 """Finds the parts of a checkpoint in the original's folder layout.
 
-    CKPT/config.json          settings; names the parts by llm_cfg, vision_tower_cfg,
-    mm_projector_cfg CKPT/llm/                 a causal language model with its tokenizer
+    CKPT/config.json          settings; llm_cfg, vision_tower_cfg, mm_projector_cfg name parts
+    CKPT/llm/                 a causal language model with its tokenizer
     CKPT/vision_tower/        a vision encoder with its preprocessor_config.json
     CKPT/mm_projector/        the projector
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class VilaCheckpoint:
     config: dict[str, Any]
     parts: dict[str, Path]
     adapter: Path | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def part_config(self, part: str) -> dict[str, Any]:
         """Return the config.json of a part.
@@ -93,6 +93,12 @@ def is_vila_config(config: dict[str, Any]) -> bool:
     return config.get("model_type") in _TYPES or "llm_cfg" in config
 
 
+def is_ours(folder: Path) -> bool:
+    """Tell whether a folder is a checkpoint of ours."""
+    file = folder / "config.json"
+    return file.is_file() and read_json(file).get("model_type") == "longvila"
+
+
 def is_adapter(folder: Path) -> bool:
     """Tell whether a folder is an adapter rather than a whole checkpoint."""
     return (folder / "adapter_config.json").is_file()
@@ -121,9 +127,8 @@ def find_root(path: str | Path) -> Path | None:
     Returns:
         The folder itself or its ``model`` sub-folder, None if neither is such a checkpoint.
     """
-    own = Path(path) / "config.json"
-    if own.is_file() and read_json(own).get("model_type") == "longvila":
-        return None  # ours, whatever lies beside it
+    if is_ours(Path(path)):  # whatever lies beside it
+        return None
     for folder in (Path(path) / "model", Path(path)):
         file = folder / "config.json"
         if file.is_file() and is_vila_config(read_json(file)):
@@ -160,6 +165,8 @@ def open_checkpoint(path: str | Path, base: str | Path | None = None) -> VilaChe
         raise CheckpointError(f"{folder} is no adapter (no adapter_config.json), --base is unused")
     root = find_root(folder)
     if root is None:
+        if is_ours(folder):
+            raise CheckpointError(f"{folder} is in Hugging Face form already; load it as it is")
         raise CheckpointError(
             f"{folder} is not a checkpoint in the original's layout: its config.json must have "
             f"llm_cfg or a model_type of {', '.join(sorted(_TYPES))}"

@@ -162,7 +162,8 @@ class VilaProcessorLoading:
         Args:
             pretrained_model_name_or_path: As for transformers, or such a folder.
             **kwargs: Passed on. For the original's layout ``token_order`` and ``conversation``, as
-                for ``longvila convert``, and arguments of the processor.
+                for ``longvila convert``, arguments of the processor, and the tokenizer's
+                ``padding_side``, ``truncation_side`` and ``model_max_length``.
 
         Returns:
             The processor.
@@ -175,7 +176,11 @@ class VilaProcessorLoading:
             return load(pretrained_model_name_or_path, **kwargs)
         from longvila.model.vila.plan import plan_conversion
 
-        for name in _HUB:
+        for name in (*_HUB, "trust_remote_code", "use_fast"):
             kwargs.pop(name, None)
         options = {key: kwargs.pop(key, None) for key in ("token_order", "conversation")}
-        return make_processor(plan_conversion(pretrained_model_name_or_path, **options), **kwargs)
+        plan = plan_conversion(pretrained_model_name_or_path, **options)
+        for name in ("padding_side", "truncation_side", "model_max_length"):
+            if name in kwargs:
+                setattr(plan.tokenizer, name, kwargs.pop(name))
+        return make_processor(plan, **kwargs)

@@ -7,7 +7,8 @@
   column. Nothing in a checkpoint says so outright; see `decide_token_order`.
 * ``fps``: ignored by the code the checkpoints were released with, so ours samples
   ``num_video_frames``.
-* Several scales (``s2``, ``dynamic_s2``, ``ps3``) are refused.
+* Several scales (``s2``, ``dynamic_s2``, ``ps3``), tiled frames and towers that are resized at load
+  are refused.
 * Precision, learning rates, which parts were tuned, ``chat_template`` and training paths have no
   effect on the model and are left out, as the original does.
 
@@ -200,6 +201,17 @@ def read_settings(
     values["text_config"] = _part_settings(checkpoint.part_config("llm"))
     tower = checkpoint.part_config("vision_tower")
     values["vision_config"] = _part_settings(tower.get("vision_config", tower))
+    own, asked = values["vision_config"].get("image_size"), config.get("vision_resolution") or -1
+    if asked not in (-1, own):
+        raise CheckpointError(
+            f"config.json asks for vision_resolution {asked}, at which the original resizes the "
+            f"position table of a tower of {own} pixels when it loads; save a resized tower"
+        )
+    if int(config.get("video_max_tiles") or 1) > 1 and values["image_aspect_ratio"] == "dynamic":
+        raise CheckpointError(
+            f"config.json asks for video_max_tiles {config['video_max_tiles']}: frames of a video "
+            "are not cut into tiles here; 1 takes them whole"
+        )
     if "quantization_config" in values["text_config"]:
         raise CheckpointError("the language model is quantised; convert the original weights")
     return Settings(values, tuple(notes))

@@ -11,6 +11,7 @@ size of the model; bits are copied, not converted.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -62,10 +63,7 @@ class StoredTensor:
     @property
     def num_bytes(self) -> int:
         """Size of the data."""
-        count = 1
-        for side in self.shape:
-            count *= side
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class WeightFiles:
@@ -186,7 +184,7 @@ class Entry:
     @property
     def num_bytes(self) -> int:
         """Size of the data."""
-        return StoredTensor(self.name, self.shape, self.dtype, Path()).num_bytes
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def plan_shards(entries: Iterable[Entry], max_shard_bytes: int) -> list[list[Entry]]:
