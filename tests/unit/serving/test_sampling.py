@@ -35,6 +35,8 @@ def test_greedy_takes_the_likeliest() -> None:
     assert logits.tolist() == torch.tensor([[0.1, 2.0, -1.0]]).tolist(), "logits were changed"
     penal = GenerationConfig(repetition_penalty=50.0)
     assert sampler(penal).choose(logits, torch.tensor([[1]])) == 0
+    placeholders = torch.tensor([[1, 7, 7]])  # no entries of the vocabulary
+    assert sampler(penal).choose(logits, placeholders) == 0
 
 
 def test_seeds_and_bounds() -> None:

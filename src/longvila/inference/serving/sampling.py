@@ -25,6 +25,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from longvila.model.generation_longvila import ids_in_table
+
 #: Below it, logits divided by it overflow, and the likeliest token is what is meant.
 LEAST_TEMPERATURE = 1e-3
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
@@ -127,7 +129,8 @@ class Sampler:
         Returns:
             The token.
         """
-        scores = self.processors(ids, logits.float().clone())  # type: ignore[arg-type]
+        known = ids_in_table(ids, logits.shape[-1])  # placeholders of media have no score
+        scores = self.processors(known, logits.float().clone())  # type: ignore[arg-type]
         if self.greedy:
             return int(scores.argmax(-1))
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
