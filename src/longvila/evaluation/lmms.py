@@ -208,6 +208,7 @@ class LongVILA(lmms):  # type: ignore[misc]
         """Free the model, for a judge that lmms-eval may start next; not if it is to be kept."""
         if self.keep:
             return
+        self.asking.answers.close()
         self.engine.close()
         model: Any = self.engine.model
         model.to("cpu")

@@ -162,6 +162,13 @@ def run(plan: Plan) -> dict[str, Summary]:
         seed=plan.seed,
         keep=True,
     )
+    try:
+        return _run(plan, model)
+    finally:
+        model.asking.answers.close()
+
+
+def _run(plan: Plan, model: LongVILA) -> dict[str, Summary]:
     first = model.rank == 0
     if first:
         begin(plan.out, plan.settings(), _versions())
