@@ -152,7 +152,7 @@ def parse_grade(reply: str, axis: str) -> dict[str, Any] | None:
         text = fenced[1]
     try:
         value = json.loads(text, object_pairs_hook=_once)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     wanted = {"score", "match"} if axis == "match" else {"score"}
     if not isinstance(value, dict) or set(value) != wanted:
@@ -376,13 +376,15 @@ def read_items(source: Path) -> list[Item]:
         return _items_of_run(read_lines(file), source)
     if not source.exists():
         raise LongVILAError(f"there is no file {source}")
-    if source.suffix == ".jsonl":
-        rows: Any = read_lines(source)
-    else:
-        try:
-            rows = json.loads(source.read_text(encoding="utf-8"))
-        except ValueError as fault:
-            raise LongVILAError(f"{source} is no JSON: {fault}") from fault
+    try:
+        text = source.read_text(encoding="utf-8-sig")
+        if source.suffix == ".jsonl":
+            # Somebody's own file: unlike ours, its last line counts without an end.
+            rows: Any = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            rows = json.loads(text)
+    except ValueError as fault:
+        raise LongVILAError(f"{source} is no JSON: {fault}") from fault
     if isinstance(rows, Mapping) and all(isinstance(row, Mapping) for row in rows.values()):
         rows = [{"id": key, **row} for key, row in rows.items()]
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
