@@ -61,8 +61,20 @@ def check(options: Any) -> None:
     """
     if options.chunk_tokens < 1:
         raise LongVILAError(f"--chunk-tokens must be at least 1, got {options.chunk_tokens}")
-    if options.seed < 0:
-        raise LongVILAError(f"--seed must be 0 or more, got {options.seed}")
+    check_run(options)
+
+
+def check_run(options: Any) -> None:
+    """Refuse a seed, a number of ranks, a device or a folder that will not do.
+
+    Args:
+        options: With ``seed``, ``seq_parallel_size``, ``device`` and ``out``.
+
+    Raises:
+        LongVILAError: If one is wrong.
+    """
+    if not 0 <= options.seed < 2**32:
+        raise LongVILAError(f"--seed must be 0 to 2**32 - 1, got {options.seed}")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if options.seq_parallel_size != -1 and not 1 <= options.seq_parallel_size <= world:
         raise LongVILAError(

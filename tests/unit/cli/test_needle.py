@@ -81,7 +81,7 @@ def test_options_become_the_plan(tmp_path: Path) -> None:
         (["--step-s", "0"], "seconds between frames must be a number above zero"),
         (["--step-s", "inf"], "must be a number above zero, got inf"),
         (["--depth-interval", "1e-12"], "must divide 1"),
-        (["--seed", "-1"], "--seed must be 0 or more"),
+        (["--seed", "-1"], "--seed must be 0 to 2**32 - 1, got -1"),
         (["--device", "foo"], "torch knows no such device"),
         (["--seq-parallel-size", "4"], "1 process can share a sequence; torchrun starts more"),
         (["--seq-parallel-size", "0"], "--seq-parallel-size 0"),
