@@ -134,7 +134,8 @@ def make_grid(max_frames: int, interval: int, depth_interval: float) -> Grid:
     steps = round(1 / depth_interval) if depth_interval > 1e-6 else 0
     if not 1 <= steps <= _MOST_DEPTHS or not math.isclose(steps * depth_interval, 1.0):
         raise NeedleError(
-            f"the depth interval must divide 1 (at most {_MOST_DEPTHS} steps), got {depth_interval:g}"
+            f"the depth interval must divide 1, in {_MOST_DEPTHS} steps at most, "
+            f"got {depth_interval:g}"
         )
     return Grid(
         tuple(range(interval, max_frames + 1, interval)),

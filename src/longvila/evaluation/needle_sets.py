@@ -325,6 +325,11 @@ class Haystack:
     key: Any = None
     reels: tuple[_Reel, ...] = ()
 
+    @property
+    def duration_s(self) -> float:
+        """Seconds of film that frames are taken from."""
+        return sum(reel.duration_s for reel in self.reels)
+
     def undecoded(self) -> list[str]:
         """Return which frames could not be decoded so far, by video and number."""
         return [f"{r.path.name}, frame {number}" for r in self.reels for number in sorted(r.bad)]
