@@ -191,7 +191,7 @@ def grade(item: Item, prompt: Prompt, judge: Judge, *, attempts: int) -> Record:
         A record: the grade, or None, and every exchange; ``error`` if the judge gave no answer.
     """
     messages: list[Message] = prompt.messages(item)
-    key = digest([judge.name, prompt.axis, item.id, [dict(message) for message in messages]])
+    key = _key(judge, prompt, item)
     exchanges = []
     found, error = None, None
     for _ in range(attempts):
@@ -219,6 +219,11 @@ def grade(item: Item, prompt: Prompt, judge: Judge, *, attempts: int) -> Record:
         "exchanges": exchanges,
         **({} if error is None else {"error": error}),
     }
+
+
+def _key(judge: Judge, prompt: Prompt, item: Item) -> str:
+    """What a grade depends on."""
+    return digest([judge.name, prompt.axis, item.id, [dict(m) for m in prompt.messages(item)]])
 
 
 def grade_all(
@@ -255,10 +260,7 @@ def grade_all(
         raise LongVILAError("two answers have the same id")
     texts = {axis: Prompt.read(axis, prompts) for item in items for axis in item.axes or axes}
     wanted = [(item, texts[axis]) for item in items for axis in item.axes or axes]
-    keys = [
-        digest([judge.name, prompt.axis, item.id, [dict(m) for m in prompt.messages(item)]])
-        for item, prompt in wanted
-    ]
+    keys = [_key(judge, prompt, item) for item, prompt in wanted]
     todo = [pair for pair, key in zip(wanted, keys, strict=True) if answers.find(key) is None]
     done = len(wanted) - len(todo)
 

@@ -131,11 +131,7 @@ class LongVILA(lmms):  # type: ignore[misc]
         """
         real = [i for i, r in enumerate(requests) if not r.metadata.get("__padding_only__")]
         seen: Counter[tuple[str, str, int]] = Counter()
-        questions = []
-        for i in real:
-            question = self.question(requests[i], seen)
-            questions.append(question)
-        records = self.asking.ask(questions)
+        records = self.asking.ask([self.question(requests[i], seen) for i in real])
         answers = [""] * len(requests)
         for i, record in zip(real, records, strict=True):
             answers[i] = record["answer"]
