@@ -40,6 +40,7 @@ import argparse
 import gc
 import math
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -754,10 +755,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--suffix", default="")
-    if argv is None:
-        import sys
-
-        argv = sys.argv[1:]
+    argv = sys.argv[1:] if argv is None else argv
     if "--tiny" in argv:
         parser.set_defaults(**TINY)
     return parser.parse_args(argv)

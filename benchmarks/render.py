@@ -591,7 +591,6 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] = {
     "links": (["attention"], lambda result, folder: links(result)),
     "factorisations": (["attention"], lambda result, folder: factorisations(result)),
-    "smol_tiers": (["needle", "method=smol-stages"], lambda result, folder: smol.tiers(folder)),
     "smol_summary": (
         ["needle", "method=smol-shipped"],
         lambda result, folder: smol.summary(folder, "shipped"),
@@ -600,28 +599,22 @@ VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] 
         ["needle", "method=smol-shipped"],
         lambda result, folder: smol.tiers(folder, "shipped"),
     ),
-    "smol_lengths": (["needle", "method=smol-stages"], lambda result, folder: smol.lengths(folder)),
-    "smol_heat": (["needle", "method=smol-stages"], lambda result, folder: smol.heat(folder)),
-    "smol_ablations": (
-        ["needle", "method=smol-stages"],
-        lambda result, folder: smol.ablations(folder),
-    ),
-    "smol_losses": (
-        ["training", "method=smol-stages"],
-        lambda result, folder: smol.losses(folder),
-    ),
-    "smol_views": (
-        ["training", "method=smol-stages"],
-        lambda result, folder: smol.views(folder),
-    ),
-    "smol_two_gpus": (
-        ["training", "method=smol-two"],
-        lambda result, folder: smol.two_gpus(folder),
-    ),
-    "smol_second": (
-        ["training", "method=smol-second"],
-        lambda result, folder: smol.second(folder),
-    ),
+    **{
+        f"smol_{draw.__name__}": (
+            [kind, f"method=smol-{run}"],
+            lambda result, folder, draw=draw: draw(folder),
+        )
+        for kind, run, draw in (
+            ("needle", "stages", smol.tiers),
+            ("needle", "stages", smol.lengths),
+            ("needle", "stages", smol.heat),
+            ("needle", "stages", smol.ablations),
+            ("training", "stages", smol.losses),
+            ("training", "stages", smol.views),
+            ("training", "two", smol.two_gpus),
+            ("training", "second", smol.second),
+        )
+    },
     "prefill_summary": (
         ["prefill", "suffix=whole"],
         lambda result, folder: _prefill_summary(folder),

@@ -610,13 +610,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--suffix", default="")
     argv = sys.argv[1:] if argv is None else argv
-    options = parser.parse_args(argv)
-    if options.tiny:
-        given = set(argv)
-        for name, value in TINY.items():
-            if f"--{name.replace('_', '-')}" not in given:
-                setattr(options, name, value)
-    return options
+    if "--tiny" in argv:
+        parser.set_defaults(**TINY)
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -243,8 +243,11 @@ def ask_all(folder: Path, questions: list[Any], answers: Path) -> tuple[list[str
             return read(batch, **options)
 
         engine.read = noted  # type: ignore[method-assign]
-        asking = Asking(open_answerer(engine, processor), Answers(answers, "a"), settings={})
-        return [record["answer"] for record in asking.ask(questions)], lengths
+        kept = Answers(answers, "a")
+        asking = Asking(open_answerer(engine, processor), kept, settings={})
+        found = [record["answer"] for record in asking.ask(questions)]
+        kept.close()
+        return found, lengths
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from longvila.cli.ask import find_device
 from longvila.errors import LongVILAError
 from longvila.packaged import asset
 
@@ -59,6 +61,27 @@ def check(options: Any) -> None:
     """
     if options.chunk_tokens < 1:
         raise LongVILAError(f"--chunk-tokens must be at least 1, got {options.chunk_tokens}")
+    check_run(options)
+
+
+def check_run(options: Any) -> None:
+    """Refuse a seed, a number of ranks, a device or a folder that will not do.
+
+    Args:
+        options: With ``seed``, ``seq_parallel_size``, ``device`` and ``out``.
+
+    Raises:
+        LongVILAError: If one is wrong.
+    """
+    if not 0 <= options.seed < 2**32:
+        raise LongVILAError(f"--seed must be 0 to 2**32 - 1, got {options.seed}")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if options.seq_parallel_size != -1 and not 1 <= options.seq_parallel_size <= world:
+        raise LongVILAError(
+            f"--seq-parallel-size {options.seq_parallel_size}: {world} "
+            f"process{'es' * (world > 1)} can share a sequence; torchrun starts more"
+        )
+    find_device(options.device)
     if options.out.exists() and not options.out.is_dir():
         raise LongVILAError(f"--out {options.out} is a file; give a folder")
     quieten_loading()

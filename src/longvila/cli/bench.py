@@ -96,6 +96,11 @@ def plan_of(options: Options) -> Any:
         lengths = check_lengths(SMALL_LENGTHS if options.small else options.lengths)
     except ValueError as fault:
         raise LongVILAError(f"--lengths: {fault}") from fault
+    if options.captions < 0 or options.per_tier < 1:
+        raise LongVILAError(
+            f"--captions must be 0 or more and --per-tier 1 or more, got {options.captions} and "
+            f"{options.per_tier}"
+        )
     return BenchPlan(
         lengths=lengths,
         trials=1 if options.small else options.trials,
@@ -141,7 +146,6 @@ def material_of(options: Options, plan: Any, processor: Any, pictures: list[Any]
     from longvila.evaluation.builtin import Material, load_events
     from longvila.evaluation.needle_sets import SYNTHETIC, open_haystack
     from longvila.inference.sight import sampler_of
-    from longvila.media.video import open_video
 
     frames = max(plan.lengths)
     part = sampler_of(processor)
@@ -151,20 +155,21 @@ def material_of(options: Options, plan: Any, processor: Any, pictures: list[Any]
     packaged = options.film is None
     source = str(fetch("film-bbb")) if packaged else str(options.film)
     share = options.part or (HELD_OUT if packaged else (0.0, 1.0))
-    if Path(source).is_dir():
-        film = open_haystack(source, num_frames=frames, fps=1.0, processor=part, part=share)
-        return Material(film, 0.0, float(frames), pictures)
-    with open_video(source) as reader:
-        length_s = reader.metadata.duration_s
-    start_s, stop_s = (length_s * each for each in share)
+    film = open_haystack(source, num_frames=1, fps=1.0, processor=part, part=share)
+    duration_s = film.duration_s
+    start_s = share[0] / (share[1] - share[0]) * duration_s
     # So many frames a second that the part gives all that are needed; beyond the film's own rate
-    # its frames repeat.
+    # its frames repeat. Of pictures there are as many as there are.
+    if film.reels[0].path.is_dir() and film.reels[0].num_frames < frames:
+        raise LongVILAError(
+            f"{source} has {film.reels[0].num_frames} pictures and {frames} frames are needed: "
+            "measure fewer (--lengths), or bring more"
+        )
     film = open_haystack(
-        source, num_frames=frames, fps=(frames + 0.5) / (stop_s - start_s), processor=part,
-        part=share,
-    )  # fmt: skip
-    events = load_events(start_s, stop_s) if packaged else []
-    return Material(film, start_s, stop_s - start_s, pictures, events)
+        source, num_frames=frames, fps=(frames + 0.5) / duration_s, processor=part, part=share
+    )
+    events = load_events(start_s, start_s + duration_s) if packaged else []
+    return Material(film, start_s, duration_s, pictures, events)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ What is asked, and how much of it must be right, is `GOAL`; with fewer the exit 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from longvila.cli._measuring import quieten_loading
 from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 from longvila.packaged import DELTA, asset, default_model, fetch
@@ -41,6 +43,8 @@ QUESTION = "What is shown at {time}?"
 SIZE, RATE = (640, 360), 12
 #: Seconds that a picture stays, and that a video has for each of its pictures.
 STAY_S, EACH_S = 2.0, 6.0
+#: Pictures in each film of the heat map.
+GRID_NEEDLES = 3
 #: The part of the film that training never saw.
 UNSEEN_PART = (2 / 3, 1.0)
 
@@ -113,7 +117,9 @@ class Needle:
     @property
     def clock(self) -> str:
         """Its time as the questions write it."""
-        return f"{int(self.time_s) // 60:02d}:{int(self.time_s) % 60:02d}"
+        from longvila.model.processing_longvila import clock
+
+        return clock(self.time_s)
 
 
 def choose_needles(folder: Path, seen: int, unseen: int, seed: int) -> list[Needle]:
@@ -389,7 +395,8 @@ def measure_grid(model: Any, processor: Any, film: Path, folder: Path, options: 
 
     needles = load_needles(folder, tier="seen")
     plan = Plan(
-        lengths=options.grid, depth_interval=GOAL.depth_interval, protocol="strict", per_film=3,
+        lengths=options.grid, depth_interval=GOAL.depth_interval, protocol="strict",
+        per_film=GRID_NEEDLES,
         tasks=("retrieval",), control=False, fps=options.fps, seed=options.seed,
         ways=min(WAYS, len({needle.answer for needle in needles})),
     )  # fmt: skip
@@ -477,9 +484,32 @@ def ask(
     return cells
 
 
+def check(options: Options) -> None:
+    """Refuse options that would fail after the model has answered.
+
+    Args:
+        options: The options.
+
+    Raises:
+        LongVILAError: If one is wrong; the message names it.
+    """
+    for name, least in (("seen", 0), ("unseen", 0), ("seed", 0), ("fps", 1 / STAY_S)):
+        if not least <= getattr(options, name) < math.inf:
+            # At a lower rate a picture comes and goes between two frames.
+            raise LongVILAError(f"--{name} must be {least:g} or more, got {getattr(options, name)}")
+    if options.grid and min(options.grid) < 4 * GRID_NEEDLES:
+        raise LongVILAError(
+            f"--grid: {min(options.grid)} frames have no room for {GRID_NEEDLES} pictures, "
+            f"{4 * GRID_NEEDLES} do"
+        )
+    if options.film is not None and not options.film.exists():
+        raise LongVILAError(f"--film: there is no film {options.film}")
+
+
 def main(argv: list[str]) -> int:
     """Run the verb."""
     options = parse(Options, argv, "demo", __doc__)
+    check(options)
     folder = asset("needles")
     if folder is None:
         raise LongVILAError("this build of longvila has no demo pictures (longvila/assets)")
@@ -489,17 +519,19 @@ def main(argv: list[str]) -> int:
     film = options.film or fetch("film-bbb")
     source = options.model or str(default_model())
     began = time.time()
-    import torch
-
     from longvila.inference.engine import Engine
-    from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
+    from longvila.model.opening import open_checkpoint
     from longvila.model.processing_longvila import LongVILAProcessor
 
     if options.model is None and asset(DELTA) is None:
         print("No trained delta ships with this build: the projector is UNTRAINED and the answers "
               "below are noise.")  # fmt: skip
-    model = LongVILAForConditionalGeneration.from_pretrained(source, dtype=torch.float32).eval()
-    processor = LongVILAProcessor.from_pretrained(source)
+    quieten_loading()
+    model, processor = open_checkpoint(source, device="cpu", dtype="float32", label="--model")
+    if not isinstance(processor, LongVILAProcessor):
+        raise LongVILAError(
+            f"--model {source}: the demo asks LongVILA; longvila needle takes models of any family"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     groups = [needles[number :: options.videos] for number in range(options.videos)]
     with Engine(model) as engine:

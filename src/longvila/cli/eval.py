@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from longvila.cli._measuring import check_run
 from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 from longvila.evaluation.columns import aligned
@@ -87,6 +88,11 @@ def main(argv: list[str]) -> int:
     if options.out is None:
         raise LongVILAError("--out is needed: the folder of the results")
     data = folders(options.data, presets)
+    for name in ("frames", "limit"):
+        given = getattr(options, name)
+        if given is not None and given < 1:
+            raise LongVILAError(f"--{name} must be at least 1, got {given}")
+    check_run(options)
     require_lmms_eval()
     quieten()
     from longvila.evaluation.lmms_run import Plan, run
@@ -163,9 +169,10 @@ def folders(given: tuple[str, ...], presets: tuple[Preset, ...]) -> dict[str, Pa
     found = {}
     for pair in given:
         name, equals, folder = pair.partition("=")
-        if not equals:
+        named = chosen(name) if name and equals else ()
+        if len(named) != 1:
             raise LongVILAError(f"--data wants TASK=FOLDER, got {pair!r}")
-        (preset,) = chosen(name)
+        (preset,) = named
         if preset not in presets:
             raise LongVILAError(f"--data names {name}, which is not among --tasks")
         if not Path(folder).expanduser().is_dir():
@@ -192,9 +199,6 @@ def quieten() -> None:
     """Keep lmms-eval's notes about its own task files off the terminal, and bars out of files."""
     from loguru import logger
 
-    from longvila.cli._measuring import quieten_loading
-
-    quieten_loading()
     logger.remove()
     logger.add(sys.stderr, level="WARNING")
 
@@ -207,6 +211,10 @@ def compare(options: Options) -> int:
     from longvila.evaluation.runs import read_run
 
     runs = [read_run(folder) for folder in options.compare]
+    if len({run.name for run in runs}) < len(runs):
+        # Folders of one name in different places.
+        named = zip(runs, options.compare, strict=True)
+        runs = [replace(run, name=str(folder)) for run, folder in named]
     options.page.parent.mkdir(parents=True, exist_ok=True)
     options.page.write_text(page(runs), encoding="utf-8")
     print(f"wrote {options.page}")

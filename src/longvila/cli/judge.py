@@ -24,6 +24,7 @@ import tyro
 
 from longvila.cli._measuring import quieten_loading
 from longvila.cli._options import parse
+from longvila.cli.ask import find_device
 from longvila.errors import LongVILAError
 from longvila.evaluation.answers import Answers, write_json, write_lines
 from longvila.evaluation.columns import aligned
@@ -77,7 +78,13 @@ def main(argv: list[str]) -> int:
     options = parse(Options, argv, "judge", __doc__)
     if options.attempts < 1 or options.parallel < 1:
         raise LongVILAError("--attempts and --parallel must be at least 1")
+    if options.limit is not None and options.limit < 1:
+        raise LongVILAError(f"--limit must be at least 1, got {options.limit}")
+    if options.prompts is not None and not options.prompts.is_dir():
+        raise LongVILAError(f"--prompts: there is no folder {options.prompts}")
     axes = tuple(axis.strip() for axis in options.axes.split(",") if axis.strip())
+    if not axes:
+        raise LongVILAError("--axes names none; leave it out, or name some")
     items = read_items(options.answers)[: options.limit]
     out = options.out
     if out is None:
@@ -96,6 +103,7 @@ def main(argv: list[str]) -> int:
         parallel=options.parallel,
         progress=_tell if options.replay is None else None,
     )
+    kept.close()
     write_lines(out / "judged.jsonl", records)
     scores = axis_scores(records)
     content = {axis: asdict(score) for axis, score in scores.items()}
@@ -133,8 +141,9 @@ def judge_of(options: Options) -> Judge:
     if options.local is not None:
         if options.parallel > 1:
             raise LongVILAError("a local judge is asked one thing at a time; leave --parallel out")
+        device = find_device(options.device)
         quieten_loading()
-        return CallerJudge(LocalCaller.load(options.local, device=options.device))
+        return CallerJudge(LocalCaller.load(options.local, device=device))
     assert options.endpoint is not None
     if options.judge_model is None:
         raise LongVILAError("--endpoint needs --judge-model, the model's name there")

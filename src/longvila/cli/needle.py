@@ -118,7 +118,7 @@ def plan_of(options: Options) -> Any:
     """Return the plan that the options describe.
 
     Raises:
-        LongVILAError: If the file of words is not one.
+        LongVILAError: If the file of words is not one, or a question in it cannot be filled in.
     """
     from longvila.evaluation.needle import PRESETS, Plan
     from longvila.evaluation.needle_plan import Words
@@ -126,7 +126,7 @@ def plan_of(options: Options) -> Any:
     words = Words()
     if options.words is not None:
         try:
-            given = json.loads(options.words.read_text(encoding="utf-8"))
+            given = json.loads(options.words.read_text(encoding="utf-8-sig"))
         except ValueError as fault:
             raise LongVILAError(f"--words {options.words} is no JSON: {fault}") from fault
         known = {each.name for each in fields(Words)}
@@ -159,16 +159,16 @@ def load(source: str, options: Any) -> tuple[Any, Any, Any]:
     import torch
     import torch.distributed as dist
 
+    from longvila.cli.ask import find_device
     from longvila.model.opening import open_checkpoint
     from longvila.sp.mesh import build_mesh
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    device = options.device
-    if device == "auto":
-        cuda = torch.cuda.is_available()
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+    device = find_device(options.device)
     kind = torch.device(device).type
     if kind == "cuda":
+        if device == kind:
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")

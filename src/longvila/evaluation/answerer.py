@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -130,9 +131,9 @@ class Answerer:
         pixels: dict[str, list[Tensor]] = {"image": [], "video": []}
         counts: dict[str, list[int]] = {"image": [], "video": []}
         kinds: list[str] = []
-        images = sum(_is_image(item) for item in items)
+        images = sum(isinstance(item, Image.Image) for item in items)
         for item in items:
-            kind = "image" if _is_image(item) else "video"
+            kind = "image" if isinstance(item, Image.Image) else "video"
             kinds.append(kind)
             text, frames = self._image(item, images == 1) if kind == "image" else self._video(item)
             texts[kind].append(text)
@@ -394,12 +395,6 @@ class Answerer:
             cut=CUT,
         )
         return text, out["pixel_values"]
-
-
-def _is_image(item: Any) -> bool:
-    from PIL import Image
-
-    return isinstance(item, Image.Image)
 
 
 def split_medium(text: str, processor: Any) -> tuple[str, str]:

@@ -7,27 +7,33 @@
    again.
 3. Several groups of ranks write a file each into one folder; whoever opens the folder reads all,
    so a run may go on with another number of groups. A key that two files hold counts once.
-4. Questions that failed (a video that cannot be read) are kept to be counted, and tried again.
+4. A file has one writer: a second run into the folder is refused while the first one lives.
+5. Questions that failed (a video that cannot be read) are kept to be counted, and tried again.
 
 Lines hold no times and no machine names: two runs with one seed leave equal bytes.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from longvila.errors import LongVILAError
+from longvila.log import get_logger
 
 Record = dict[str, Any]
+_LOG = get_logger(__name__)
 
 
 class AnswersError(LongVILAError, ValueError):
-    """A file of answers is damaged."""
+    """A file of answers is damaged, or another run is writing it."""
 
 
 def digest(value: Any) -> str:
@@ -102,20 +108,25 @@ class Answers:
     Args:
         folder: Where the files are; None keeps answers in memory alone.
         writer: Name of the file to append to; None for a process that only reads.
+
+    Raises:
+        AnswersError: If a file is damaged, or another run is writing it.
     """
 
     def __init__(self, folder: Path | None, writer: str | None) -> None:
         self.folder = folder
-        self.file = folder / f"{writer}.jsonl" if folder is not None and writer else None
+        self._stream: BinaryIO | None = None
+        if folder is not None and writer:
+            self._stream = open_to_append(folder / f"{writer}.jsonl")
+            self._done = weakref.finalize(self, self._stream.close)
         self._known: dict[str, Record] = {}
         if folder is not None:
             for file in sorted(folder.glob("*.jsonl")):
                 for record in read_lines(file):
+                    if "key" not in record:
+                        raise AnswersError(f"{file} holds no answers: give a folder of its own")
                     if self.find(record["key"]) is None:
                         self._known[record["key"]] = record
-        if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            drop_cut_line(self.file)
 
     def find(self, key: str) -> Record | None:
         """Return the answer to a question that was answered before, or None.
@@ -138,11 +149,13 @@ class Answers:
         if self.find(record["key"]) is not None:
             raise ValueError(f"the question {record['key']} was answered already")
         self._known[record["key"]] = record
-        if self.file is not None:
-            with self.file.open("ab") as stream:
-                stream.write(as_line(record))
-                stream.flush()
-                os.fsync(stream.fileno())
+        if self._stream is not None:
+            append(self._stream, as_line(record))
+
+    def close(self) -> None:
+        """Let another writer in; what is here can still be read."""
+        if self._stream is not None:
+            self._done()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -155,16 +168,38 @@ class Answers:
         )
 
 
-def drop_cut_line(file: Path) -> None:
-    """Cut a file behind its last newline, so that the next line begins at the start of one.
+def open_to_append(file: Path) -> BinaryIO:
+    """Open a file of lines as its only writer, without a last line that was cut short.
 
     Args:
-        file: The file; it need not exist.
+        file: The file; it and its folder are made.
+
+    Returns:
+        It, at its end. Closing it, or the end of the process, lets the next writer in.
+
+    Raises:
+        AnswersError: If another run is writing it.
     """
-    if not file.exists():
-        return
-    whole = file.read_bytes()
-    end = whole.rfind(b"\n") + 1
-    if end != len(whole):
-        with file.open("r+b") as stream:
-            stream.truncate(end)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    stream = file.open("a+b")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as fault:
+        if fault.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            stream.close()
+            raise AnswersError(
+                f"another run is writing {file}: wait for it, or give another folder"
+            ) from fault
+        _LOG.warning("%s: no locks here (%s): start no second run into this folder", file, fault)
+    stream.seek(0)
+    # What stands behind the last newline is half a line.
+    stream.truncate(stream.read().rfind(b"\n") + 1)
+    stream.seek(0, os.SEEK_END)
+    return stream
+
+
+def append(stream: BinaryIO, line: bytes) -> None:
+    """Write a line; it is on the disk when this returns."""
+    stream.write(line)
+    stream.flush()
+    os.fsync(stream.fileno())

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from longvila.evaluation.answerer import Answerer, Watched
@@ -125,12 +126,10 @@ class FamilyAnswerer(Answerer):
         return self._text(out[0, len(rendered.ids) :])
 
     def _media(self, items: Sequence[Any]) -> list[Medium]:
-        pictures = (hasattr(item, "convert") for item in items)
-        decoded = (
-            item if picture else self.sampler.sample(item)
-            for item, picture in zip(items, pictures, strict=True)
-        )  # fmt: skip
-        return [decoded_medium(each) for each in decoded]
+        return [
+            decoded_medium(each if isinstance(each, Image.Image) else self.sampler.sample(each))
+            for each in items
+        ]
 
     def _read(self, rendered: Rendered, stop: int) -> Any:
         family, config = self.prompts.family, self.prompts.model.config

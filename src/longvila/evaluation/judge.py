@@ -152,7 +152,7 @@ def parse_grade(reply: str, axis: str) -> dict[str, Any] | None:
         text = fenced[1]
     try:
         value = json.loads(text, object_pairs_hook=_once)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     wanted = {"score", "match"} if axis == "match" else {"score"}
     if not isinstance(value, dict) or set(value) != wanted:
@@ -191,7 +191,7 @@ def grade(item: Item, prompt: Prompt, judge: Judge, *, attempts: int) -> Record:
         A record: the grade, or None, and every exchange; ``error`` if the judge gave no answer.
     """
     messages: list[Message] = prompt.messages(item)
-    key = digest([judge.name, prompt.axis, item.id, [dict(message) for message in messages]])
+    key = _key(judge, prompt, item)
     exchanges = []
     found, error = None, None
     for _ in range(attempts):
@@ -219,6 +219,11 @@ def grade(item: Item, prompt: Prompt, judge: Judge, *, attempts: int) -> Record:
         "exchanges": exchanges,
         **({} if error is None else {"error": error}),
     }
+
+
+def _key(judge: Judge, prompt: Prompt, item: Item) -> str:
+    """What a grade depends on."""
+    return digest([judge.name, prompt.axis, item.id, [dict(m) for m in prompt.messages(item)]])
 
 
 def grade_all(
@@ -255,10 +260,7 @@ def grade_all(
         raise LongVILAError("two answers have the same id")
     texts = {axis: Prompt.read(axis, prompts) for item in items for axis in item.axes or axes}
     wanted = [(item, texts[axis]) for item in items for axis in item.axes or axes]
-    keys = [
-        digest([judge.name, prompt.axis, item.id, [dict(m) for m in prompt.messages(item)]])
-        for item, prompt in wanted
-    ]
+    keys = [_key(judge, prompt, item) for item, prompt in wanted]
     todo = [pair for pair, key in zip(wanted, keys, strict=True) if answers.find(key) is None]
     done = len(wanted) - len(todo)
 
@@ -376,13 +378,15 @@ def read_items(source: Path) -> list[Item]:
         return _items_of_run(read_lines(file), source)
     if not source.exists():
         raise LongVILAError(f"there is no file {source}")
-    if source.suffix == ".jsonl":
-        rows: Any = read_lines(source)
-    else:
-        try:
-            rows = json.loads(source.read_text(encoding="utf-8"))
-        except ValueError as fault:
-            raise LongVILAError(f"{source} is no JSON: {fault}") from fault
+    try:
+        text = source.read_text(encoding="utf-8-sig")
+        if source.suffix == ".jsonl":
+            # Somebody's own file: unlike ours, its last line counts without an end.
+            rows: Any = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            rows = json.loads(text)
+    except ValueError as fault:
+        raise LongVILAError(f"{source} is no JSON: {fault}") from fault
     if isinstance(rows, Mapping) and all(isinstance(row, Mapping) for row in rows.values()):
         rows = [{"id": key, **row} for key, row in rows.items()]
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):

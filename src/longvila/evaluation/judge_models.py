@@ -67,7 +67,8 @@ class CallerJudge:
             text, system="\n\n".join(told) or None, max_new_tokens=self.new_tokens, turns=turns
         )
         try:
-            return self.caller(prompt).text
+            # Half a character cannot be kept on disk.
+            return self.caller(prompt).text.encode(errors="replace").decode()
         except EmptyAnswer:
             return ""
 
@@ -80,6 +81,7 @@ class Recording:
 
     Raises:
         FileNotFoundError: If there is none.
+        JudgeError: If it holds something else.
     """
 
     def __init__(self, file: Path) -> None:
@@ -88,6 +90,8 @@ class Recording:
         self._replies: dict[str, str] = {}
         names = set()
         for record in read_lines(file):
+            if not {"judge", "exchanges"} <= set(record):
+                raise JudgeError(f"{file} is no recording of a judge (judged.jsonl)")
             names.add(record["judge"])
             for exchange in record["exchanges"]:
                 self._replies[exchange["asked"]] = exchange["reply"]

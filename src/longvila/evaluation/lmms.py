@@ -131,11 +131,7 @@ class LongVILA(lmms):  # type: ignore[misc]
         """
         real = [i for i, r in enumerate(requests) if not r.metadata.get("__padding_only__")]
         seen: Counter[tuple[str, str, int]] = Counter()
-        questions = []
-        for i in real:
-            question = self.question(requests[i], seen)
-            questions.append(question)
-        records = self.asking.ask(questions)
+        records = self.asking.ask([self.question(requests[i], seen) for i in real])
         answers = [""] * len(requests)
         for i, record in zip(real, records, strict=True):
             answers[i] = record["answer"]
@@ -208,6 +204,7 @@ class LongVILA(lmms):  # type: ignore[misc]
         """Free the model, for a judge that lmms-eval may start next; not if it is to be kept."""
         if self.keep:
             return
+        self.asking.answers.close()
         self.engine.close()
         model: Any = self.engine.model
         model.to("cpu")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -162,6 +163,13 @@ def run(plan: Plan) -> dict[str, Summary]:
         seed=plan.seed,
         keep=True,
     )
+    try:
+        return _run(plan, model)
+    finally:
+        model.asking.answers.close()
+
+
+def _run(plan: Plan, model: LongVILA) -> dict[str, Summary]:
     first = model.rank == 0
     if first:
         begin(plan.out, plan.settings(), _versions())
@@ -211,10 +219,17 @@ def _loading(presets: Sequence[Preset]) -> Iterator[None]:
         yield
     except RetryError as fault:
         cause = fault.last_attempt.exception()
+        if type(cause).__name__ == "DatasetGenerationError":  # says no more than that
+            cause = getattr(cause, "__cause__", None) or cause
         raise LongVILAError(
-            f"lmms-eval cannot fetch {names}: {cause}; it needs the Hugging Face Hub, or what an "
-            f"earlier run left under HF_HOME ({os.environ['HF_HOME']})"
+            f"lmms-eval cannot get the questions of {names}: {cause}; it needs whole files, the "
+            f"Hugging Face Hub, or what an earlier run left under HF_HOME ({os.environ['HF_HOME']})"
         ) from fault
+    except KeyError as fault:
+        place = traceback.extract_tb(fault.__traceback__)[-1]
+        if Path(place.filename).name != "lmms_tasks.py":
+            raise
+        raise LongVILAError(f"a question of {names} has no {fault}") from fault
     except ModuleNotFoundError as fault:
         raise LongVILAError(
             f"lmms-eval's tasks ({names}) need the package {fault.name}: pip install {fault.name}"

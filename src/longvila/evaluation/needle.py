@@ -18,6 +18,7 @@ the tower n * D times over.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -165,8 +166,10 @@ def check_plan(plan: Plan, needles: Sequence[Needle]) -> None:
     grid = plan.grid
     if grid.lengths[0] < 1:
         raise NeedleError(f"lengths must be positive numbers of frames, got {list(plan.lengths)}")
-    if plan.step_s is not None and not plan.step_s > 0:
-        raise NeedleError(f"seconds between frames must be above zero, got {plan.step_s:g}")
+    if plan.step_s is not None and not 0 < plan.step_s < math.inf:
+        raise NeedleError(
+            f"seconds between frames must be a number above zero, got {plan.step_s:g}"
+        )
     _check_tasks(plan.tasks)
     if plan.protocol != "paper":
         check_strict(needles, grid, per_film=plan.per_film, trials=plan.trials, ways=plan.ways)

@@ -50,12 +50,20 @@ from longvila.evaluation.needle_sets import (
     pasted,
     whole_frame,
 )
-from longvila.evaluation.task import Question, Scene
+from longvila.evaluation.task import Question, Scene, plain, seconds_of
 from longvila.model.processing_longvila import clock
 
 #: Options of a choice among names.
 WAYS = 4
+_MOST_DEPTHS = 1000
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+
+
+#: What is filled into each question.
+_BLANKS = {
+    "only": ("time",), "at": ("time",), "ordinal": ("ordinal",), "when": ("name",),
+    "presence": ("name", "a_name"), "order": ("names",), "count": ("name",), "every": (),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,20 @@ class Words:
     order: str = "In which order do these appear: {names}?"
     count: str = "How many times does the {name} appear?"
     every: str = "Which pictures appear in the video?"
+
+    def __post_init__(self) -> None:
+        for name, wanted in _BLANKS.items():
+            text = getattr(self, name)
+            told = " or ".join(f"{{{each}}}" for each in wanted) or "no blank"
+            try:
+                # Filled in two ways; a text that ignores what is filled in asks about nothing.
+                first, second = (text.format(**dict.fromkeys(wanted, fill)) for fill in "xy")
+            except (KeyError, ValueError, IndexError, AttributeError) as fault:
+                raise NeedleError(
+                    f"the question {name!r} may hold {told}, a brace is written twice: {text!r}"
+                ) from fault
+            if wanted and first == second and name != "only":
+                raise NeedleError(f"the question {name!r} must hold {told}: {text!r}")
 
 
 @dataclass(frozen=True)
@@ -109,9 +131,12 @@ def make_grid(max_frames: int, interval: int, depth_interval: float) -> Grid:
     """
     if not 0 < interval <= max_frames:
         raise NeedleError(f"the interval must be 1 to {max_frames} frames, got {interval}")
-    steps = round(1 / depth_interval) if depth_interval > 0 else 0
-    if steps < 1 or not math.isclose(steps * depth_interval, 1.0):
-        raise NeedleError(f"the depth interval must divide 1, got {depth_interval}")
+    steps = round(1 / depth_interval) if depth_interval > 1e-6 else 0
+    if not 1 <= steps <= _MOST_DEPTHS or not math.isclose(steps * depth_interval, 1.0):
+        raise NeedleError(
+            f"the depth interval must divide 1, in {_MOST_DEPTHS} steps at most, "
+            f"got {depth_interval:g}"
+        )
     return Grid(
         tuple(range(interval, max_frames + 1, interval)),
         tuple(Fraction(step, steps) for step in range(steps + 1)),
@@ -234,28 +259,34 @@ def paper_scenes(stage: Stage, grid: Grid) -> list[Scene]:
         stage: Film and needles.
         grid: Lengths and depths.
     """
-    guess = 1 / len({needle.answer for needle in stage.needles})
+    answers = tuple(dict.fromkeys(needle.answer for needle in stage.needles))
     scenes: list[Scene] = []
     for length, depth, needle in itertools.product(grid.lengths, grid.depths, stage.needles):
         name = f"paper/{length}/{float(depth):g}/{needle.id}"
         shown = [(place_of(length, depth), needle)]
         frames, places = stage.compose(length, shown, name)
-        question = _forced(stage, name, needle, places[0], guess)
+        question = _forced(stage, name, needle, places[0], needle.options or answers)
         shape = {**question.shape, "frames": length, "depth": float(depth)}
         scenes.append(Scene(name, frames, stage.step_s, (replace(question, shape=shape),)))
     return scenes
 
 
-def _forced(stage: Stage, name: str, needle: Needle, place: int, guess: float) -> Question:
-    text = needle.question or (stage.words.at if stage.times else stage.words.only)
+def _forced(
+    stage: Stage, name: str, needle: Needle, place: int, options: tuple[str, ...]
+) -> Question:
+    time = stage.time(place)
+    if needle.question:
+        text = needle.question.replace("{time}", time)
+    else:
+        text = (stage.words.at if stage.times else stage.words.only).format(time=time)
     return Question(
         id=f"{name}/forced",
         task="paper",
         ask="forced",
-        text=text.replace("{time}", stage.time(place)),
+        text=text,
         answer=needle.answer,
-        options=tuple(dict.fromkeys(each.answer for each in stage.needles)),
-        chance=guess,
+        options=options,
+        chance=1 / len(options),
         shape={"tier": needle.tier, "needle": needle.id, "control": None},
     )
 
@@ -315,10 +346,19 @@ def check_strict(
             f"{len(_ORDINALS)} needles a film; got {trials}, {ways} and {per_film}"
         )
     names: dict[str, list[str]] = {}
+    read: dict[tuple[str, str], str] = {}
     for needle in needles:
         known = names.setdefault(needle.tier, [])
         if needle.answer not in known:
             known.append(needle.answer)
+        words = plain(needle.answer)
+        other = read.setdefault((needle.tier, words), needle.answer)
+        if not words or other != needle.answer:
+            alike = f"and {other!r} read alike" if words else "has no word"
+            raise NeedleError(
+                f"the strict test finds names in answers, but {needle.answer!r} {alike}: take "
+                "other names, or the paper's test alone (--protocol paper)"
+            )
     wanted = max(per_film + 1, ways)
     for tier, found in names.items():
         if len(found) < wanted:
@@ -447,13 +487,8 @@ def _grounding(
     yield choice
     tolerance_s = max(1.0, stage.step_s)
     every = list(dict.fromkeys([truth, *every]))
-    hits = sum(abs(_seconds(time) - _seconds(truth)) <= tolerance_s for time in every)
+    hits = sum(abs(seconds_of(time) - seconds_of(truth)) <= tolerance_s for time in every)
     yield replace(free, tolerance_s=tolerance_s, chance=hits / len(every), options=tuple(every))
-
-
-def _seconds(time: str) -> int:
-    minutes, seconds = time.split(":")
-    return 60 * int(minutes) + int(seconds)
 
 
 def _counting(stage: Stage, length: int, depth: Fraction, trial: int, target: Needle) -> Scene:

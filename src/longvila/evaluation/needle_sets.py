@@ -3,18 +3,20 @@
 Needles are read from
 
 - a folder of pictures: a picture's name is its file's ("teddy-bear.png" and "Teddy bear (2).JPG"
-  are two drawings of a teddy bear); other files in it are left alone;
+  are two drawings of a teddy bear); other files and hidden ones are left alone, drawings without
+  pixels (SVG) refused; of a GIF that moves the first picture is taken;
 - a folder with ``needles.json``, or a ``.json``/``.jsonl`` file: entries with a picture (``file``,
   ``image`` or ``path``), an ``answer`` or ``name``, and, if wanted, ``question``, ``options`` and
   ``tier`` (or ``seen``);
 - LongVA's format: ``.parquet`` with ``image`` (bytes), ``question``, ``answer``, as a file, as a
   folder, or by the name of a data set on the Hugging Face Hub.
 
-A haystack is a video, a folder of videos (one after the other by name), a folder of pictures, or
-``synthetic``: moving colours drawn in code, for trying things out, which results name as such. Its
-frames are taken at a fixed rate. One that is too short is an error, unless it may be repeated. For
-a frame that cannot be decoded the nearest one of its block stands in, grey where there is none;
-which frames those are is kept (`Haystack.undecoded`) and said by every result.
+A haystack is a video, a folder of videos (one after the other by name, film2 before film10; what
+has no ending of a video is left alone), a folder of pictures, or ``synthetic``: moving colours
+drawn in code, for trying things out, which results name as such. Its frames are taken at a fixed
+rate. One that is too short is an error, unless it may be repeated. For a frame that cannot be
+decoded the nearest one of its block stands in, grey where there is none; which frames those are is
+kept (`Haystack.undecoded`) and said by every result.
 
 Cost: opening indexes a video once; frames are decoded when they are needed.
 """
@@ -27,6 +29,7 @@ import json
 import logging
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -41,13 +44,21 @@ from longvila.evaluation.needle_frames import FrameBook, Picture
 from longvila.evaluation.task import plain
 from longvila.inference.store import file_key
 from longvila.log import log_once
+from longvila.media.image import load_image
 from longvila.media.sampling import timestamp_indices
-from longvila.media.sources import IMAGE_SUFFIXES
+from longvila.media.sources import IMAGE_SUFFIXES, natural_key
 from longvila.media.video import open_video
 
 #: The original's needles on the Hugging Face Hub.
 LONGVA_NEEDLES = "lmms-lab/v_niah_needles"
 SYNTHETIC = "synthetic"
+#: What a folder of needles may hold, and what looks like it but has to be converted first.
+_PICTURES = IMAGE_SUFFIXES | {".gif", ".avif"}
+_NO_PICTURES = {".svg", ".svgz", ".heic", ".heif", ".psd", ".pdf"}
+_VIDEOS = {
+    ".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".m2ts", ".flv",
+    ".wmv", ".ogv", ".3gp",
+}  # fmt: skip
 #: What file managers write behind the name of a second file of that name.
 _COPY = re.compile(r"\s*\(\d+\)$")
 
@@ -118,7 +129,9 @@ def load_needles(source: str | Path, *, tier: str | None = None) -> list[Needle]
         twice = sorted({each for each in ids if ids.count(each) > 1})
         raise NeedleError(f"{source} has more than one needle called {', '.join(twice[:5])}")
     for needle in needles:
-        needle.open()  # One that is no picture is told now, and not after hours.
+        # One that is no picture, or shows nothing, is told now, and not after hours.
+        if needle.open().getextrema()[-1] == (0, 0):
+            raise NeedleError(f"the picture of {needle.id!r} is transparent everywhere")
     return needles
 
 
@@ -131,10 +144,12 @@ def _folder(folder: Path) -> Iterator[Needle]:
         yield from _parquet(table)
     if tables:
         return
-    pictures = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]
+    known = _PICTURES | _NO_PICTURES
+    pictures = sorted(each for each in _shown(folder) if each.suffix.lower() in known)
     stems = [path.stem for path in pictures]
     for path in pictures:
-        name = _COPY.sub("", path.stem).replace("-", " ").replace("_", " ").strip().lower()
+        name = unicodedata.normalize("NFC", _COPY.sub("", path.stem))
+        name = name.replace("-", " ").replace("_", " ").strip().lower()
         if not plain(name):
             raise NeedleError(f"{path}: the file's name must be the name of what it shows")
         # Two files of one name are two pictures of one thing.
@@ -145,10 +160,10 @@ def _file(path: Path) -> Iterator[Needle]:
     if path.suffix == ".parquet":
         yield from _parquet(path)
         return
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             entries = json.loads(text)
     except ValueError as fault:
@@ -157,21 +172,27 @@ def _file(path: Path) -> Iterator[Needle]:
         raise NeedleError(f"{path} must be a list of objects, one a needle")
     for number, entry in enumerate(entries):
         file = next((entry[key] for key in ("file", "image", "path") if key in entry), None)
-        answer = entry.get("answer", entry.get("name"))
-        if file is None or answer is None:
+        answer = str(entry.get("answer", entry.get("name")) or "").strip()
+        if not isinstance(file, str) or not answer:
             raise NeedleError(
                 f"{path}, entry {number} needs a picture (file, image or path) and an answer or "
-                f"name; it has {sorted(entry)}"
+                f"name; it has {entry}"
             )
-        tier = entry.get("tier", "")
+        question, options = entry.get("question"), entry.get("options") or ()
+        if not isinstance(question, str | None) or not isinstance(options, list | tuple):
+            raise NeedleError(f"{path}, entry {number}: a question is a text, options are a list")
+        options = tuple(dict.fromkeys(map(str, options)))
+        if options and answer not in options:
+            raise NeedleError(f"{path}, entry {number}: {answer!r} is none of {list(options)}")
+        tier = str(entry.get("tier", ""))
         if "seen" in entry:
             tier = "seen" if entry["seen"] else "unseen"
         yield Needle(
             str(entry.get("id", Path(file).stem)),
-            str(answer),
+            answer,
             _opener(path.parent / file),
-            entry.get("question"),
-            tuple(entry.get("options", ())),
+            question,
+            options,
             tier,
         )
 
@@ -207,11 +228,13 @@ def _decoder(content: bytes | None, name: str) -> Callable[[], Image.Image]:
 def _decoded(source: Any, name: str) -> Image.Image:
     try:
         with Image.open(source) as picture:
-            # Cameras say in a tag which side is up.
-            return ImageOps.exif_transpose(picture).convert("RGBA")
+            # Cameras say in a tag which side is up; sixteen bits are scaled to eight.
+            upright = ImageOps.exif_transpose(picture)
+            return (load_image(upright) if upright.mode[0] == "I" else upright).convert("RGBA")
     # Pillow says of a broken file whatever its reader of that format fell over.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
-        raise NeedleError(f"{name} cannot be read as a picture: {fault}") from fault
+        hint = ": save it as PNG" if Path(name).suffix.lower() in _NO_PICTURES else f": {fault}"
+        raise NeedleError(f"{name} cannot be read as a picture{hint}") from fault
 
 
 def _hub(name: str) -> Path:
@@ -302,6 +325,11 @@ class Haystack:
     key: Any = None
     reels: tuple[_Reel, ...] = ()
 
+    @property
+    def duration_s(self) -> float:
+        """Seconds of film that frames are taken from."""
+        return sum(reel.duration_s for reel in self.reels)
+
     def undecoded(self) -> list[str]:
         """Return which frames could not be decoded so far, by video and number."""
         return [f"{r.path.name}, frame {number}" for r in self.reels for number in sorted(r.bad)]
@@ -324,10 +352,10 @@ def check_haystack(
         raise NeedleError(
             f"a part of a film is two shares of it in order, as 0.5 1; got {part[0]:g} {part[1]:g}"
         )
-    if not fps > 0:
-        raise NeedleError(f"frames a second must be above zero, got {fps:g}")
+    if not 0 < fps < math.inf:
+        raise NeedleError(f"frames a second must be a number above zero, got {fps:g}")
     if str(source) != SYNTHETIC:
-        _videos(Path(source).expanduser())
+        _videos(source)
 
 
 def open_haystack(
@@ -360,13 +388,16 @@ def open_haystack(
     if str(source) == SYNTHETIC:
         book = FrameBook(num_frames, lambda a, b: _drawn(a, b, size), size=size, block=block)
         return Haystack(book, "synthetic (drawn in code)", 1 / fps, 1)
-    reels = [_Reel(path, fps, processor, part) for path in _videos(Path(source).expanduser())]
+    reels = [_Reel(path, fps, processor, part) for path in _videos(source)]
     total = sum(reel.num_frames for reel in reels)
     if total < num_frames and not repeat:
+        # A folder of pictures has no clock: a higher rate shows no more of them.
+        timed = [reel.duration_s for reel in reels if not reel.path.is_dir()]
+        rate = math.ceil(num_frames / sum(timed) * 10) / 10 if sum(timed) > 0 else 0
         raise NeedleError(
-            f"{source} gives {total} frames at {fps:g} a second and {num_frames} are needed: take "
-            f"more frames a second (--fps {_rounded_up(fps * num_frames / total)}), show it again "
-            "(--repeat), or bring a longer film"
+            f"{source} gives {total} frames at {fps:g} a second and {num_frames} are needed: "
+            + (f"take more frames a second (--fps {rate:g}), " if rate else "")
+            + "show it again (--repeat), bring a longer film, or measure fewer frames"
         )
 
     def read(start: int, stop: int) -> Picture:
@@ -392,21 +423,24 @@ def open_haystack(
     )
 
 
-def _rounded_up(rate: float) -> str:
-    """A rate with one decimal that is not less."""
-    return f"{math.ceil(rate * 10 - 1e-9) / 10:g}"
+def _shown(folder: Path) -> list[Path]:
+    """The files of a folder that its owner sees."""
+    return [each for each in folder.iterdir() if each.is_file() and each.name[0] != "."]
 
 
-def _videos(path: Path) -> list[Path]:
-    if path.is_dir():
-        files = sorted(each for each in path.iterdir() if each.is_file())
-        if not any(each.suffix.lower() in IMAGE_SUFFIXES for each in files):
-            if not files:
-                raise NeedleError(f"the folder {path} is empty")
-            return files
-    elif not path.exists():
-        raise NeedleError(f"there is no haystack {path}")
-    return [path]
+def _videos(source: str | Path) -> list[Path]:
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        if not path.exists():
+            raise NeedleError(f"there is no haystack {source}: neither a file nor a folder")
+        return [path]
+    files = sorted(_shown(path), key=lambda each: (natural_key(each.name), each.name))
+    films = [each for each in files if each.suffix.lower() in _VIDEOS]
+    if films or any(each.suffix.lower() in IMAGE_SUFFIXES for each in files):
+        return films or [path]
+    if not files:
+        raise NeedleError(f"the folder {path} is empty")
+    return files
 
 
 class _Reel:
@@ -418,6 +452,7 @@ class _Reel:
             metadata = reader.metadata
         self.fps = fps
         start_s, stop_s = (share * metadata.duration_s for share in part)
+        self.duration_s = stop_s - start_s
         times = start_s + np.arange(max(1, math.ceil((stop_s - start_s) * fps - 1e-6))) / fps
         self.indices = timestamp_indices(metadata.timestamps_s, times)
         self.num_frames = len(self.indices)

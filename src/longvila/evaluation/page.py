@@ -14,6 +14,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from longvila.evaluation.columns import aligned
 from longvila.evaluation.runner import Record
-from longvila.evaluation.summary import Group, Share, cells, share
+from longvila.evaluation.summary import Group, Share, cells
 
 #: Of the paper's figure: 0, one half, 1.
 COLOURS = ((0xF0, 0x49, 0x6E), (0xEB, 0xB8, 0x39), (0x9A, 0xD5, 0xB3))
@@ -154,7 +155,9 @@ def write_page(
         grid = cells(records, group)
         if not grid or group.control:
             continue
-        name = "-".join(filter(None, (group.task, group.ask, group.tier))).replace(" ", "-")
+        name = "-".join(filter(None, (group.task, group.ask, group.tier)))
+        # A tier may be called anything, also what cannot stand in a file's name.
+        name = re.sub(r"[^\w.+-]+", "-", name)[:100]
         picture = path.parent / f"heat-{name}.png"
         image = heat_map(grid, title=group.name)
         image.save(picture)
@@ -239,11 +242,6 @@ def _mistakes(records: Sequence[Record]) -> str:
         f"first {min(len(wrong), _SHOWN)}</h2><table><tr><th>id</th><th>question</th>"
         f"<th>truth</th><th>said</th><th>read as</th></tr>{rows}</table>"
     )
-
-
-def overall(records: Sequence[Record]) -> Share:
-    """Return the share of all records that are no control."""
-    return share([row for row in records if not row["shape"].get("control")])
 
 
 _PAGE = """<!doctype html>

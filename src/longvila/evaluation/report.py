@@ -331,11 +331,9 @@ def table(summaries: Mapping[str, Summary]) -> str:
                 str(high) if low == high else f"{low}-{high}",
             )
         )
-        parts = [(f"  {part}", s) for part, s in one.by_duration.items()]
-        for label, s in parts:
-            rows.append(
-                (label, percent(s), str(s.questions), "", str(s.unparsable), str(s.failed), "")
-            )
+        for part, s in one.by_duration.items():
+            counts = (str(s.questions), "", str(s.unparsable), str(s.failed), "")
+            rows.append((f"  {part}", percent(s), *counts))
         for axis, given in one.judged.items():
             counted = (f"  {axis}", graded(given), str(given.graded + given.ungraded))
             rows.append((*counted, "", str(given.ungraded), "", ""))

@@ -19,17 +19,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch.distributed as dist
 
 from longvila.errors import LongVILAError
 from longvila.evaluation.answerer import Answerer, Watched
-from longvila.evaluation.answers import drop_cut_line
+from longvila.evaluation.answers import append, open_to_append
 from longvila.evaluation.task import Question, Scene, grade
 
 Record = dict[str, Any]
@@ -50,6 +49,7 @@ class Records:
 
     Raises:
         RecordsError: If the folder holds answers of other settings, or a damaged file.
+        AnswersError: If another run is writing there.
     """
 
     def __init__(
@@ -59,17 +59,16 @@ class Records:
         self.settings = json.loads(json.dumps(settings))
         self.path = folder / ("records.jsonl" if part == 0 else f"records-{part}.jsonl")
         self.rows: dict[str, Record] = {}
-        self._file: Any = None
-        if writes:
-            folder.mkdir(parents=True, exist_ok=True)
-            drop_cut_line(self.path)
-        for path in sorted(folder.glob("records*.jsonl")):
-            for row in read_records(path, self.settings):
-                self._take(row)
-        if writes:
-            self._file = self.path.open("ab")
-            if self._file.tell() == 0:
-                self._write({"settings": self.settings, "key": settings_key(self.settings)})
+        self._file: BinaryIO | None = open_to_append(self.path) if writes else None
+        try:
+            for path in sorted(folder.glob("records*.jsonl")):
+                for row in read_records(path, self.settings):
+                    self._take(row)
+        except BaseException:
+            self.close()
+            raise
+        if self._file is not None and self._file.tell() == 0:
+            self._write({"settings": self.settings, "key": settings_key(self.settings)})
 
     def add(self, row: Record) -> None:
         """Keep an answer; returns when it is on the disk.
@@ -107,10 +106,8 @@ class Records:
         self.rows[row["id"]] = row
 
     def _write(self, row: Record) -> None:
-        line = json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n"
-        self._file.write(line.encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        assert self._file is not None
+        append(self._file, (json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n").encode())
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:

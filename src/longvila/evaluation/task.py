@@ -22,6 +22,7 @@ Cost: nothing to speak of. Not done: judging prose; synonyms (a name is what the
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -31,6 +32,13 @@ from longvila.model.processing_longvila import clock
 Ask = Literal["forced", "free", "choice"]
 Reader = Literal["text", "name", "number", "order", "time", "list"]
 
+#: ``mm:ss``, or ``h:mm:ss`` as films of hours are spoken of.
+_TIME = re.compile(r"(?<![\d:])(?:\d{1,2}:)?\d{1,4}:\d{2}(?![\d:])")
+#: Scripts without spaces between words, or with endings that join them: Thai, Lao, Burmese, Khmer,
+#: Japanese, Chinese, Korean.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]"
+)
 _NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
     "eleven", "twelve",
@@ -126,9 +134,11 @@ def grade(question: Question, said: str) -> Grade:
 
 
 def plain(text: str) -> str:
-    """Return a text in lower case, words only, without articles."""
-    # Letters of any script: a name may be in any language.
-    words = re.findall(r"[^\W_]+(?:[':-][^\W_]+)*", text.lower().replace("\u2019", "'"))
+    """Return a text in lower case, words only, without articles; hyphens are spaces."""
+    # Letters of any script: a name may be in any language. Some systems write names of files with
+    # accents as characters of their own.
+    text = unicodedata.normalize("NFC", text).lower().replace("\u2019", "'")
+    words = re.findall(r"[^\W_]+(?:[':][^\W_]+)*", text)
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
@@ -146,14 +156,15 @@ def mentions(text: str, names: Sequence[str]) -> list[str]:
     longest_first = sorted((name for name in by_words if name), key=lambda name: -len(name))
     if not longest_first:
         return []
-    either = "|".join(re.escape(name) for name in longest_first)
-    found = re.findall(rf"(?<![\w-])(?:{either})(?![\w-])", plain(text))
+    found = re.findall("|".join(map(_whole_words, longest_first)), plain(text))
     return [by_words[name] for name in dict.fromkeys(found)]
 
 
-def same_word_tokens(first: str, second: str) -> bool:
-    """Return whether two answers are the same by words."""
-    return plain(first) == plain(second)
+def _whole_words(name: str) -> str:
+    """A pattern that finds a name, not inside a longer word where its script has spaces."""
+    left, right = ("" if _UNSPACED.match(end) else edge for end, edge in
+                   ((name[0], r"(?<!\w)"), (name[-1], r"(?!\w)")))  # fmt: skip
+    return left + re.escape(name) + right
 
 
 def _whole(correct: bool, read: str | None) -> Grade:
@@ -165,7 +176,7 @@ def _squeeze(text: str) -> str:
 
 
 def _read_text(question: Question, said: str) -> Grade:
-    return _whole(same_word_tokens(said, question.answer), plain(said) or None)
+    return _whole(plain(said) == plain(question.answer), plain(said) or None)
 
 
 def _read_name(question: Question, said: str) -> Grade:
@@ -191,18 +202,24 @@ def _read_order(question: Question, said: str) -> Grade:
 
 
 def _read_time(question: Question, said: str) -> Grade:
-    found = re.findall(r"\b(\d{1,4}):(\d{2})\b", said)
-    if len(set(found)) != 1:
+    found = {seconds_of(time) for time in _TIME.findall(said)}
+    if len(found) != 1:
         return Grade(0.0, False, None)
-    minutes, rest = (int(part) for part in found[0])
-    wanted_minutes, wanted_rest = (int(part) for part in question.answer.split(":"))
-    off = abs(minutes * 60 + rest - wanted_minutes * 60 - wanted_rest)
-    return _whole(off <= question.tolerance_s, clock(minutes * 60 + rest))
+    (seconds,) = found
+    off = abs(seconds - seconds_of(question.answer))
+    return _whole(off <= question.tolerance_s, clock(seconds))
+
+
+def seconds_of(time: str) -> int:
+    """Return a time, ``mm:ss`` or ``h:mm:ss``, in seconds."""
+    parts = [int(part) for part in time.split(":")]
+    return sum(part * 60**place for place, part in enumerate(reversed(parts)))
 
 
 def _read_list(question: Question, said: str) -> Grade:
     found = set(mentions(said, question.names))
-    wanted = set(question.answer.split(", "))
+    # A name may have commas of its own.
+    wanted = set(mentions(question.answer, question.names))
     if not found:
         return Grade(0.0, False, None)
     f1 = 2 * len(found & wanted) / (len(found) + len(wanted))

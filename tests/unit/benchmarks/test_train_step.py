@@ -65,6 +65,7 @@ def test_a_document_of_one_video() -> None:
 def test_settings_go_by_length() -> None:
     table = train_step._table("65536:8,131072:2")
     assert [train_step.at_length(table, n, 5) for n in (1, 65536, 70000, 200000)] == [5, 8, 8, 2]
+    assert train_step.parse(["--tiny", "--heads=8"]).heads == 8
     options = train_step.parse(["--tiny", "--lengths", "48"])
     assert options.lengths == [48] and options.layers == 3
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from longvila.cli import bench
 from longvila.cli.main import main
@@ -46,6 +47,26 @@ def test_a_film_is_spread_over_the_frames(tmp_path: Path) -> None:
     assert numbers[0] == 72 and abs(numbers[1] - 144) <= 1 and numbers[2] >= 208  # type: ignore[operator]
 
 
+def test_films_of_a_folder_are_spread_together(tmp_path: Path) -> None:
+    (tmp_path / "films").mkdir()
+    for number in (1, 2):
+        clip(tmp_path / "films" / f"{number}.mp4", 24 * number, first_number=1000 * number)
+    options = bench.Options(film=str(tmp_path / "films"), lengths=(6, 12))
+    plan = bench.plan_of(options)
+    processor = tiny_processor(size={"height": 48, "width": 64})
+    material = bench.material_of(options, plan, processor, [])
+    assert material.duration_s == pytest.approx(3.0)
+    from longvila.media.synthetic import read_number
+
+    numbers = [read_number(material.haystack.book.frame(k)) or 0 for k in range(12)]
+    assert numbers == sorted(numbers) and numbers[3] < 1024 and numbers[-1] >= 2030
+    (tmp_path / "stills").mkdir()
+    Image.new("RGB", (64, 48)).save(tmp_path / "stills" / "a.png")
+    options = bench.Options(film=str(tmp_path / "stills"), lengths=(6, 12))
+    with pytest.raises(LongVILAError, match=r"stills has 1 pictures and 12 frames are needed"):
+        bench.material_of(options, plan, processor, [])
+
+
 def _pictures() -> Path:
     from longvila.cli._measuring import shipped
 
@@ -63,6 +84,8 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(
     for arguments, message in (
         (["--film", "none.mp4", "--pictures", str(_pictures())], "there is no haystack none.mp4"),
         (["--pictures", "none"], "no needles at none"),
+        (["--captions", "-1"], "--captions must be 0 or more"),
+        (["--per-tier", "0"], "--per-tier 1 or more"),
         (["--pictures", str(_pictures()), "--trials", "0"], "at least one film a cell"),
     ):
         assert main(["bench", "--model", "no-such-model", *arguments]) == 1

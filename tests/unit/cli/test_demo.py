@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from longvila.cli import demo
+from longvila.cli.main import main
 from longvila.errors import LongVILAError, VideoError
 from longvila.evaluation.summary import Share
 from longvila.media.synthetic import clip
@@ -26,6 +27,33 @@ def test_times_do_not_overlap() -> None:
     assert times == sorted(times) and times[-1] + demo.STAY_S < 30
     with pytest.raises(ValueError, match="9 pictures do not fit into 30"):
         demo.place(9, 30.0, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fps", "0.1"], "--fps must be 0.5 or more, got 0.1"),
+        (["--fps", "inf"], "--fps must be 0.5 or more, got inf"),
+        (["--seed", "-1"], "--seed must be 0 or more"),
+        (["--seen", "-1"], "--seen must be 0 or more"),
+        (["--grid", "32", "3"], "--grid: 3 frames have no room for 3 pictures, 12 do"),
+        (["--film", "none.mp4"], "--film: there is no film none.mp4"),
+        (["--videos", "0"], "--videos must be 1 to"),
+    ],
+)
+def test_what_is_wrong_is_told_first(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--model", "no-such-model", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    film = clip(tmp_path / "film.mp4", 4)
+    assert main(["demo", "--model", "./no-such-model", "--film", str(film)]) == 1
+    assert "--model ./no-such-model" in capsys.readouterr().err
 
 
 def test_shipped_pictures_are_half_unseen_and_named_once() -> None:

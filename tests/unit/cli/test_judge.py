@@ -105,6 +105,11 @@ def test_a_file_of_answers_needs_a_folder_for_its_grades(
         (["--local=x", "--parallel=2"], "one thing at a time"),
         (["--replay=none.jsonl"], "there is no recording none.jsonl"),
         (["--replay=x", "--attempts=0"], "must be at least 1"),
+        (["--replay=x", "--limit=0"], "--limit must be at least 1, got 0"),
+        (["--replay=x", "--axes=,"], "--axes names none"),
+        (["--replay=x", "--prompts=none"], "there is no folder none"),
+        ([f"--replay={Path(__file__).with_name('none.json')}"], "there is no recording"),
+        (["--local=x", "--device=foo"], "torch knows no such device"),
         (
             ["--endpoint=http://localhost/v1", "--judge-model=m", "--key-env=NO_SUCH_KEY_"],
             "NO_SUCH_KEY_ holds no key",

@@ -61,13 +61,16 @@ def test_options_become_the_plan(tmp_path: Path) -> None:
     words.write_text('{"att": "?"}')
     with pytest.raises(LongVILAError, match="must map some of"):
         needle.plan_of(needle.Options(words=words))
+    words.write_bytes(b'\xef\xbb\xbf{"at": "What {is} it?"}')
+    with pytest.raises(LongVILAError, match=r"'at' may hold {time}"):
+        needle.plan_of(needle.Options(words=words))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--haystack", "none.mp4"], "there is no haystack none.mp4"),
-        (["--haystack", "synthetic", "--fps", "0"], "frames a second must be above zero"),
+        (["--haystack", "synthetic", "--fps", "0"], "frames a second must be a number above"),
         (["--part", "0.5", "0.2"], "two shares of it in order"),
         (["--lengths", "0", "16"], "lengths must be positive"),
         (["--tasks", "foo"], "there is no task foo; there are retrieval, grounding"),
@@ -75,7 +78,13 @@ def test_options_become_the_plan(tmp_path: Path) -> None:
         (["--ways", "1"], "a choice of at least 2"),
         (["--per-film", "9"], "3 to 8 needles a film"),
         (["--lengths", "15"], "15 frames have no room for 4 needles: 16 do"),
-        (["--step-s", "0"], "seconds between frames must be above zero"),
+        (["--step-s", "0"], "seconds between frames must be a number above zero"),
+        (["--step-s", "inf"], "must be a number above zero, got inf"),
+        (["--depth-interval", "1e-12"], "must divide 1"),
+        (["--seed", "-1"], "--seed must be 0 to 2**32 - 1, got -1"),
+        (["--device", "foo"], "torch knows no such device"),
+        (["--seq-parallel-size", "4"], "1 process can share a sequence; torchrun starts more"),
+        (["--seq-parallel-size", "0"], "--seq-parallel-size 0"),
         (["--chunk-tokens", "0"], "--chunk-tokens must be at least 1"),
         (["--preset", "paper-1400", "--lengths", "32"], "give one"),
         (["--needles", "none"], "neither a file, a folder nor"),

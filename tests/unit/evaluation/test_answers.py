@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from longvila.evaluation.answers import Answers, digest, read_lines, write_lines
+from longvila.evaluation.answers import Answers, AnswersError, digest, read_lines, write_lines
 
 
 def record(key: str, doc_id: int = 0, **more: Any) -> dict[str, Any]:
@@ -26,6 +26,10 @@ def test_what_was_answered_is_found_again(tmp_path: Path) -> None:
     first = Answers(tmp_path, "group-0")
     first.add(record("k", answer="yes"))
     assert first.find("k") is not None and first.find("other") is None
+    with pytest.raises(AnswersError, match=r"another run is writing .*group-0.jsonl: wait"):
+        Answers(tmp_path, "group-0")
+    assert len(Answers(tmp_path, "group-1")) == 1
+    first.close()
     again = Answers(tmp_path, "group-0")
     found = again.find("k")
     assert found is not None and found["answer"] == "yes"
@@ -37,6 +41,7 @@ def test_a_cut_line_is_dropped_and_the_next_one_is_whole(tmp_path: Path) -> None
     answers.add(record("a"))
     answers.add(record("b", doc_id=1))
     file = tmp_path / "group-0.jsonl"
+    answers.close()
     file.write_bytes(file.read_bytes()[:-9])
     again = Answers(tmp_path, "group-0")
     assert again.find("a") is not None and again.find("b") is None
@@ -50,6 +55,9 @@ def test_a_damaged_line_is_an_error(tmp_path: Path) -> None:
         Answers(tmp_path, None)
     (tmp_path / "group-0.jsonl").write_text("[1]\n")
     with pytest.raises(ValueError, match="line 1 is no JSON object"):
+        Answers(tmp_path, None)
+    (tmp_path / "group-0.jsonl").write_text('{"question": "?"}\n')
+    with pytest.raises(ValueError, match="holds no answers: give a folder of its own"):
         Answers(tmp_path, None)
 
 

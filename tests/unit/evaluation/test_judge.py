@@ -70,7 +70,11 @@ def test_grades_in_the_form(reply: str, score: int) -> None:
         '{"score": 4} because',
         '{"score": 4}{"score": 4}',
         "__import__('os').getcwd()",
+        "[" * 100_000,
+        '{"score": NaN}',
+        '{"score": ' + "9" * 5000 + "}",
     ],
+    ids=lambda reply: reply[:12],
 )
 def test_anything_else_is_no_grade(reply: str) -> None:
     assert parse_grade(reply, "detail") is None
@@ -253,8 +257,12 @@ def test_files_of_answers(tmp_path: Path) -> None:
         with pytest.raises(LongVILAError, match=message):
             read_items(file)
     (tmp_path / "b.jsonl").write_text('{"question": \n{}\n')
-    with pytest.raises(LongVILAError, match=r"b.jsonl, line 1 is no JSON"):
+    with pytest.raises(LongVILAError, match=r"b.jsonl is no JSON"):
         read_items(tmp_path / "b.jsonl")
+    # Somebody else's file: a mark at its beginning, a blank line, no end of its last line.
+    line = b'{"question": "q", "answer": "a", "prediction": "p"}'
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\n\n" + line)
+    assert [item.id for item in read_items(tmp_path / "b.jsonl")] == ["000000", "000001"]
 
 
 def test_answers_of_a_run(tmp_path: Path) -> None:

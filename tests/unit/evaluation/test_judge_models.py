@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from longvila.evaluation.judge_models import CallerJudge, Recording
+from longvila.evaluation.judge_models import CallerJudge, JudgeError, Recording
 from longvila.inference.caller import CallError, EmptyAnswer, LocalCaller, Prompt, Reply
 from longvila.testing.tiny import save_tiny
 
@@ -53,6 +53,14 @@ def test_saying_nothing_is_a_reply_that_is_no_grade() -> None:
     assert CallerJudge(Silent()).reply([{"role": "user", "content": "Well?"}]) == ""
 
 
+def test_half_a_character_does_not_end_a_run() -> None:
+    class Broken(Noting):
+        def __call__(self, prompt: Prompt) -> Reply:
+            return Reply("fine \ud83d")
+
+    assert CallerJudge(Broken()).reply([{"role": "user", "content": "Well?"}]) == "fine ?"
+
+
 def test_a_model_of_this_process_judges_and_is_told_again(tmp_path: Path) -> None:
     save_tiny(tmp_path, seed=3)
     judge = CallerJudge(LocalCaller.load(str(tmp_path)), new_tokens=8)
@@ -67,3 +75,6 @@ def test_a_model_of_this_process_judges_and_is_told_again(tmp_path: Path) -> Non
 def test_a_recording_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no recording"):
         Recording(tmp_path / "judged.jsonl")
+    (tmp_path / "samples.jsonl").write_text('{"question": "?"}\n')
+    with pytest.raises(JudgeError, match=r"samples.jsonl is no recording of a judge"):
+        Recording(tmp_path / "samples.jsonl")

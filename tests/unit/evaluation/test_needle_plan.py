@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -14,12 +15,14 @@ from longvila.evaluation.needle import PRESETS, Plan, make_parts
 from longvila.evaluation.needle_plan import (
     Stage,
     Words,
+    check_strict,
     make_grid,
     merged,
     paper_scenes,
     place_of,
     strict_scenes,
 )
+from longvila.evaluation.needle_sets import NeedleError
 from longvila.evaluation.task import Question, Scene
 from longvila.testing.tiny import tiny_processor
 
@@ -38,8 +41,10 @@ def test_the_papers_grids() -> None:
     assert len(large.lengths) == 20 and large.lengths[-1] == 6000
     assert [float(d) for d in large.depths] == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert Plan(**PRESETS["paper-1400"]).grid.lengths[-1] == 1400
-    with pytest.raises(ValueError, match=r"must divide 1, got 0\.3"):
+    with pytest.raises(ValueError, match=r"must divide 1, .* got 0\.3"):
         make_grid(10, 5, 0.3)
+    with pytest.raises(ValueError, match="in 1000 steps at most, got 1e-05"):
+        make_grid(10, 5, 1e-5)
     with pytest.raises(ValueError, match="1 to 10 frames, got 11"):
         make_grid(10, 11, 0.5)
 
@@ -51,6 +56,50 @@ def test_places_are_those_of_the_original() -> None:
             assert place_of(length, Fraction(step, 5)) == exact
             # What floating point makes of it, at most one frame off.
             assert exact - 1 <= int(np.float64(step) * 0.2 * length) <= exact
+
+
+def test_names_that_answers_cannot_tell_apart_are_refused() -> None:
+    grid = make_grid(60, 30, 0.5)
+    options: dict[str, Any] = {"per_film": 3, "trials": 1, "ways": 4}
+    first, *rest = needles(8)
+    for name, message in (("A", "'A' has no word"), ("Teddy-Bear", "and 'teddy bear' read alike"),
+                          ("狮", None)):  # fmt: skip
+        found = [*rest, replace(first, answer=name)]
+        if message is None:
+            check_strict(found, grid, **options)
+            continue
+        with pytest.raises(NeedleError, match=message):
+            check_strict(found, grid, **options)
+    other = [replace(each, tier="b") for each in (*rest, replace(first, answer="Teddy Bear"))
+             if each.answer != "teddy bear"]  # fmt: skip
+    check_strict([*needles(8), *other], grid, **options)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"at": "What is at {times}?"}, r"'at' may hold {time}, a brace is written twice"),
+        ({"every": "Which {"}, r"'every' may hold no blank, a brace is written twice"),
+        ({"count": "How often?"}, r"'count' must hold {name}: 'How often\?'"),
+        ({"presence": "Is it there?"}, r"'presence' must hold {name} or {a_name}"),
+    ],
+)
+def test_words_that_cannot_be_filled_are_refused(words: dict[str, str], message: str) -> None:
+    with pytest.raises(NeedleError, match=message):
+        Words(**words)
+    assert Words(presence="Ist {name} da?", only="Welches Bild {{?}}?").only.format() == (
+        "Welches Bild {?}?"
+    )
+
+
+def test_options_of_a_needles_own_question_are_what_a_guess_draws_from() -> None:
+    stage = _stage(count=8)
+    stage.needles[0] = replace(
+        stage.needles[0], answer="B", question="At {time}? A or B", options=("A", "B")
+    )
+    first, second = paper_scenes(stage, make_grid(60, 60, 1.0))[:2]
+    assert first.questions[0].options == ("A", "B") and first.questions[0].chance == 0.5
+    assert first.questions[0].text == "At 00:00? A or B" and second.questions[0].chance == 1 / 8
 
 
 @pytest.mark.parametrize("insert", ["frame", "paste"])

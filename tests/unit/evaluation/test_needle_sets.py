@@ -62,6 +62,29 @@ def test_pictures_as_people_have_them(tmp_path: Path) -> None:
         load_needles(tmp_path)
 
 
+def test_pictures_of_other_kinds_and_files_that_nobody_sees(tmp_path: Path) -> None:
+    moving = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    moving[0].save(tmp_path / "top.gif", save_all=True, append_images=moving[1:])
+    levels = np.full((6, 8), 0x8000, np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    Image.new("1", (1, 1)).save(tmp_path / "dot.png")
+    # As one system writes names, and what it leaves beside files.
+    Image.new("RGB", (8, 6)).save(tmp_path / "lo\u0308we.png")
+    (tmp_path / "._top.png").write_bytes(b"\0")
+    (tmp_path / ".DS_Store").write_bytes(b"\0")
+    found = {needle.answer: needle.open() for needle in load_needles(tmp_path)}
+    assert set(found) == {"top", "deep", "dot", "l\u00f6we"}
+    assert found["top"].getpixel((0, 0)) == (255, 0, 0, 255)
+    assert found["deep"].getpixel((0, 0)) == (128, 128, 128, 255)
+    _picture(tmp_path / "ghost.png", "#ff000000")
+    with pytest.raises(NeedleError, match="'ghost' is transparent everywhere"):
+        load_needles(tmp_path)
+    (tmp_path / "ghost.png").unlink()
+    (tmp_path / "logo.svg").write_text("<svg/>")
+    with pytest.raises(NeedleError, match=r"logo.svg cannot be read as a picture: save it as PNG"):
+        load_needles(tmp_path)
+
+
 def test_lists(tmp_path: Path) -> None:
     _picture(tmp_path / "a.png")
     entries: list[dict[str, Any]] = [
@@ -76,8 +99,36 @@ def test_lists(tmp_path: Path) -> None:
         assert (ant.id, ant.answer, ant.tier) == ("a", "ant", "unseen")
         assert (own.question, own.options, own.tier) == ("Which? A or B", ("A", "B"), "x")
         assert [n.id for n in load_needles(source, tier="x")] == ["own"]
+    (tmp_path / "lines.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + json.dumps({**entries[0], "question": "a\u2028b", "tier": 1},
+                                    ensure_ascii=False).encode()
+    )  # fmt: skip
+    assert load_needles(tmp_path / "lines.jsonl")[0].question == "a\u2028b"
     with pytest.raises(NeedleError, match="no needle of tier 'y'; its tiers are"):
         load_needles(tmp_path, tier="y")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": " "}, "entry 0 needs a picture .* and an answer"),
+        ({"file": 1}, "entry 0 needs a picture"),
+        ({"question": 3}, "a question is a text, options are a list"),
+        ({"options": "ab"}, "a question is a text, options are a list"),
+        ({"options": ["b", "c"]}, r"'a' is none of \['b', 'c'\]"),
+    ],
+)
+def test_entries_that_are_none_are_told(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    _picture(tmp_path / "a.png")
+    file = tmp_path / "needles.json"
+    file.write_text(json.dumps([{"file": "a.png", "name": "a", **change}]))
+    with pytest.raises(NeedleError, match=message):
+        load_needles(file)
+    file.write_bytes('[{"name": "Löwe"}]'.encode("latin-1"))
+    with pytest.raises(NeedleError, match="is not JSON"):
+        load_needles(file)
 
 
 def test_shipped_pictures_are_a_set() -> None:
@@ -183,6 +234,30 @@ def test_films_of_a_folder_follow_each_other_and_may_repeat(tmp_path: Path) -> N
     assert _numbers(many, 16)[8:12] == [1000, 1024, 0, 24] and many.repeats == 4
     with pytest.raises(NeedleError, match=r"gives 5 frames .* and 9 are needed: .*--fps 1.8"):
         _film(tmp_path, num_frames=9)
+    assert len(_numbers(_film(tmp_path, num_frames=9, fps=1.8), 9)) == 9
+
+
+def test_the_rate_that_is_offered_does(tmp_path: Path) -> None:
+    # Ten seconds and a half give eleven frames at one a second, but 21 at two.
+    path = clip(tmp_path / "a.mp4", 252)
+    with pytest.raises(NeedleError, match=r"gives 11 frames .* 22 are needed: .*--fps 2\.1\)"):
+        _film(path, num_frames=22)
+    assert _numbers(_film(path, num_frames=22, fps=2.1), 22)[-1] == 240
+    with pytest.raises(NeedleError, match="must be a number above zero, got inf"):
+        _film(path, fps=float("inf"))
+
+
+def test_folders_as_people_have_them(tmp_path: Path) -> None:
+    for number in (1, 2, 10):
+        clip(tmp_path / f"film {number}.MP4", 24, first_number=1000 * number)
+    _picture(tmp_path / "poster.png")
+    for name in (".DS_Store", "._film 1.MP4", "film 1.srt"):
+        (tmp_path / name).write_bytes(b"x")
+    assert _numbers(_film(tmp_path, num_frames=3), 3) == [1000, 2000, 10000]
+    for film in tmp_path.glob("film*.MP4"):
+        film.unlink()
+    with pytest.raises(NeedleError, match=r"gives 1 frames .* are needed: show it again"):
+        _film(tmp_path)
 
 
 def test_a_part_of_a_film(tmp_path: Path) -> None:

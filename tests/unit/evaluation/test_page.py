@@ -56,6 +56,14 @@ def test_page_is_whole_and_runs_nothing(tmp_path: Path) -> None:
     assert "Wrong answers: 2 of 8" in text
 
 
+def test_a_tier_may_be_called_what_no_file_can_be(tmp_path: Path) -> None:
+    rows = [{**row, "shape": {**row["shape"], "tier": "../mine, 1/2 é"}} for row in _rows()]
+    _, picture = write_page(
+        tmp_path / "page.html", title="t", settings={}, records=rows, groups=summarise(rows)
+    )
+    assert picture == tmp_path / "heat-paper-forced-..-mine-1-2-é.png" and picture.exists()
+
+
 def test_table_for_a_terminal() -> None:
     table = text_table(summarise(_rows())).splitlines()
     assert table[1].split()[:4] == ["paper,", "forced", "8", "75.0%"]

@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from longvila.evaluation.answerer import Watched
+from longvila.evaluation.answers import AnswersError
 from longvila.evaluation.runner import Records, RecordsError, answered, ask, read_records, run
 from longvila.evaluation.task import Question, Scene
 from longvila.testing.ranks import Rank, ranks
@@ -48,6 +49,19 @@ def test_a_torn_line_is_cut_off_and_a_damaged_one_is_an_error(tmp_path: Path) ->
     path.write_bytes(whole.replace(b'"id": "b"', b'"id": "b'))
     with pytest.raises(RecordsError, match="line 3 is damaged"):
         Records(tmp_path, SETTINGS)
+
+
+def test_a_second_run_into_the_folder_is_refused_while_the_first_one_lives(tmp_path: Path) -> None:
+    with Records(tmp_path, SETTINGS) as records:
+        records.add(_row("a"))
+        with pytest.raises(AnswersError, match=r"another run is writing .*records.jsonl: wait"):
+            Records(tmp_path, SETTINGS)
+        assert list(Records(tmp_path, SETTINGS, writes=False).rows) == ["a"]
+        records.add(_row("b"))
+    with pytest.raises(RecordsError, match="seed was"):
+        Records(tmp_path, {"seed": 1})
+    with Records(tmp_path, SETTINGS) as records:
+        assert list(records.rows) == ["a", "b"]
 
 
 def test_a_death_over_the_first_line_leaves_an_empty_run(tmp_path: Path) -> None:

@@ -60,5 +60,8 @@ def test_the_verb_lays_runs_side_by_side(
     target = tmp_path / "deep" / "page.html"
     assert main(["eval", "--compare", *folders, "--page", str(target)]) == 0
     assert "one" in target.read_text() and "two" in target.read_text()
+    other = str(write(tmp_path / "elsewhere" / "one"))
+    assert main(["eval", "--compare", folders[0], other, "--page", str(target)]) == 0
+    assert folders[0] in target.read_text() and other in target.read_text()
     assert main(["eval", "--compare", *folders]) == 1
     assert "--compare needs --page" in capsys.readouterr().err

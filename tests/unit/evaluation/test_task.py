@@ -23,7 +23,17 @@ def test_names_are_whole_words_and_the_longest_counts() -> None:
     assert mentions("rice", NAMES) == ["rice"] and mentions("nice bears", NAMES) == []
     assert mentions("the t-shirt", NAMES) == ["T-shirt"]
     assert mentions("anything", ()) == []
+    assert mentions("a Teddy-bear", NAMES) == ["teddy bear"] == mentions("teddy_bear", NAMES)
+    # An accent may be a character of its own, as some systems name files.
+    assert mentions("a L\u00f6we", ["lo\u0308we"]) == ["lo\u0308we"]
     assert plain("A lion\u2019s  den, the END.") == "lion's den end"
+
+
+def test_names_are_found_where_words_have_no_spaces_between_them() -> None:
+    assert mentions("这是狮子。", ["狮子", "熊"]) == ["狮子"]
+    assert mentions("사자는 두 번 나온다", ["사자", "곰"]) == ["사자"]
+    assert mentions("これは熊猫です", ["熊", "熊猫"]) == ["熊猫"]
+    assert mentions("Sealöwe", ["löwe"]) == []
 
 
 @pytest.mark.parametrize(
@@ -61,6 +71,8 @@ def test_time() -> None:
     assert _grade("time", "100:00", "99:59", tolerance_s=1)[1] is True
     assert _grade("time", "01:05", "01:05 to 01:09", tolerance_s=1) == (0.0, False, None)
     assert _grade("time", "01:05", "65 seconds", tolerance_s=1)[2] is None
+    assert _grade("time", "121:05", "at 2:01:05.", tolerance_s=1) == (1.0, True, "121:05")
+    assert _grade("time", "01:02", "1:02:03", tolerance_s=1) == (0.0, False, "62:03")
 
 
 def test_list() -> None:
@@ -69,6 +81,10 @@ def test_list() -> None:
     score, correct, read = _grade("list", "bear, ice", "bear, rice, teddy bear", names=names)
     assert (score, correct, read) == (0.4, False, "bear, rice, teddy bear")
     assert _grade("list", "bear, ice", "things", names=names) == (0.0, False, None)
+    commas = ("Washington, D.C.", "ice")
+    assert _grade("list", ", ".join(commas), "Ice and Washington, D.C.", names=commas)[:2] == (
+        1.0, True,
+    )  # fmt: skip
 
 
 def test_text_and_ways_of_asking() -> None:
