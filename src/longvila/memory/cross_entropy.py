@@ -72,9 +72,11 @@ def tiled_cross_entropy(
         raise ValueError(
             f"target_rows names {target_rows.shape[0]} rows, num_targets says {num_targets}"
         )
-    loss: Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, target_rows, tile_rows
-    )
+    # It chooses types itself: narrow factors, wide sums.
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss: Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, bias, targets, target_rows, tile_rows
+        )
     return loss
 
 

@@ -173,6 +173,18 @@ def test_a_backward_pass_twice_gives_the_same_gradients() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_autocast_around_it_changes_nothing() -> None:
+    """Products have the type of their inputs, which the caller chose."""
+    hidden, weight = (torch.randn(n, 8, requires_grad=True) for n in (10, 50))
+    targets, results = torch.arange(10), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = tiled_cross_entropy(hidden, weight, targets, tile_rows=3)
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    for plain, cast in zip(*results, strict=True):
+        assert torch.equal(plain, cast)
+
+
 def test_another_ignore_index() -> None:
     hidden, weight, _, targets = problem(8)
     loss = tiled_cross_entropy(hidden, weight, targets, tile_rows=3, ignore_index=9)
