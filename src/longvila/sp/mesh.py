@@ -24,6 +24,7 @@ Every choice can be overruled. What it does not do: measure links; it knows only
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -162,6 +163,9 @@ def plan_mesh(
         raise ValueError(
             f"unknown kv_exchange {kv_exchange!r}; known: {', '.join(get_args(KVExchange))}"
         )
+    for name, number in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
     if num_heads is not None and num_kv_heads is not None and num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} kv heads")
     if world_size < 1:
@@ -400,27 +404,29 @@ def build_mesh(
     Comm: Creates the process groups; on NCCL one all-reduce of one element on each axis, since the
         first point-to-point batch of a communicator must otherwise have all ranks in it.
     """
+    plan_with = functools.partial(
+        plan_mesh,
+        seq_parallel_size=seq_parallel_size,
+        ring_size=ring_size,
+        ulysses_size=ulysses_size,
+        ring_type=ring_type,
+        kv_exchange=kv_exchange,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+    )
     if not dist.is_initialized():
         if seq_parallel_size > 1:
             raise RuntimeError(
                 f"seq_parallel_size {seq_parallel_size} needs torch.distributed: launch with "
                 "torchrun and call torch.distributed.init_process_group first"
             )
-        return SPMesh(plan=plan_mesh(1, seq_parallel_size, ring_size, ring_type=ring_type))
+        return SPMesh(plan=plan_with(1))
     world_size = dist.get_world_size()
     if device_type is None:
         device_type = "cuda" if "nccl" in dist.get_backend() else "cpu"
-    plan = plan_mesh(
-        world_size,
-        seq_parallel_size,
-        ring_size,
-        ulysses_size=ulysses_size,
-        ring_type=ring_type,
-        kv_exchange=kv_exchange,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        ranks_per_node=ranks_per_node or _ranks_per_node(world_size, device_type),
-    )
+    if ranks_per_node is None:
+        ranks_per_node = _ranks_per_node(world_size, device_type)
+    plan = plan_with(world_size, ranks_per_node=ranks_per_node)
     device_mesh = init_device_mesh(
         device_type,
         (plan.dp_size, plan.ring_size, plan.ulysses_size),
