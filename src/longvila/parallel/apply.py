@@ -100,7 +100,7 @@ class ParallelPlan:
         gradient_reduction: How gradients are combined over ranks after backward; FSDP and DDP
             take the mean.
         encode_on_every_rank: Whether ranks without frames run the tower on a blank unit; None for
-            where FSDP is found. Set it where DDP wraps.
+            where FSDP or DDP is found.
         two_stage: Whether the two-stage forward replaces the model's; None for where the mesh has
             sequence parallelism.
         checked_steps: Steps in which ranks compare checksums of their batches.
@@ -135,6 +135,14 @@ class _State:
     plan: ParallelPlan
     undo: list[Callable[[], object]]
     two_stage: TwoStageForward | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
+        if self.two_stage is not None:
+            raise TypeError(
+                "a copy of a parallelized model would run the original's forward: copy the model "
+                "before, or unparallelize it, and parallelize both"
+            )
+        return self
 
 
 def _base(model: nn.Module) -> PreTrainedModel:
@@ -215,7 +223,8 @@ def parallelize(model: nn.Module, mesh: SPMesh, plan: ParallelPlan | None = None
         if plan.fsdp and mesh.dp_sp_mesh is not None:
             _shard(model, base, state)
     except BaseException:
-        unparallelize(model)
+        if not _wrapped(model):  # else its own refusal would hide the error
+            unparallelize(model)
         raise
     return model
 
@@ -249,6 +258,7 @@ def _wrapped(model: nn.Module) -> list[str]:
 def _set_attention(base: PreTrainedModel, state: _State) -> None:
     for tower in state.family.unit_towers(base):
         state.undo += [change(tower) for change in UNIT_TOWER]
+    cut_compiled_layers_here()
     text = state.family.text_model(base)
     before = text.config._attn_implementation
     text.set_attn_implementation(NAME)
@@ -279,7 +289,8 @@ def _set_forward(base: PreTrainedModel, state: _State) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return two_stage(*args, **kwargs)
 
-    vars(base)["forward"] = forward
+    # Who compiles the model as a whole would have plans and messages traced.
+    vars(base)["forward"] = torch.compiler.disable(forward)
     state.undo.append(lambda: vars(base).pop("forward"))
 
 
@@ -293,7 +304,6 @@ def _set_modules(base: PreTrainedModel, state: _State) -> None:
         for mlp in mlps:
             _spare_last(mlp, state)
     if plan.compile_modules:
-        cut_compiled_layers_here()
         for module in state.family.text_model(base).modules():
             if _is_norm(module) or _is_attention(module):
                 _override(module, _Compiled(module.forward), state)
