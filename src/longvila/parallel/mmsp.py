@@ -233,8 +233,8 @@ class TwoStageForward:
         differ = [name for name, a, b in zip(shared, highest, lowest, strict=True) if a != -b]
         if differ:
             raise ValueError(
-                f"the ranks of a sequence-parallel group got different batches, in "
-                f"{', '.join(differ)} (this is dp rank {self.mesh.dp_rank}, sp rank "
+                f"the ranks of a sequence-parallel group got different batches (in "
+                f"{', '.join(differ)}; this is dp rank {self.mesh.dp_rank}, sp rank "
                 f"{self.mesh.sp_rank}, input_ids {tuple(batch['input_ids'].shape)}, frames "
                 f"{counts}); the sampler must deal by dp rank, not by global rank"
             )
@@ -512,16 +512,18 @@ class TwoStageForward:
         if given is None:
             return None
         labels = plan.packed.take(given, filler=IGNORE_INDEX)
-        given_up = 0
         if self.steps <= self.options.checked_steps and "attention_mask" in batch:
-            given_up = int((given != IGNORE_INDEX).sum()) - int((labels != IGNORE_INDEX).sum())
-        if given_up:
-            log_once(
-                __name__,
-                logging.WARNING,
-                "labels at padding are no targets of a sequence-parallel step; the model's own "
-                f"forward would count them: set them to {IGNORE_INDEX}",
-            )
+            real, counted = batch["attention_mask"] != 0, given != IGNORE_INDEX
+            if not shifted:
+                real, counted = real[:, 1:] & real[:, :-1], counted[:, 1:]
+            if bool((counted & ~real).any()):
+                log_once(
+                    __name__,
+                    logging.WARNING,
+                    "what padding predicts, or is predicted to be, is no target of a "
+                    "sequence-parallel step; the model's own forward counts it: set labels at "
+                    f"padding, and of the token behind it, to {IGNORE_INDEX}",
+                )
         return labels if shifted else shift_labels(labels, plan.packed.lengths)
 
 

@@ -91,16 +91,25 @@ def test_steps_that_cannot_be_served_are_refused(extra: dict[str, Any], message:
         model(**{**batch_of(), **extra})
 
 
-def test_labels_at_padding_are_left_out_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
-    """The model alone would let them count: who compares should not have to search."""
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_targets_at_padding_are_left_out_with_a_word(
+    side: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model alone counts them: who compares the two should not have to search."""
     log_once.cache_clear()
     model = parallelize(tiny_model(dtype=torch.float64).train(), SPMesh(), PLAN)
     ids = torch.arange(12)[None]
-    mask = (ids < 9).long()
-    clean = model(input_ids=ids, labels=ids.masked_fill(mask == 0, -100), attention_mask=mask).loss
+    mask = (ids < 9 if side == "right" else ids >= 3).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, 3] = -100  # behind padding on the left
+    clean = model(input_ids=ids, labels=labels, attention_mask=mask).loss
     assert not caplog.records
-    assert torch.equal(model(input_ids=ids, labels=ids, attention_mask=mask).loss, clean)
-    assert "labels at padding are no targets" in caplog.text
+    if side == "right":
+        labels = torch.where(mask == 0, ids, labels)
+    else:
+        labels[:, 3] = 3
+    assert torch.equal(model(input_ids=ids, labels=labels, attention_mask=mask).loss, clean)
+    assert "the model's own forward counts it" in caplog.text
 
 
 def test_a_frozen_tower_runs_in_micro_batches() -> None:
