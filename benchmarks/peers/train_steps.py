@@ -36,6 +36,9 @@ from benchmarks.peers._method import Layout, layout_tokens
 if TYPE_CHECKING:
     from benchmarks.train_step import Engine, Stepped
 
+#: Full learning rate, as of ours.
+RATE = 1e-5
+
 
 class TextEngine:
     """Transformers' causal language model under FSDP2; subclasses say who holds which tokens."""
@@ -80,7 +83,7 @@ class TextEngine:
                 module, mesh=mesh, mp_policy=policy, reshard_after_forward=module is not model
             )
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=1e-5, weight_decay=0.0, fused=self.cluster.is_cuda
+            model.parameters(), lr=RATE, weight_decay=0.0, fused=self.cluster.is_cuda
         )
 
     def adapt(self, model: nn.Module) -> None:
@@ -117,8 +120,10 @@ class TextEngine:
         norm = float(gradient_norm([p.grad for p in parameters]))
         scale = min(1.0, 1.0 / (norm + 1e-6))
         torch._foreach_mul_([p.grad.to_local() for p in parameters], scale)
-        if rate:
-            self.optimizer.step()
+        # At a rate of nothing too, as ours: the states are there before a step is timed.
+        for group in self.optimizer.param_groups:
+            group["lr"] = RATE * rate
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         mean = loss.detach().double() / world
         dist.all_reduce(mean)

@@ -131,7 +131,8 @@ def test_two_gpus_take_the_steps_of_one(tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs 2 GPUs, found {torch.cuda.device_count()}")
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for launch, visible in (([], {"CUDA_VISIBLE_DEVICES": "0"}), (two, {})):
+    one = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    for launch, visible in (([], {"CUDA_VISIBLE_DEVICES": one}), (two, {})):
         done = subprocess.run(
             [sys.executable, *launch, __file__, str(tmp_path)],
             env={**os.environ, **visible},

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from longvila.data.encode import IGNORE_INDEX, Document, Encoder, PlannedMedia, Rejected
 from longvila.data.sample import Sample
+from longvila.data.spread import spread_positions
 from longvila.data.workers import Job, Workers, decode_levels
 from longvila.errors import LongVILAError
 from longvila.model.image_processing_longvila import PixelProcessor
@@ -91,6 +92,8 @@ class Collator:
         threads: Media decoded at once.
         options: Handed to `longvila.media.video.read_frames`.
         workers: Processes that decode in place of threads.
+        spread: Positions that documents are spread over; see `longvila.data.spread`. None numbers
+            each from zero without gaps.
     """
 
     processor: LongVILAProcessor | None
@@ -101,6 +104,7 @@ class Collator:
     threads: int = 2
     options: dict[str, Any] = field(default_factory=dict)
     workers: Workers | None = None
+    spread: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.sp_rank < self.sp_size:
@@ -134,7 +138,7 @@ class Collator:
         batch: dict[str, Any] = {
             "input_ids": torch.cat([document.input_ids for document in documents])[None],
             "labels": torch.cat([document.labels for document in documents])[None],
-            "position_ids": document_position_ids(lengths)[None],
+            "position_ids": self._positions(documents, lengths)[None],
             "document_lengths": lengths,
         }
         assert bool((batch["labels"][batch["position_ids"] == 0] == IGNORE_INDEX).all())
@@ -168,6 +172,16 @@ class Collator:
             self._kinds[kind][1]: torch.tensor(each, dtype=torch.int64)
             for kind, each in counts.items()
         }
+
+    def _positions(self, documents: Sequence[Document], lengths: Sequence[int]) -> Tensor:
+        """Positions of all tokens, from zero in each document."""
+        if self.spread is None:
+            return document_position_ids(lengths)
+        media: tuple[int, ...] = ()
+        if self.processor is not None:
+            media = (self.processor.image_token_id, self.processor.video_token_id)
+        ids = torch.cat([document.input_ids for document in documents]).split(list(lengths))
+        return torch.cat([spread_positions(each, self.spread, media) for each in ids])
 
     def _document(self, item: Document | Sample) -> Document:
         if isinstance(item, Document):

@@ -249,6 +249,14 @@ class FamilyCollator(Collator):
 
     codec: MediaCodec | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.spread is not None:
+            raise ValueError(
+                "data.spread_positions is for LongVILA models; this family's model makes its own "
+                "positions (set it to null)"
+            )
+
     def __call__(self, items: Sequence[Document | Sample]) -> dict[str, Any]:
         """Make one batch; see `Collator`. Positions are the model's to make."""
         batch = super().__call__(items)

@@ -70,9 +70,8 @@ def align_mlps(modules: Iterable[nn.Module], *, always: bool = False) -> Callabl
         if out.in_features * _HALF_BYTES % ALIGNMENT == 0:
             continue
         for linear in into:
-            forward = functools.partial(_widened, mlp, tuple(maps), linear, always)
-            undo.append(_set_forward(linear, forward))
-        undo.append(_set_forward(out, functools.partial(_narrowed, out)))
+            undo.append(_set_forward(linear, _widened(mlp, tuple(maps), linear, always)))
+        undo.append(_set_forward(out, _narrowed(out)))
     return functools.partial(_call_all, undo)
 
 
@@ -117,26 +116,38 @@ def _maps(mlp: nn.Module) -> dict[str, nn.Linear]:
     return {}
 
 
+# Closures, not partials: the compiler tells closures apart by their code, and would compile a
+# partial of each layer anew.
+
+
 def _widened(
-    mlp: nn.Module, names: tuple[str, ...], linear: nn.Linear, always: bool, x: Tensor
-) -> Tensor:
+    mlp: nn.Module, names: tuple[str, ...], linear: nn.Linear, always: bool
+) -> Callable[[Tensor], Tensor]:
     """A map into the inner width, with zeros behind where that is faster."""
-    weight, bias = linear.weight, linear.bias
-    # Adapters that came later add their own results, of the unpadded width.
-    plain = all(type(getattr(mlp, name)) is nn.Linear for name in names)
-    if not (plain and (always or _gains(linear, x))):
-        return functional.linear(x, weight, bias)
-    more = padded_width(linear.out_features) - linear.out_features
-    wide = None if bias is None else functional.pad(bias, (0, more))
-    return functional.linear(x, functional.pad(weight, (0, 0, 0, more)), wide)
+
+    def forward(x: Tensor) -> Tensor:
+        weight, bias = linear.weight, linear.bias
+        # Adapters that came later add their own results, of the unpadded width.
+        plain = all(type(getattr(mlp, name)) is nn.Linear for name in names)
+        if not (plain and (always or _gains(linear, x))):
+            return functional.linear(x, weight, bias)
+        more = padded_width(linear.out_features) - linear.out_features
+        wide = None if bias is None else functional.pad(bias, (0, more))
+        return functional.linear(x, functional.pad(weight, (0, 0, 0, more)), wide)
+
+    return forward
 
 
-def _narrowed(linear: nn.Linear, x: Tensor) -> Tensor:
+def _narrowed(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     """The map out of the inner width, which is as wide as the maps into it made it."""
-    weight = linear.weight
-    if x.shape[-1] == padded_width(linear.in_features):
-        weight = functional.pad(weight, (0, x.shape[-1] - linear.in_features))
-    return functional.linear(x, weight, linear.bias)
+
+    def forward(x: Tensor) -> Tensor:
+        weight = linear.weight
+        if x.shape[-1] == padded_width(linear.in_features):
+            weight = functional.pad(weight, (0, x.shape[-1] - linear.in_features))
+        return functional.linear(x, weight, linear.bias)
+
+    return forward
 
 
 def _gains(linear: nn.Linear, x: Tensor) -> bool:

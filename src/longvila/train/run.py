@@ -202,6 +202,11 @@ def _check_context(model: PreTrainedModel, stage: Stage) -> None:
             f"{limit}{hint}; extend it first (longvila train extend-...), or shorten rows: --set "
             f"data.max_tokens={limit} (data.max_sample_tokens={limit} where samples are short)"
         )
+    if stage.data.spread_positions is not None and stage.data.spread_positions > limit:
+        raise ContextLengthError(
+            f"{stage.name} spreads positions over {stage.data.spread_positions}, the model's "
+            f"context is {limit}; --set data.spread_positions={limit}"
+        )
 
 
 def put_on_mesh(model: nn.Module, mesh: SPMesh, stage: Stage) -> nn.Module:
@@ -276,6 +281,7 @@ def build_loader(
             "sp_size": mesh.sp_size,
             "deal": functools.partial(plan_media, model.config, mesh.sp_size),
             "threads": data.threads,
+            "spread": data.spread_positions,
         },
     )
     return PackedLoader(

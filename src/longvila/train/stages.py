@@ -138,6 +138,8 @@ class Data:
         max_tokens: Tokens of a packed row, and most of a sample.
         max_sample_tokens: Most tokens of a sample where a row may be longer than the model's
             context, as short samples do not see each other; null for those of a row.
+        spread_positions: Positions that a sample's tokens are spread over, by jumps between frames,
+            so that rows meet the angles of longer ones; see `longvila.data.spread`. Null for none.
         max_documents: Most samples of a row; null for as many as fit.
         too_long: What becomes of longer samples.
         num_frames: Frames of a video; null for the processor's.
@@ -157,6 +159,7 @@ class Data:
     style: Literal["chat", "plain"] = "chat"
     max_tokens: int = 4096
     max_sample_tokens: int | None = None
+    spread_positions: int | None = None
     max_documents: int | None = None
     too_long: TooLong = "truncate_frames"
     num_frames: int | None = 8
@@ -180,6 +183,12 @@ class Data:
             raise ValueError(
                 f"data: a sample of max_sample_tokens {self.max_sample_tokens} does not fit a row "
                 f"of max_tokens {self.max_tokens}"
+            )
+
+        if self.spread_positions is not None and self.spread_positions < self.sample_tokens:
+            raise ValueError(
+                f"data: samples of {self.sample_tokens} tokens do not fit spread_positions "
+                f"{self.spread_positions}"
             )
 
     @property

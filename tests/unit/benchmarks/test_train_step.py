@@ -11,7 +11,7 @@ from benchmarks import _cluster, train_step
 from benchmarks._attempt import OUT_OF_MEMORY, attempt
 from benchmarks._cluster import Cluster
 from benchmarks._results import Row
-from benchmarks.peers.train_steps import peer_engines
+from benchmarks.peers.train_steps import TextEngine, peer_engines
 
 from longvila.testing import Rank, ranks
 
@@ -89,7 +89,12 @@ def test_out_of_memory_is_a_reason_and_other_faults_are_named() -> None:
 
     assert attempt(lambda: 3, ALONE) == (3, None)
     assert attempt(runs_out, ALONE) == (None, OUT_OF_MEMORY)
+
+    def lacks_a_file() -> None:
+        raise FileNotFoundError("kernel.cpp")
+
     assert attempt(is_wrong, ALONE) == (None, "failed: ValueError: no such thing")
+    assert attempt(lacks_a_file, ALONE) == (None, "failed: FileNotFoundError: kernel.cpp")
     with pytest.raises(KeyboardInterrupt):
         attempt(lambda: (_ for _ in ()).throw(KeyboardInterrupt), ALONE)
 
@@ -112,3 +117,20 @@ def test_peers_that_cannot_run_say_why() -> None:
     assert set(reasons.values()) == {"needs two ranks"}
     options.methods = "ulysses"
     assert [name for name, _, _ in peer_engines(options, ALONE)] == ["deepspeed_ulysses"]
+
+
+@ranks(2)
+def test_a_peers_states_are_there_before_it_is_timed(rank: Rank) -> None:
+    """A step at a rate of nothing changes no weight, and makes all states, as ours does."""
+    options, cluster = train_step.parse(["--tiny"]), _cluster.start()
+    # Two ranks that train on the same tokens need no peer's attention.
+    engine = TextEngine(options, cluster)
+    engine.build()
+    engine.shard(64)
+    parameters = list(engine.model.parameters())
+    before = [p.full_tensor().clone() for p in parameters]
+    engine.step(train_step.document(options, 64, cluster), 0.0)
+    assert len(engine.optimizer.state) == len(parameters)
+    assert all(torch.equal(p.full_tensor(), old) for p, old in zip(parameters, before, strict=True))
+    engine.step(train_step.document(options, 64, cluster), 1.0)
+    assert not all(torch.equal(p.full_tensor(), o) for p, o in zip(parameters, before, strict=True))

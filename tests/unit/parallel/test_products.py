@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "integration"))
 from family_cases import QWEN2_5_VL
 
 from longvila.inference.engine import Engine
-from longvila.parallel import products
+from longvila.parallel import products, tower_attention
 from longvila.parallel.apply import ParallelPlan, parallelize, unparallelize
 from longvila.sp.mesh import SPMesh, build_mesh
 from longvila.testing import Rank
@@ -265,3 +265,19 @@ def test_engines_pad_towers_where_it_helps() -> None:
         assert "forward" in vars(model.model.visual.patch_embed.proj)
         assert "forward" not in vars(model.model.language_model.layers[0].mlp.gate_proj)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_the_compiler_takes_one_graph_for_all_layers() -> None:
+    """Or its limit is reached after a few layers, and the others run uncompiled."""
+    mlps = nn.ModuleList([Gated() for _ in range(3)])
+    x = torch.randn(9, OUTER)
+    expected = [mlp(x) for mlp in mlps]
+    products.align_mlps([mlps], always=True)
+    first, *others = [
+        torch.compile(tower_attention._mlp(mlp.forward), dynamic=True, backend="eager")
+        for mlp in mlps
+    ]
+    assert_close(first(x), expected[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for compiled, out in zip(others, expected[1:], strict=True):
+            assert_close(compiled(x), out)
