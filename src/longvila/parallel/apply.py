@@ -55,7 +55,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from longvila.memory.checkpoint import checkpoint, store
 from longvila.memory.offload import Offload
 from longvila.memory.tiled import linear_unless_unwanted, tiled_apply
-from longvila.parallel.families import Family, find_family
+from longvila.parallel.families import Family, base_model, find_family
 from longvila.parallel.hf_attention import NAME, cut_compiled_layers_here
 from longvila.parallel.mmsp import TwoStageForward, TwoStageOptions
 from longvila.parallel.plan import StepPlan
@@ -145,21 +145,17 @@ class _State:
         return self
 
 
-def _base(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside, if adapters (PEFT) stand around it."""
-    inner = getattr(model, "get_base_model", None)
-    found = inner() if callable(inner) else model
-    if not isinstance(found, PreTrainedModel):
-        raise TypeError(
-            f"parallelize needs a transformers model (or PEFT around one), got "
-            f"{type(model).__name__}; parallelize before DDP or compile wrap it"
-        )
-    return found
-
-
 def is_parallelized(model: nn.Module) -> bool:
     """Return whether `parallelize` was applied to a model."""
-    return _STATE in vars(_base(model))
+    return _STATE in vars(base_model(model))
+
+
+def _state_of(model: nn.Module) -> _State:
+    base = base_model(model)
+    if not is_parallelized(model):
+        raise ValueError(f"{type(base).__name__} was not parallelized")
+    state: _State = vars(base)[_STATE]
+    return state
 
 
 def last_step_plan(model: nn.Module) -> StepPlan | None:
@@ -168,11 +164,8 @@ def last_step_plan(model: nn.Module) -> StepPlan | None:
     Raises:
         ValueError: If the model was not parallelized.
     """
-    base = _base(model)
-    if not is_parallelized(model):
-        raise ValueError(f"{type(base).__name__} was not parallelized")
-    state: _State = vars(base)[_STATE]
-    return None if state.two_stage is None else state.two_stage.last_plan
+    two_stage = _state_of(model).two_stage
+    return None if two_stage is None else two_stage.last_plan
 
 
 def parallelize(model: nn.Module, mesh: SPMesh, plan: ParallelPlan | None = None) -> nn.Module:
@@ -194,7 +187,7 @@ def parallelize(model: nn.Module, mesh: SPMesh, plan: ParallelPlan | None = None
     Comm: With FSDP that of ``fully_shard``; else none.
     """
     plan = plan or ParallelPlan()
-    base = _base(model)
+    base = base_model(model)
     if is_parallelized(model):
         raise ValueError(f"{type(base).__name__} was parallelized before; undo with unparallelize")
     if plan.fsdp and (wrapped := _wrapped(model)):
@@ -235,14 +228,12 @@ def unparallelize(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If it was not parallelized, or FSDP shards it (that cannot be taken back).
     """
-    base = _base(model)
-    if not is_parallelized(model):
-        raise ValueError(f"{type(base).__name__} was not parallelized")
+    state = _state_of(model)
     if _wrapped(model):
         raise ValueError(
             "FSDP cannot be taken back; gather the state dict and load it into a fresh model"
         )
-    state: _State = vars(base).pop(_STATE)
+    del vars(base_model(model))[_STATE]
     while state.undo:
         state.undo.pop()()
     return model
@@ -290,8 +281,7 @@ def _set_forward(base: PreTrainedModel, state: _State) -> None:
         return two_stage(*args, **kwargs)
 
     # Who compiles the model as a whole would have plans and messages traced.
-    vars(base)["forward"] = torch.compiler.disable(forward)
-    state.undo.append(lambda: vars(base).pop("forward"))
+    _override(base, torch.compiler.disable(forward), state)
 
 
 # ---- 3. memory -------------------------------------------------------------------------------
@@ -503,14 +493,11 @@ def reduce_gradients(model: nn.Module) -> None:
 
     Memory: One bucket beside the gradients; a gradient that fills one alone is reduced in place.
     """
-    base = _base(model)
-    if not is_parallelized(model):
-        raise ValueError(f"{type(base).__name__} was not parallelized")
+    state = _state_of(model)
     if _wrapped(model):
         raise ValueError(
             "FSDP combines gradients during backward; reduce_gradients would repeat it"
         )
-    state: _State = vars(base)[_STATE]
     group = state.mesh.dp_sp_group
     if group is None:
         return

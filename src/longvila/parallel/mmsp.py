@@ -47,7 +47,7 @@ from transformers.utils.generic import ModelOutput
 
 from longvila.log import log_once
 from longvila.memory.cross_entropy import tiled_cross_entropy
-from longvila.parallel.encode import encode_recomputed, micro_batches
+from longvila.parallel.encode import encode_recomputed
 from longvila.parallel.families import Family, MediaKind
 from longvila.parallel.hf_attention import NAME, SPStep, check_calls, lowered, sentinel_mask
 from longvila.parallel.plan import StepPlan, plan_step
@@ -450,23 +450,22 @@ class TwoStageForward:
         trained = [p for p in self.family.media_parameters(self.model) if p.requires_grad]
         if not self.options.recompute_media:
             return encode(pixels, unit_shapes)
-        per_call = kind.frames_per_call(self.model.config)
-        if not any(p.requires_grad for p in modules[0].parameters()):
-            # A frozen tower has no graph and should not run twice; its features are kept.
-            before = self.family.checkpoint_media(self.model, True)
-            try:
-                batches = micro_batches(pixels, unit_frames, per_call, unit_shapes)
-                return torch.cat([encode(*each) for each in batches])
-            finally:
-                self.family.checkpoint_media(self.model, before)
-        return encode_recomputed(
+        encode_all = functools.partial(
+            encode_recomputed,
             encode,
             pixels,
             unit_frames,
-            frames_per_call=per_call,
-            parameters=trained,
+            frames_per_call=kind.frames_per_call(self.model.config),
             unit_shapes=unit_shapes,
         )
+        if any(p.requires_grad for p in modules[0].parameters()):
+            return encode_all(parameters=trained)
+        # A frozen tower has no graph and should not run twice; its features are kept.
+        before = self.family.checkpoint_media(self.model, True)
+        try:
+            return encode_all(parameters=())
+        finally:
+            self.family.checkpoint_media(self.model, before)
 
     def _finish(self, plan: StepPlan, batch: dict[str, Any], hidden: Tensor) -> SPCausalLMOutput:
         """Loss over all ranks, and this rank's logits where asked for."""

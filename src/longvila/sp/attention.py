@@ -96,20 +96,11 @@ def sp_attention(
         as in LongVILA (arXiv 2408.10188, section 3.3); uneven heads, unrepeated kv heads, the
         packed exchange and the direct return of dK and dV differ.
     """
-    # Plans and messages are not to be traced. Named here, since naming the compiler loads it.
-    attend = torch.compiler.disable(_attend) if torch.compiler.is_compiling() else _attend
-    return attend(q, k, v, context, softmax_scale, causal, backend)
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    context: SPContext,
-    softmax_scale: float | None,
-    causal: bool,
-    backend: str | None,
-) -> Tensor:
+    if torch.compiler.is_compiling():
+        # Plans and messages are not to be traced. Named here, since naming the compiler loads it.
+        untraced = torch.compiler.disable(sp_attention)
+        options = {"softmax_scale": softmax_scale, "causal": causal, "backend": backend}
+        return cast(Tensor, untraced(q, k, v, context, **options))
     _check(q, k, v, context)
     if not context.is_parallel:
         return _local(q, k, v, context, softmax_scale, causal, backend)

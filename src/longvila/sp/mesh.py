@@ -24,7 +24,6 @@ Every choice can be overruled. What it does not do: measure links; it knows only
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -404,29 +403,30 @@ def build_mesh(
     Comm: Creates the process groups; on NCCL one all-reduce of one element on each axis, since the
         first point-to-point batch of a communicator must otherwise have all ranks in it.
     """
-    plan_with = functools.partial(
-        plan_mesh,
-        seq_parallel_size=seq_parallel_size,
-        ring_size=ring_size,
+    distributed = dist.is_initialized()
+    if seq_parallel_size > 1 and not distributed:
+        raise RuntimeError(
+            f"seq_parallel_size {seq_parallel_size} needs torch.distributed: launch with "
+            "torchrun and call torch.distributed.init_process_group first"
+        )
+    world_size = dist.get_world_size() if distributed else 1
+    if device_type is None:
+        device_type = "cuda" if distributed and "nccl" in dist.get_backend() else "cpu"
+    if ranks_per_node is None:
+        ranks_per_node = _ranks_per_node(world_size, device_type) if distributed else 1
+    plan = plan_mesh(
+        world_size,
+        seq_parallel_size,
+        ring_size,
         ulysses_size=ulysses_size,
         ring_type=ring_type,
         kv_exchange=kv_exchange,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
+        ranks_per_node=ranks_per_node,
     )
-    if not dist.is_initialized():
-        if seq_parallel_size > 1:
-            raise RuntimeError(
-                f"seq_parallel_size {seq_parallel_size} needs torch.distributed: launch with "
-                "torchrun and call torch.distributed.init_process_group first"
-            )
-        return SPMesh(plan=plan_with(1))
-    world_size = dist.get_world_size()
-    if device_type is None:
-        device_type = "cuda" if "nccl" in dist.get_backend() else "cpu"
-    if ranks_per_node is None:
-        ranks_per_node = _ranks_per_node(world_size, device_type)
-    plan = plan_with(world_size, ranks_per_node=ranks_per_node)
+    if not distributed:
+        return SPMesh(plan=plan)
     device_mesh = init_device_mesh(
         device_type,
         (plan.dp_size, plan.ring_size, plan.ulysses_size),
