@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -209,15 +209,7 @@ def plan_mesh(
         reasons.append(f"{ulysses - num_heads} ulysses ranks have no heads and idle in attention")
     if plan.crosses_nodes("ulysses"):
         reasons.append("ulysses crosses nodes, which is slow: consider a smaller ulysses degree")
-    return MeshPlan(
-        dp_size=plan.dp_size,
-        ring_size=ring,
-        ulysses_size=ulysses,
-        ranks_per_node=node,
-        layout_kind=plan.layout_kind,
-        kv_exchange=exchange,
-        reasons=tuple(reasons),
-    )
+    return replace(plan, kv_exchange=exchange, reasons=tuple(reasons))
 
 
 def _factors(
