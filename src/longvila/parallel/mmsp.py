@@ -478,6 +478,12 @@ class TwoStageForward:
             )
         loss = logits = None
         targets = self._targets(plan, batch)
+        if targets is not None and "_loss_function" in vars(self.model):
+            # Where transformers keeps what a caller set.
+            raise ValueError(
+                "the model was given a loss_function, but a sequence-parallel step has the tiled "
+                "cross-entropy alone: ask for output_logits=True without labels, and apply it"
+            )
         if targets is not None:
             on_host = layout.shard(targets, rank)
             # Known on the host, so that the device is not asked how many rows have a target.
@@ -512,7 +518,7 @@ class TwoStageForward:
             return None
         labels = plan.packed.take(given, filler=IGNORE_INDEX)
         if self.steps <= self.options.checked_steps and "attention_mask" in batch:
-            real, counted = batch["attention_mask"] != 0, given != IGNORE_INDEX
+            real, counted = batch["attention_mask"].cpu() != 0, given.cpu() != IGNORE_INDEX
             if not shifted:
                 real, counted = real[:, 1:] & real[:, :-1], counted[:, 1:]
             if bool((counted & ~real).any()):

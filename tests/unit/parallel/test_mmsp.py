@@ -53,6 +53,13 @@ def test_counts_may_be_left_out() -> None:
     assert model(ids, torch.randn(2, 3, 20, 20), labels=labels).loss.isfinite()
 
 
+def test_another_loss_is_not_passed_over() -> None:
+    model = parallelize(tiny_model().train(), SPMesh(), PLAN)
+    model.loss_function = lambda *args, **kwargs: torch.zeros(())
+    with pytest.raises(ValueError, match="was given a loss_function"):
+        model(**batch_of())
+
+
 def test_documents_may_be_given_by_length() -> None:
     """Two documents in one row, without positions: each as if it were alone."""
     model = parallelize(tiny_model(dtype=torch.float64).train(), SPMesh(), PLAN)
