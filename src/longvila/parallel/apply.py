@@ -180,7 +180,7 @@ def parallelize(model: nn.Module, mesh: SPMesh, plan: ParallelPlan | None = None
         The same object.
 
     Raises:
-        TypeError: If the model is of no known family.
+        TypeError: If the model is of no known family, or the mesh is another library's.
         ValueError: If it was put on a mesh before, is wrapped already, or its configuration asks
             for what sequence parallelism lacks.
 
@@ -188,6 +188,10 @@ def parallelize(model: nn.Module, mesh: SPMesh, plan: ParallelPlan | None = None
     """
     plan = plan or ParallelPlan()
     base = base_model(model)
+    if not isinstance(mesh, SPMesh):
+        raise TypeError(
+            f"mesh must come from longvila.sp.mesh.build_mesh, got {type(mesh).__name__}"
+        )
     if is_parallelized(model):
         raise ValueError(f"{type(base).__name__} was parallelized before; undo with unparallelize")
     if plan.fsdp and (wrapped := _wrapped(model)):

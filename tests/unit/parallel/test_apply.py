@@ -124,9 +124,11 @@ def test_a_model_that_is_refused_is_left_as_it_was() -> None:
     assert model.model.language_model.config._attn_implementation == "sdpa"
 
 
-def test_what_is_not_a_model_is_refused() -> None:
+def test_what_is_not_a_model_or_a_mesh_is_refused() -> None:
     with pytest.raises(TypeError, match=r"needs a transformers model .* got Linear"):
         parallelize(nn.Linear(2, 2), SPMesh())
+    with pytest.raises(TypeError, match="build_mesh, got int"):
+        parallelize(tiny_model(), 2)  # type: ignore[arg-type]
 
 
 def test_sequence_parallelism_needs_the_two_stage_forward() -> None:
