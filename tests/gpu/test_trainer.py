@@ -123,7 +123,6 @@ def main(folder: Path) -> None:
     if dist.get_rank() == 0:
         print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
         print("all as on one GPU")
-    lora.end()
 
 
 @pytest.mark.gpu

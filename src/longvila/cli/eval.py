@@ -113,8 +113,10 @@ def main(argv: list[str]) -> int:
     if "RANK" in os.environ:
         import torch.distributed as dist
 
+        from longvila.inference.workers import leave_ranks
+
         if dist.is_initialized():
-            dist.destroy_process_group()
+            leave_ranks()
     return 0
 
 

@@ -247,6 +247,12 @@ class StaticStep:
             self.logits = self.run()
         self.graph = graph
 
+    def release(self) -> None:
+        """Destroy the graph, whoever still refers to this step."""
+        if self.graph is not None:
+            self.graph.reset()
+        self.graph = self.logits = None
+
     def __call__(self) -> Tensor:
         """Return the logits, replayed where that was captured."""
         if self.graph is None:
@@ -255,6 +261,20 @@ class StaticStep:
         self.graph.replay()
         # Graphs share their memory; the next replay writes over it.
         return self.logits.clone()
+
+
+#: Everything of this process that may hold graphs.
+_HOLDERS: weakref.WeakSet[StaticSteps] = weakref.WeakSet()
+
+
+def release_graphs() -> None:
+    """Destroy all captured steps of this process; shapes that come again are captured again.
+
+    To be called before process groups are destroyed: NCCL waits there, without end, for graphs in
+    which calls of a communicator were captured (pytorch issue 115388).
+    """
+    for steps in list(_HOLDERS):
+        steps.clear()
 
 
 class StaticSteps:
@@ -291,6 +311,7 @@ class StaticSteps:
         self._last: weakref.ref[ShardedCache] | None = None
         self._reason: str | None = None
         self._compiling: threading.Thread | None = None
+        _HOLDERS.add(self)
 
     @property
     def device(self) -> torch.device:
@@ -315,6 +336,8 @@ class StaticSteps:
         To be called when what the model computes has changed without its parameters having moved:
         another adapter, a hook.
         """
+        for step in self._steps.values():
+            step.release()
         self._steps, self.failed, self.pool = {}, False, None
         self._weights, self._last, self._reason = (), None, None
 

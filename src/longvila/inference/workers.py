@@ -144,6 +144,17 @@ def _backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
+def leave_ranks() -> None:
+    """Destroy the default process group, and before it what it would wait for.
+
+    Comm: Waits for all ranks.
+    """
+    steps = sys.modules.get("longvila.inference.static_step")
+    if steps is not None:  # else nothing can have been captured
+        steps.release_graphs()
+    dist.destroy_process_group()
+
+
 def run_over_ranks(
     work: Callable[[Ranks, Any], int], argument: Any, *, size: int, device: str
 ) -> int:
@@ -168,7 +179,7 @@ def run_over_ranks(
         place = _device(device.partition(":")[0], int(os.environ.get("LOCAL_RANK", rank)))
         dist.init_process_group(_backend(place))
         status = work(Ranks(rank, size, place), argument)
-        dist.destroy_process_group()  # not after an error, whose ranks may be in a collective
+        leave_ranks()  # not after an error, whose ranks may be in a collective
         return status
     if size == 1:
         return work(Ranks(0, 1, torch.device(device)), argument)
@@ -179,7 +190,7 @@ def run_over_ranks(
         place = _device(kind, 0)
         dist.init_process_group(_backend(place), store=store, rank=0, world_size=size)
         status = work(Ranks(0, size, place), argument)
-        dist.destroy_process_group()
+        leave_ranks()
     return status
 
 
@@ -199,7 +210,7 @@ def _worker(
         place = _device(kind, rank)
         dist.init_process_group(_backend(place), store=store, rank=rank, world_size=size)
         work(Ranks(rank, size, place), argument)
-        dist.destroy_process_group()
+        leave_ranks()
     except BaseException as error:
         known = isinstance(error, LongVILAError)
         pipe.send(str(error) if known else traceback.format_exc())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ import torch
 import torch.distributed as dist
 
 from longvila.errors import LongVILAError, RankError
-from longvila.inference.workers import Ranks, run_over_ranks
+from longvila.inference.engine import Engine
+from longvila.inference.workers import Ranks, leave_ranks, run_over_ranks
+
+from .cases import language_model, prompt
 
 SCRIPT = """
 import os, signal, sys, time
@@ -89,3 +93,17 @@ def test_what_fails_on_one_rank_fails_on_all(monkeypatch: pytest.MonkeyPatch) ->
         ranks.together(lambda: 5)
     with pytest.raises(KeyError):
         ranks.together(lambda: {}["x"])
+
+
+def test_graphs_go_before_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would wait for them; an engine that is still referred to must not matter."""
+    order: list[str] = []
+    engine = Engine(language_model("qwen2"), decode_graphs="uncaptured")
+    engine.generate(prompt(9), max_new_tokens=2, do_sample=False)
+    (step,) = engine.static._steps.values()
+    step.graph = SimpleNamespace(reset=lambda: order.append("graph"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: order.append("group"))
+    leave_ranks()
+    assert order == ["graph", "group"]
+    assert step.graph is None and not engine.static.captured
+    engine.generate(prompt(9), max_new_tokens=2, do_sample=False)  # may go on
