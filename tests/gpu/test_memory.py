@@ -38,12 +38,12 @@ def test_tiled_cross_entropy_in_bf16_and_without_a_sync() -> None:
     weight = (torch.randn(40_000, 256, device="cuda") / 16).bfloat16().requires_grad_()
     targets = torch.randint(0, 40_000, (700,), device="cuda")
     targets[::3] = -100
-    number = int((targets != -100).sum())
+    rows = (targets != -100).nonzero().flatten()
     for mode in ("default", "error"):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            loss = tiled_cross_entropy(hidden, weight, targets, tile_rows=128, num_targets=number)
+            loss = tiled_cross_entropy(hidden, weight, targets, tile_rows=128, target_rows=rows)
             actual = torch.autograd.grad(loss, (hidden, weight))
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -39,7 +39,6 @@ def tiled_cross_entropy(
     ignore_index: int = -100,
     bias: Tensor | None = None,
     target_rows: Tensor | None = None,
-    num_targets: int | None = None,
 ) -> Tensor:
     """Return the sum of the cross-entropy over all rows that have a target.
 
@@ -50,9 +49,8 @@ def tiled_cross_entropy(
         tile_rows: Rows whose logits exist at a time.
         ignore_index: Marks rows without a target.
         bias: ``(V,)`` of the head, or None.
-        target_rows: Indices of the rows with a target on hidden's device, if the caller has them.
-        num_targets: How many rows have a target, if the caller knows. Without either argument a
-            call on a GPU waits for it once, to learn the number.
+        target_rows: Indices of the rows with a target on hidden's device, if the caller has them;
+            without, a call on a GPU waits for it once.
 
     Returns:
         Scalar, float32 (float64 for float64 inputs); 0 with zero gradients if no row has a target.
@@ -67,30 +65,13 @@ def tiled_cross_entropy(
     """
     _check(hidden, weight, targets, bias, tile_rows)
     if target_rows is None:
-        target_rows = _rows_with_target(targets, ignore_index, num_targets)
-    elif num_targets is not None and num_targets != target_rows.shape[0]:
-        raise ValueError(
-            f"target_rows names {target_rows.shape[0]} rows, num_targets says {num_targets}"
+        target_rows = (targets != ignore_index).nonzero().flatten()
+    # It chooses types itself: narrow factors, wide sums.
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss: Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, bias, targets, target_rows, tile_rows
         )
-    loss: Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, target_rows, tile_rows
-    )
     return loss
-
-
-def _rows_with_target(targets: Tensor, ignore_index: int, num_targets: int | None) -> Tensor:
-    has_target = targets != ignore_index
-    if num_targets is None:
-        return has_target.nonzero().flatten()
-    matches = has_target.sum() == num_targets
-    if targets.device.type == "cpu":
-        if not matches:
-            raise ValueError(
-                f"num_targets is {num_targets}, but {int(has_target.sum())} rows have a target"
-            )
-    else:
-        torch._assert_async(matches, f"num_targets is {num_targets}, the targets say otherwise")
-    return torch.nonzero_static(has_target, size=num_targets).flatten()
 
 
 class _TiledCrossEntropy(torch.autograd.Function):

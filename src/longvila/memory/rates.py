@@ -192,8 +192,13 @@ def with_results(gpu: Gpu, files: Iterable[str | Path]) -> Gpu:
         PlanError: If a file is of another benchmark, or holds no rate.
     """
     for file in files:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-        kind = content.get("benchmark")
+        try:
+            content = json.loads(Path(file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise PlanError(
+                f"{file}: expected a result file of the benchmarks, in JSON; got {error}"
+            ) from error
+        kind = content.get("benchmark") if isinstance(content, dict) else None
         if kind == "attention":
             gpu = _with_attention(gpu, content, str(file))
         elif kind == "memory_plan":

@@ -145,7 +145,7 @@ def tiled_apply(
         parameters = function.parameters()
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     memory = None
-    if torch.is_grad_enabled() and x.requires_grad:
+    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
         x = _Remember.apply(x)  # type: ignore[no-untyped-call]
         memory = x.grad_fn
     result: Tensor = _TiledApply.apply(function, tile_rows, dim, memory, x, *wanted)  # type: ignore[no-untyped-call]

@@ -24,6 +24,7 @@ Dimensions: B batch, S tokens, T packed tokens, H query heads, K kv heads, D hea
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -352,7 +353,11 @@ def _host_lengths(
             f"{tuple(cu_seqlens.shape)}"
         )
     if lengths is None and cu_seqlens.device.type == "cpu":
-        lengths = torch.diff(cu_seqlens).tolist()
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends != sorted(ends):
+            # Kernels read past the tensors, or divide by zero.
+            raise ValueError(f"cu_seqlens_{which} must begin at 0 and not fall, got {ends}")
+        lengths = [b - a for a, b in itertools.pairwise(ends)]
     if lengths is None:
         return None
     if len(lengths) != cu_seqlens.shape[0] - 1:

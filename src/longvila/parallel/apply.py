@@ -55,7 +55,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from longvila.memory.checkpoint import checkpoint, store
 from longvila.memory.offload import Offload
 from longvila.memory.tiled import linear_unless_unwanted, tiled_apply
-from longvila.parallel.families import Family, find_family
+from longvila.parallel.families import Family, base_model, find_family
 from longvila.parallel.hf_attention import NAME, cut_compiled_layers_here
 from longvila.parallel.mmsp import TwoStageForward, TwoStageOptions
 from longvila.parallel.plan import StepPlan
@@ -100,7 +100,7 @@ class ParallelPlan:
         gradient_reduction: How gradients are combined over ranks after backward; FSDP and DDP
             take the mean.
         encode_on_every_rank: Whether ranks without frames run the tower on a blank unit; None for
-            where FSDP is found. Set it where DDP wraps.
+            where FSDP or DDP is found.
         two_stage: Whether the two-stage forward replaces the model's; None for where the mesh has
             sequence parallelism.
         checked_steps: Steps in which ranks compare checksums of their batches.
@@ -136,22 +136,26 @@ class _State:
     undo: list[Callable[[], object]]
     two_stage: TwoStageForward | None = None
 
-
-def _base(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside, if adapters (PEFT) stand around it."""
-    inner = getattr(model, "get_base_model", None)
-    found = inner() if callable(inner) else model
-    if not isinstance(found, PreTrainedModel):
-        raise TypeError(
-            f"parallelize needs a transformers model (or PEFT around one), got "
-            f"{type(model).__name__}; parallelize before DDP or compile wrap it"
-        )
-    return found
+    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
+        if self.two_stage is not None:
+            raise TypeError(
+                "a copy of a parallelized model would run the original's forward: copy the model "
+                "before, or unparallelize it, and parallelize both"
+            )
+        return self
 
 
 def is_parallelized(model: nn.Module) -> bool:
     """Return whether `parallelize` was applied to a model."""
-    return _STATE in vars(_base(model))
+    return _STATE in vars(base_model(model))
+
+
+def _state_of(model: nn.Module) -> _State:
+    base = base_model(model)
+    if not is_parallelized(model):
+        raise ValueError(f"{type(base).__name__} was not parallelized")
+    state: _State = vars(base)[_STATE]
+    return state
 
 
 def last_step_plan(model: nn.Module) -> StepPlan | None:
@@ -160,11 +164,8 @@ def last_step_plan(model: nn.Module) -> StepPlan | None:
     Raises:
         ValueError: If the model was not parallelized.
     """
-    base = _base(model)
-    if not is_parallelized(model):
-        raise ValueError(f"{type(base).__name__} was not parallelized")
-    state: _State = vars(base)[_STATE]
-    return None if state.two_stage is None else state.two_stage.last_plan
+    two_stage = _state_of(model).two_stage
+    return None if two_stage is None else two_stage.last_plan
 
 
 def parallelize(model: nn.Module, mesh: SPMesh, plan: ParallelPlan | None = None) -> nn.Module:
@@ -179,14 +180,18 @@ def parallelize(model: nn.Module, mesh: SPMesh, plan: ParallelPlan | None = None
         The same object.
 
     Raises:
-        TypeError: If the model is of no known family.
+        TypeError: If the model is of no known family, or the mesh is another library's.
         ValueError: If it was put on a mesh before, is wrapped already, or its configuration asks
             for what sequence parallelism lacks.
 
     Comm: With FSDP that of ``fully_shard``; else none.
     """
     plan = plan or ParallelPlan()
-    base = _base(model)
+    base = base_model(model)
+    if not isinstance(mesh, SPMesh):
+        raise TypeError(
+            f"mesh must come from longvila.sp.mesh.build_mesh, got {type(mesh).__name__}"
+        )
     if is_parallelized(model):
         raise ValueError(f"{type(base).__name__} was parallelized before; undo with unparallelize")
     if plan.fsdp and (wrapped := _wrapped(model)):
@@ -215,7 +220,8 @@ def parallelize(model: nn.Module, mesh: SPMesh, plan: ParallelPlan | None = None
         if plan.fsdp and mesh.dp_sp_mesh is not None:
             _shard(model, base, state)
     except BaseException:
-        unparallelize(model)
+        if not _wrapped(model):  # else its own refusal would hide the error
+            unparallelize(model)
         raise
     return model
 
@@ -226,14 +232,12 @@ def unparallelize(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If it was not parallelized, or FSDP shards it (that cannot be taken back).
     """
-    base = _base(model)
-    if not is_parallelized(model):
-        raise ValueError(f"{type(base).__name__} was not parallelized")
+    state = _state_of(model)
     if _wrapped(model):
         raise ValueError(
             "FSDP cannot be taken back; gather the state dict and load it into a fresh model"
         )
-    state: _State = vars(base).pop(_STATE)
+    del vars(base_model(model))[_STATE]
     while state.undo:
         state.undo.pop()()
     return model
@@ -249,6 +253,7 @@ def _wrapped(model: nn.Module) -> list[str]:
 def _set_attention(base: PreTrainedModel, state: _State) -> None:
     for tower in state.family.unit_towers(base):
         state.undo += [change(tower) for change in UNIT_TOWER]
+    cut_compiled_layers_here()
     text = state.family.text_model(base)
     before = text.config._attn_implementation
     text.set_attn_implementation(NAME)
@@ -279,8 +284,8 @@ def _set_forward(base: PreTrainedModel, state: _State) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return two_stage(*args, **kwargs)
 
-    vars(base)["forward"] = forward
-    state.undo.append(lambda: vars(base).pop("forward"))
+    # Who compiles the model as a whole would have plans and messages traced.
+    _override(base, torch.compiler.disable(forward), state)
 
 
 # ---- 3. memory -------------------------------------------------------------------------------
@@ -293,7 +298,6 @@ def _set_modules(base: PreTrainedModel, state: _State) -> None:
         for mlp in mlps:
             _spare_last(mlp, state)
     if plan.compile_modules:
-        cut_compiled_layers_here()
         for module in state.family.text_model(base).modules():
             if _is_norm(module) or _is_attention(module):
                 _override(module, _Compiled(module.forward), state)
@@ -493,14 +497,11 @@ def reduce_gradients(model: nn.Module) -> None:
 
     Memory: One bucket beside the gradients; a gradient that fills one alone is reduced in place.
     """
-    base = _base(model)
-    if not is_parallelized(model):
-        raise ValueError(f"{type(base).__name__} was not parallelized")
+    state = _state_of(model)
     if _wrapped(model):
         raise ValueError(
             "FSDP combines gradients during backward; reduce_gradients would repeat it"
         )
-    state: _State = vars(base)[_STATE]
     group = state.mesh.dp_sp_group
     if group is None:
         return

@@ -147,7 +147,7 @@ def encode_recomputed(
         pixels: ``(F, ...)`` frames of all units, at least one.
         unit_frames: Frames of each unit.
         frames_per_call: Frames to have at most in a micro-batch of several units; None for all.
-        parameters: Every trained parameter that ``encode`` uses.
+        parameters: Every trained parameter that ``encode`` uses; none to keep what autograd saves.
         unit_shapes: What the encoder is told of each unit; None for its frames.
 
     Returns:

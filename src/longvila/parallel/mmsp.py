@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,9 +40,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from longvila.log import log_once
 from longvila.memory.cross_entropy import tiled_cross_entropy
 from longvila.parallel.encode import encode_recomputed
 from longvila.parallel.families import Family, MediaKind
@@ -81,6 +85,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "output_hidden_states": (None, False),
     "logits_to_keep": (0,),
 }
+#: Inputs of a token each that the ranks of a group must share.
+_SHARED = ("input_ids", "attention_mask", "position_ids", "labels", "shift_labels")
+
+
+def _checksum(values: Tensor | None, device: torch.device) -> Tensor:
+    """A number that depends on values and their places; -1 for None."""
+    if values is None:
+        return torch.tensor(-1, device=device)
+    flat = values.to(device, torch.int64).flatten()
+    places = torch.arange(1, flat.numel() + 1, device=device) % 1_000_003
+    return (flat * places).sum() + flat.numel()
 
 
 @dataclass(frozen=True)
@@ -92,7 +107,7 @@ class TwoStageOptions:
         loss_tile_rows: Rows of the head and the cross-entropy computed at once.
         gradient_reduction: How parameter gradients are combined over all ranks afterwards.
         encode_on_every_rank: Whether a rank without frames encodes a blank unit; needed where
-            gradients are combined by hooks during backward. None for where FSDP is found.
+            gradients are combined by hooks during backward. None for where FSDP or DDP is found.
         recompute_media: Whether the encoder runs again in backward, a micro-batch at a time.
         checked_steps: For how many steps the ranks of a sequence-parallel group compare checksums
             of their batches, to catch a sampler that deals them different samples.
@@ -129,6 +144,7 @@ class TwoStageForward:
         self.original = original
         self.signature = inspect.signature(original)
         self.steps = 0
+        self.encodes = False
         self.last_plan: StepPlan | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -169,11 +185,18 @@ class TwoStageForward:
                 f"pixels and takes {sorted(known)}"
             )
         for name, neutral in _NEUTRAL.items():
-            if name in batch and not any(batch[name] is v or batch[name] == v for v in neutral):
-                raise ValueError(f"a sequence-parallel step cannot serve {name}={batch[name]!r}")
+            value = batch.get(name)
+            if isinstance(value, Tensor) or value not in (None, *neutral):
+                raise ValueError(f"a sequence-parallel step cannot serve {name}={value!r}")
         if "input_ids" not in batch or batch["input_ids"].dim() != 2:
             shape = tuple(batch["input_ids"].shape) if "input_ids" in batch else None
             raise ValueError(f"input_ids must be (B, columns), got {shape}")
+        for name in ("shift_labels", "labels"):
+            if name in batch and batch[name].shape != batch["input_ids"].shape:
+                raise ValueError(
+                    f"{name} must have the shape of input_ids, {tuple(batch['input_ids'].shape)}, "
+                    f"got {tuple(batch[name].shape)}"
+                )
         return self.family.prepare(self.model.config, batch)
 
     def _counts(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -181,7 +204,7 @@ class TwoStageForward:
         counts: dict[str, list[Any]] = {}
         for kind in self.family.media:
             if kind.counts in batch:
-                items = torch.as_tensor(batch[kind.counts]).tolist()
+                items = torch.atleast_1d(torch.as_tensor(batch[kind.counts])).tolist()
                 counts[kind.name] = [tuple(n) if isinstance(n, list) else n for n in items]
             elif kind.pixels in batch:
                 counts[kind.name] = kind.default_counts(batch[kind.pixels].shape[0])
@@ -197,22 +220,23 @@ class TwoStageForward:
         self.steps += 1
         if self.steps > self.options.checked_steps or self.mesh.sp_size == 1:
             return
-        ids = batch["input_ids"].to(torch.int64).flatten()
-        weights = torch.arange(1, ids.numel() + 1, device=ids.device) % 1_000_003
-        host = torch.tensor([ids.numel()], dtype=torch.int64)
-        for name in sorted(counts):
-            items = torch.tensor(counts[name], dtype=torch.int64).flatten()
-            host = torch.cat([host, torch.tensor([-1]), items])
-        scale = torch.arange(1, host.numel() + 1) * 7_919
-        checksum = (ids * weights).sum() + int((host * scale).sum())
-        both = torch.stack([checksum, -checksum])
+        shared = {name: batch.get(name) for name in _SHARED}
+        items = [torch.tensor(counts[name], dtype=torch.int64) for name in sorted(counts)]
+        items.append(torch.as_tensor(batch.get("document_lengths", -1)))
+        separated = [torch.cat([torch.tensor([-1]), each.flatten()]) for each in items]
+        shared["frames or documents"] = torch.cat(separated)
+        device = self.model.get_output_embeddings().weight.device
+        sums = [_checksum(values, device) for values in shared.values()]
+        both = torch.stack([*sums, *(-each for each in sums)])
         dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.mesh.sp_group)
-        if int(both[0]) != -int(both[1]):
+        highest, lowest = both.view(2, -1).tolist()
+        differ = [name for name, a, b in zip(shared, highest, lowest, strict=True) if a != -b]
+        if differ:
             raise ValueError(
-                f"the ranks of a sequence-parallel group got different batches (this is dp rank "
-                f"{self.mesh.dp_rank}, sp rank {self.mesh.sp_rank}, input_ids "
-                f"{tuple(batch['input_ids'].shape)}, frames {counts}); the sampler must deal by "
-                "dp rank, not by global rank"
+                f"the ranks of a sequence-parallel group got different batches (in "
+                f"{', '.join(differ)}; this is dp rank {self.mesh.dp_rank}, sp rank "
+                f"{self.mesh.sp_rank}, input_ids {tuple(batch['input_ids'].shape)}, frames "
+                f"{counts}); the sampler must deal by dp rank, not by global rank"
             )
 
     # ---- stages
@@ -307,6 +331,7 @@ class TwoStageForward:
 
     def _media_rows(self, plan: StepPlan, batch: dict[str, Any], embeds: Tensor) -> Tensor | None:
         """Stage 1: encode this rank's frames, send the rows, return what its tokens need."""
+        self._check_groups()
         trainable = any(p.requires_grad for p in self.family.media_parameters(self.model))
         differentiable = trainable and torch.is_grad_enabled()
         has_media = plan.media.frames.num_units > 0
@@ -316,7 +341,12 @@ class TwoStageForward:
             run_tower = self._media_anywhere(has_media, embeds.device)
         if not run_tower or plan.exchange is None:
             return None
-        encoded = self._encode_local(plan, batch)
+        try:
+            encoded = self._encode_local(plan, batch)
+        except Exception:
+            self._tell_failure(True, embeds.device)
+            raise
+        self._tell_failure(False, embeds.device)
         if not encoded and blank:
             kind = self.family.media[0]
             pixels, shapes = kind.blank(self.model)
@@ -331,7 +361,8 @@ class TwoStageForward:
             differentiable=differentiable,
         )
 
-    def _encodes_on_every_rank(self) -> bool:
+    def _check_groups(self) -> None:
+        """Refuse FSDP groups that ranks would gather a different number of times."""
         for part in self.family.vision_modules(self.model):
             for name, module in part.named_modules():
                 if isinstance(module, FSDPModule):
@@ -342,9 +373,30 @@ class TwoStageForward:
                         "group: wrap the text layers and the model only, as "
                         "parallelize(fsdp=True) does"
                     )
+
+    def _tell_failure(self, failed: bool, device: torch.device) -> None:
+        """Raise if another rank failed and will not send its rows; until all succeeded once.
+
+        Pictures of a wrong size or type show in the first step, and only where they are encoded.
+        """
+        if self.mesh.sp_size == 1 or self.encodes:
+            return
+        flag = torch.tensor(int(failed), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.mesh.sp_group)
+        self.encodes = not bool(flag.item())
+        if not (failed or self.encodes):
+            raise RuntimeError(
+                "another rank of the sequence-parallel group could not encode its frames; its "
+                f"error says why ({self.mesh.describe_rank()} could)"
+            )
+
+    def _encodes_on_every_rank(self) -> bool:
         if self.options.encode_on_every_rank is not None:
             return self.options.encode_on_every_rank
-        return any(isinstance(module, FSDPModule) for module in self.model.modules())
+        # Not public; without it the option has to be set.
+        around = getattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)
+        in_ddp = around() is not None
+        return in_ddp or any(isinstance(module, FSDPModule) for module in self.model.modules())
 
     def _media_anywhere(self, here: bool, device: torch.device) -> bool:
         """Whether any rank of the world has media in this step; asks only if this one has none."""
@@ -396,46 +448,55 @@ class TwoStageForward:
         encode = functools.partial(kind.encode, self.model)
         modules = self.family.vision_modules(self.model)
         trained = [p for p in self.family.media_parameters(self.model) if p.requires_grad]
-        if not self.options.recompute_media or not trained:
+        if not self.options.recompute_media:
             return encode(pixels, unit_shapes)
-        if not any(p.requires_grad for p in modules[0].parameters()):
-            # A frozen tower has no graph and should not run twice; its features are kept.
-            before = self.family.checkpoint_media(self.model, True)
-            try:
-                return encode(pixels, unit_shapes)
-            finally:
-                self.family.checkpoint_media(self.model, before)
-        return encode_recomputed(
+        encode_all = functools.partial(
+            encode_recomputed,
             encode,
             pixels,
             unit_frames,
             frames_per_call=kind.frames_per_call(self.model.config),
-            parameters=trained,
             unit_shapes=unit_shapes,
         )
+        if any(p.requires_grad for p in modules[0].parameters()):
+            return encode_all(parameters=trained)
+        # A frozen tower has no graph and should not run twice; its features are kept.
+        before = self.family.checkpoint_media(self.model, True)
+        try:
+            return encode_all(parameters=())
+        finally:
+            self.family.checkpoint_media(self.model, before)
 
     def _finish(self, plan: StepPlan, batch: dict[str, Any], hidden: Tensor) -> SPCausalLMOutput:
         """Loss over all ranks, and this rank's logits where asked for."""
         layout, rank = plan.context.layout, self.mesh.sp_rank
         head = self.model.get_output_embeddings()
+        if isinstance(head.weight, DTensor):
+            raise ValueError(
+                "the language-model head is an FSDP group of its own, but the tiled loss reads its "
+                "weight from outside: leave it in the root group"
+            )
         loss = logits = None
         targets = self._targets(plan, batch)
+        if targets is not None and "_loss_function" in vars(self.model):
+            # Where transformers keeps what a caller set.
+            raise ValueError(
+                "the model was given a loss_function, but a sequence-parallel step has the tiled "
+                "cross-entropy alone: ask for output_logits=True without labels, and apply it"
+            )
         if targets is not None:
             on_host = layout.shard(targets, rank)
             # Known on the host, so that the device is not asked how many rows have a target.
             target_rows = (on_host != IGNORE_INDEX).nonzero().flatten()
             local = on_host.to(hidden.device)
-            rows = lowered(hidden)
-            # It chooses types itself: narrow factors, wide sums.
-            with torch.autocast(hidden.device.type, enabled=False):
-                local_sum = tiled_cross_entropy(
-                    rows,
-                    head.weight,
-                    local,
-                    tile_rows=self.options.loss_tile_rows,
-                    bias=head.bias,
-                    target_rows=target_rows.to(hidden.device),
-                )
+            local_sum = tiled_cross_entropy(
+                lowered(hidden),
+                head.weight,
+                local,
+                tile_rows=self.options.loss_tile_rows,
+                bias=head.bias,
+                target_rows=target_rows.to(hidden.device),
+            )
             loss = global_mean(
                 local_sum,
                 count_targets(local),
@@ -451,18 +512,24 @@ class TwoStageForward:
 
     def _targets(self, plan: StepPlan, batch: dict[str, Any]) -> Tensor | None:
         """``(S,)`` targets of the whole packed sequence, shifted before anything is cut."""
-        for name in ("shift_labels", "labels"):
-            if name in batch and batch[name].shape != batch["input_ids"].shape:
-                raise ValueError(
-                    f"{name} must have the shape of input_ids, {tuple(batch['input_ids'].shape)}, "
-                    f"got {tuple(batch[name].shape)}"
-                )
-        if "shift_labels" in batch:
-            return plan.packed.take(batch["shift_labels"], filler=IGNORE_INDEX)
-        if "labels" not in batch:
+        shifted = "shift_labels" in batch
+        given = batch.get("shift_labels" if shifted else "labels")
+        if given is None:
             return None
-        labels = plan.packed.take(batch["labels"], filler=IGNORE_INDEX)
-        return shift_labels(labels, plan.packed.lengths)
+        labels = plan.packed.take(given, filler=IGNORE_INDEX)
+        if self.steps <= self.options.checked_steps and "attention_mask" in batch:
+            real, counted = batch["attention_mask"].cpu() != 0, given.cpu() != IGNORE_INDEX
+            if not shifted:
+                real, counted = real[:, 1:] & real[:, :-1], counted[:, 1:]
+            if bool((counted & ~real).any()):
+                log_once(
+                    __name__,
+                    logging.WARNING,
+                    "what padding predicts, or is predicted to be, is no target of a "
+                    "sequence-parallel step; the model's own forward counts it: set labels at "
+                    f"padding, and of the token behind it, to {IGNORE_INDEX}",
+                )
+        return labels if shifted else shift_labels(labels, plan.packed.lengths)
 
 
 def gather_logits(output: SPCausalLMOutput, shape: tuple[int, int], mesh: SPMesh) -> Tensor:

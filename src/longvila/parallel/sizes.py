@@ -21,19 +21,11 @@ from transformers import AutoConfig, PreTrainedModel
 
 from longvila.memory.sizes import ModelSize, PlanError, TextSize, TowerSize, preset
 from longvila.model.vila.layout import is_vila
-from longvila.parallel.families import Family, find_family
+from longvila.parallel.families import Family, base_model, find_family
 from longvila.parallel.families.base import patches_per_tile
 
 #: Side of a frame in pixels where the model takes any.
 FRAME_SIDE = 448
-
-
-def _base(model: nn.Module) -> PreTrainedModel:
-    inner = getattr(model, "get_base_model", None)
-    found = inner() if callable(inner) else model
-    if not isinstance(found, PreTrainedModel):
-        raise TypeError(f"expected a transformers model, got {type(model).__name__}")
-    return found
 
 
 def _count(parameters: Any) -> int:
@@ -60,7 +52,7 @@ def size_of(model: nn.Module, *, frame_side: int = FRAME_SIDE) -> ModelSize:
         TypeError: If the model is of no known family.
         PlanError: If its layers differ, as in a mixture of experts.
     """
-    base = _base(model)
+    base = base_model(model)
     family = find_family(base)
     text = _text_size(base, family)
     tower = _tower_size(base, family, frame_side) if family.vision_modules(base) else None

@@ -96,6 +96,11 @@ def sp_attention(
         as in LongVILA (arXiv 2408.10188, section 3.3); uneven heads, unrepeated kv heads, the
         packed exchange and the direct return of dK and dV differ.
     """
+    if torch.compiler.is_compiling():
+        # Plans and messages are not to be traced. Named here, since naming the compiler loads it.
+        untraced = torch.compiler.disable(sp_attention)
+        options = {"softmax_scale": softmax_scale, "causal": causal, "backend": backend}
+        return cast(Tensor, untraced(q, k, v, context, **options))
     _check(q, k, v, context)
     if not context.is_parallel:
         return _local(q, k, v, context, softmax_scale, causal, backend)

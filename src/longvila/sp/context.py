@@ -15,6 +15,7 @@ rank decides, from the same integers on every rank.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -129,7 +130,7 @@ def make_context(
 
     Comm: None.
     """
-    lengths = tuple(int(length) for length in document_lengths)
+    lengths = tuple(operator.index(length) for length in document_lengths)
     return _make_context(mesh, lengths, kind, head_chunks)
 
 

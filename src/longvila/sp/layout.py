@@ -31,6 +31,7 @@ when there are fewer tokens than ranks.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,7 +90,7 @@ class SequenceLayout:
     kind: LayoutKind = "zigzag"
 
     def __post_init__(self) -> None:
-        lengths = tuple(int(length) for length in self.document_lengths)
+        lengths = tuple(operator.index(length) for length in self.document_lengths)
         object.__setattr__(self, "document_lengths", lengths)
         if not lengths:
             raise ValueError("document_lengths is empty: a layout needs at least one document")

@@ -76,7 +76,7 @@ def global_mean(
     *,
     group: dist.ProcessGroup | None,
     gradient_reduction: GradientReduction,
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
 ) -> Tensor:
     """Return the mean loss over all targets of all ranks, the same value on every rank.
 
@@ -109,7 +109,7 @@ def global_mean(
             "local_sum and local_count must be scalars, got shapes "
             f"{tuple(local_sum.shape)} and {tuple(local_count.shape)}"
         )
-    if isinstance(num_items, int):
+    if isinstance(num_items, int | float):
         if num_items < 0:
             raise ValueError(f"num_items must not be negative, got {num_items}")
         num_items = torch.tensor(num_items, device=local_sum.device)

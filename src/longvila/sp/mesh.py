@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -162,6 +162,9 @@ def plan_mesh(
         raise ValueError(
             f"unknown kv_exchange {kv_exchange!r}; known: {', '.join(get_args(KVExchange))}"
         )
+    for name, number in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
     if num_heads is not None and num_kv_heads is not None and num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} kv heads")
     if world_size < 1:
@@ -206,15 +209,7 @@ def plan_mesh(
         reasons.append(f"{ulysses - num_heads} ulysses ranks have no heads and idle in attention")
     if plan.crosses_nodes("ulysses"):
         reasons.append("ulysses crosses nodes, which is slow: consider a smaller ulysses degree")
-    return MeshPlan(
-        dp_size=plan.dp_size,
-        ring_size=ring,
-        ulysses_size=ulysses,
-        ranks_per_node=node,
-        layout_kind=plan.layout_kind,
-        kv_exchange=exchange,
-        reasons=tuple(reasons),
-    )
+    return replace(plan, kv_exchange=exchange, reasons=tuple(reasons))
 
 
 def _factors(
@@ -400,16 +395,17 @@ def build_mesh(
     Comm: Creates the process groups; on NCCL one all-reduce of one element on each axis, since the
         first point-to-point batch of a communicator must otherwise have all ranks in it.
     """
-    if not dist.is_initialized():
-        if seq_parallel_size > 1:
-            raise RuntimeError(
-                f"seq_parallel_size {seq_parallel_size} needs torch.distributed: launch with "
-                "torchrun and call torch.distributed.init_process_group first"
-            )
-        return SPMesh(plan=plan_mesh(1, seq_parallel_size, ring_size, ring_type=ring_type))
-    world_size = dist.get_world_size()
+    distributed = dist.is_initialized()
+    if seq_parallel_size > 1 and not distributed:
+        raise RuntimeError(
+            f"seq_parallel_size {seq_parallel_size} needs torch.distributed: launch with "
+            "torchrun and call torch.distributed.init_process_group first"
+        )
+    world_size = dist.get_world_size() if distributed else 1
     if device_type is None:
-        device_type = "cuda" if "nccl" in dist.get_backend() else "cpu"
+        device_type = "cuda" if distributed and "nccl" in dist.get_backend() else "cpu"
+    if ranks_per_node is None:
+        ranks_per_node = _ranks_per_node(world_size, device_type) if distributed else 1
     plan = plan_mesh(
         world_size,
         seq_parallel_size,
@@ -419,8 +415,10 @@ def build_mesh(
         kv_exchange=kv_exchange,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        ranks_per_node=ranks_per_node or _ranks_per_node(world_size, device_type),
+        ranks_per_node=ranks_per_node,
     )
+    if not distributed:
+        return SPMesh(plan=plan)
     device_mesh = init_device_mesh(
         device_type,
         (plan.dp_size, plan.ring_size, plan.ulysses_size),

@@ -248,19 +248,7 @@ class HeadExchange:
         widths = [self.width(rank, kinds) for rank in range(len(self.lengths))]
         sizes = [batch * length * width * dim for width in widths]
         packed = tensors[0].new_empty(sum(sizes))
-        blocks = [
-            block.view(length, batch, width, dim)
-            for block, width in zip(packed.split(sizes), widths, strict=True)
-        ]
-        offsets = [0] * len(blocks)
-        for tensor, kind in zip(tensors, kinds, strict=True):
-            rows = tensor.transpose(0, 1)  # (B, L, heads, D) -> (L, B, heads, D)
-            ranges = [share.of(kind) for share in self.plan.shares]
-            columns = [slice(o, o + b - a) for o, (a, b) in zip(offsets, ranges, strict=True)]
-            if not _copy_evenly(packed, widths, columns, rows, ranges, to_packed=True):
-                for block, column, (start, stop) in zip(blocks, columns, ranges, strict=True):
-                    block[:, :, column] = rows[:, :, start:stop]
-            offsets = [column.stop for column in columns]
+        self._copy(packed, tensors, kinds, to_packed=True)
         mine = widths[self.rank]
         received, pending = post_all_to_all(
             packed, sizes, [batch * n * mine * dim for n in self.lengths], self.group
@@ -301,22 +289,35 @@ class HeadExchange:
             into: ``(B, L, heads, D)`` each; the heads of this plan are written.
             add: Whether kv heads are added to what is there, rather than written.
         """
-        batch, length, _, dim = into[0].shape
+        self._copy(received, into, kinds, to_packed=False, add=add)
+
+    def _copy(
+        self,
+        packed: Tensor,
+        tensors: Sequence[Tensor],
+        kinds: Sequence[Heads],
+        *,
+        to_packed: bool,
+        add: bool = False,
+    ) -> None:
+        """Copy between tensors and a flat buffer with a block ``(L, B, W, D)`` for each rank."""
+        batch, length, _, dim = tensors[0].shape
         widths = [self.width(rank, kinds) for rank in range(len(self.lengths))]
-        sizes = [batch * length * width * dim for width in widths]
+        parts = packed.split([batch * length * width * dim for width in widths])
         blocks = [
-            block.view(length, batch, width, dim)
-            for block, width in zip(received.split(sizes), widths, strict=True)
+            part.view(length, batch, width, dim) for part, width in zip(parts, widths, strict=True)
         ]
         offsets = [0] * len(blocks)
-        for tensor, kind in zip(into, kinds, strict=True):
-            rows = tensor.transpose(0, 1)
+        for tensor, kind in zip(tensors, kinds, strict=True):
+            rows = tensor.transpose(0, 1)  # (B, L, heads, D) -> (L, B, heads, D)
             ranges = [share.of(kind) for share in self.plan.shares]
             columns = [slice(o, o + b - a) for o, (a, b) in zip(offsets, ranges, strict=True)]
             adds = add and kind == "kv"
-            if adds or not _copy_evenly(received, widths, columns, rows, ranges, to_packed=False):
+            if adds or not _copy_evenly(packed, widths, columns, rows, ranges, to_packed=to_packed):
                 for block, column, (start, stop) in zip(blocks, columns, ranges, strict=True):
-                    if adds:
+                    if to_packed:
+                        block[:, :, column] = rows[:, :, start:stop]
+                    elif adds:
                         rows[:, :, start:stop] += block[:, :, column]
                     else:
                         rows[:, :, start:stop] = block[:, :, column]

@@ -30,6 +30,7 @@ Letters: R ranks, U units, N rows of all media, S global sequence, L local token
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ class FramePlan:
 
     def units(self, rank: int) -> range:
         """Units that ``rank`` encodes, possibly none."""
+        if not 0 <= rank < self.num_ranks:
+            raise ValueError(f"rank {rank} is not of the {self.num_ranks} that units are dealt to")
         return range(self.cuts[rank], self.cuts[rank + 1])
 
     def describe(self) -> str:
@@ -141,11 +144,12 @@ def plan_frames(costs: Sequence[int], num_ranks: int) -> FramePlan:
     """
     if num_ranks < 1:
         raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
-    for cost in costs:
-        if not isinstance(cost, int):
-            raise TypeError(f"costs must be integers, got {cost!r}; scale and round before")
-        if cost < 0:
-            raise ValueError(f"costs must not be negative, got {cost}")
+    try:
+        costs = [operator.index(cost) for cost in costs]
+    except TypeError as error:
+        raise TypeError(f"costs must be integers; scale and round before ({error})") from error
+    if min(costs, default=0) < 0:
+        raise ValueError(f"costs must not be negative, got {min(costs)}")
     prefix = [0, *accumulate(costs)]
     total, units = prefix[-1], len(costs)
 

@@ -103,8 +103,14 @@ def test_results_of_ones_own_machine(tmp_path: Path) -> None:
         ({"benchmark": "attention", "rows": []}, "no rows ideal_"),
     ],
 )
-def test_files_without_rates(tmp_path: Path, content: dict[str, object], message: str) -> None:
+def test_files_without_rates_are_named(
+    tmp_path: Path, content: dict[str, object], message: str
+) -> None:
     file = tmp_path / "result.json"
     file.write_text(json.dumps(content))
     with pytest.raises(PlanError, match=message):
         with_results(GPUS["h200"], [file])
+    file.write_text("{")
+    for path in (file, tmp_path, tmp_path / "gone.json"):
+        with pytest.raises(PlanError, match=r"expected a result file .*; got "):
+            with_results(GPUS["h200"], [path])

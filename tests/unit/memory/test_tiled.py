@@ -161,6 +161,21 @@ def test_autocast_is_the_same_in_both_runs() -> None:
         assert_close(a, b, tolerance=1.5e-2)
 
 
+@pytest.mark.filterwarnings("default")  # the compiler's own, which differ between versions
+def test_inside_a_compiled_function() -> None:
+    module, results = Mlp(), []
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    leaves = (x, *module.parameters())
+
+    def function(x: Tensor) -> Tensor:
+        return tiled_apply(module, 2 * x, tile_rows=2).square().sum()
+
+    for call in (function, torch.compile(function, backend="aot_eager")):
+        results.append(torch.autograd.grad(call(x), leaves))
+    for eager, compiled in zip(*results, strict=True):
+        assert_close(compiled, eager)
+
+
 def test_errors() -> None:
     x = torch.zeros(1, 10, 6)
     with pytest.raises(ValueError, match="tile_rows must be at least 1, got 0"):

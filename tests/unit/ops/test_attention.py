@@ -329,6 +329,14 @@ def test_arguments_that_do_not_belong_together(
         attention(draw(*q), draw(*k), draw(*v), **options)
 
 
+@pytest.mark.parametrize("ends", [[0, 12, 10], [1, 5, 11]])
+def test_cu_seqlens_begin_at_zero_and_do_not_fall(ends: list[int]) -> None:
+    """The sum of the lengths fits in both; a kernel would end the process, or shift tokens."""
+    q = torch.randn(10, 2, 8)
+    with pytest.raises(ValueError, match=r"must begin at 0 and not fall, got \["):
+        attention(q, q, q, cu_seqlens_q=torch.tensor(ends, dtype=torch.int32))
+
+
 def test_cu_seqlens_must_be_int32() -> None:
     q = draw(4, 2, 8)
     with pytest.raises(ValueError, match=r"must be int32 .*got torch.int64"):

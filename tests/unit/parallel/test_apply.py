@@ -54,6 +54,8 @@ def test_undoing_leaves_no_trace() -> None:
     expected = model(input_ids=ids).logits
     assert unparallelize(parallelize(model, SPMesh(), PLAN)) is model
     assert vars(model) == before
+    vars(model)["forward"] = before["forward"] = functools.partial(type(model).forward, model)
+    assert vars(unparallelize(parallelize(model, SPMesh(), PLAN))) == before  # another's stays
     assert [vars(layer) for layer in model.model.language_model.layers] == layers
     assert model.model.language_model.config._attn_implementation == "sdpa"
     assert torch.equal(model(input_ids=ids).logits, expected)
@@ -122,9 +124,11 @@ def test_a_model_that_is_refused_is_left_as_it_was() -> None:
     assert model.model.language_model.config._attn_implementation == "sdpa"
 
 
-def test_what_is_not_a_model_is_refused() -> None:
+def test_what_is_not_a_model_or_a_mesh_is_refused() -> None:
     with pytest.raises(TypeError, match=r"needs a transformers model .* got Linear"):
         parallelize(nn.Linear(2, 2), SPMesh())
+    with pytest.raises(TypeError, match="build_mesh, got int"):
+        parallelize(tiny_model(), 2)  # type: ignore[arg-type]
 
 
 def test_sequence_parallelism_needs_the_two_stage_forward() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from longvila.log import log_once
 from longvila.parallel.apply import ParallelPlan, parallelize
+from longvila.parallel.families import find_family
 from longvila.parallel.mmsp import gather_logits
 from longvila.sp.mesh import SPMesh
 from longvila.testing.asserts import assert_close
@@ -40,12 +44,20 @@ def test_counts_may_be_left_out() -> None:
     model = parallelize(tiny_model().train(), SPMesh(), PLAN)
     batch = batch_of(3)
     expected = model(**batch).loss
+    assert torch.equal(model(**{**batch, "video_num_frames": 3}).loss, expected)
     batch.pop("video_num_frames")
     assert torch.equal(model(**batch).loss, expected)
     ids = torch.full((1, 18), TINY_IMAGE_ID)
     ids = torch.cat([ids, torch.arange(5)[None]], dim=1)
     labels = ids.masked_fill(ids == TINY_IMAGE_ID, -100)
     assert model(ids, torch.randn(2, 3, 20, 20), labels=labels).loss.isfinite()
+
+
+def test_another_loss_is_not_passed_over() -> None:
+    model = parallelize(tiny_model().train(), SPMesh(), PLAN)
+    model.loss_function = lambda *args, **kwargs: torch.zeros(())
+    with pytest.raises(ValueError, match="was given a loss_function"):
+        model(**batch_of())
 
 
 def test_documents_may_be_given_by_length() -> None:
@@ -73,6 +85,7 @@ def test_logits_come_with_their_places() -> None:
         ({"inputs_embeds": torch.zeros(1, 28, 32)}, r"does not take \['inputs_embeds'\]"),
         ({"use_cache": True}, "cannot serve use_cache=True"),
         ({"logits_to_keep": 1}, "cannot serve logits_to_keep=1"),
+        ({"logits_to_keep": torch.arange(2)}, r"cannot serve logits_to_keep=tensor\(\[0, 1"),
         ({"labels": torch.zeros(1, 5).long()}, r"labels must have the shape of input_ids, \(1, 28"),
         ({"input_ids": torch.zeros(28).long()}, r"input_ids must be \(B, columns\), got \(28,\)"),
         ({"input_ids": None}, r"input_ids must be \(B, columns\), got None"),
@@ -83,3 +96,44 @@ def test_steps_that_cannot_be_served_are_refused(extra: dict[str, Any], message:
     model = parallelize(tiny_model().train(), SPMesh(), PLAN)
     with pytest.raises(ValueError, match=message):
         model(**{**batch_of(), **extra})
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_targets_at_padding_are_left_out_with_a_word(
+    side: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model alone counts them: who compares the two should not have to search."""
+    log_once.cache_clear()
+    model = parallelize(tiny_model(dtype=torch.float64).train(), SPMesh(), PLAN)
+    ids = torch.arange(12)[None]
+    mask = (ids < 9 if side == "right" else ids >= 3).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, 3] = -100  # behind padding on the left
+    clean = model(input_ids=ids, labels=labels, attention_mask=mask).loss
+    assert not caplog.records
+    if side == "right":
+        labels = torch.where(mask == 0, ids, labels)
+    else:
+        labels[:, 3] = 3
+    assert torch.equal(model(input_ids=ids, labels=labels, attention_mask=mask).loss, clean)
+    assert "the model's own forward counts it" in caplog.text
+
+
+def test_a_frozen_tower_runs_in_micro_batches() -> None:
+    """Whatever the family does inside: here one that takes all frames it is given at once."""
+    model = tiny_model().train()
+    model.model.vision_tower.requires_grad_(False)
+    family = find_family(model)
+    seen: list[int] = []
+
+    def encode(model: Any, pixels: Tensor, shapes: Any) -> Tensor:
+        seen.append(pixels.shape[0])
+        return family.media[1].encode(model, pixels, shapes)
+
+    parallelize(model, SPMesh(), PLAN)
+    two_stage = vars(model)["_longvila_parallel"].two_stage
+    two_stage.family = replace(
+        family, media=(family.media[0], replace(family.media[1], encode=encode))
+    )
+    model(**batch_of(6)).loss.backward()
+    assert seen == [4, 2]

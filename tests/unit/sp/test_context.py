@@ -85,6 +85,9 @@ def test_bad_arguments_are_named() -> None:
         make_context(SPMesh(), [])
     with pytest.raises(ValueError, match="unknown layout kind 'stripe'"):
         make_context(SPMesh(), [4], kind="stripe")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="'float' object"):
+        make_context(SPMesh(), [3.5])  # type: ignore[list-item]
+    assert make_context(SPMesh(), torch.tensor([3, 4])).num_tokens == 7  # type: ignore[arg-type]
 
 
 def test_a_context_travels_as_a_keyword() -> None:

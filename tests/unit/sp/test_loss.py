@@ -122,6 +122,8 @@ def test_one_process_keeps_dtype_and_gradient() -> None:
     loss.backward()
     assert loss.dtype == torch.float32 and loss.item() == 1.5
     assert local.grad.item() == 0.25
+    options: dict = {"group": None, "gradient_reduction": "mean"}
+    assert global_mean(local, torch.tensor(4), num_items=8.0, **options).item() == 0.75
 
 
 @pytest.mark.parametrize(

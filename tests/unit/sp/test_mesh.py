@@ -109,6 +109,8 @@ def test_head_balance_is_mean_over_maximum() -> None:
         ((8, 8), {"ring_type": "stripe"}, "unknown ring_type 'stripe'; known: ring_varlen"),
         ((8, 8), {"kv_exchange": "pigeon"}, "unknown kv_exchange 'pigeon'; known: p2p, gather"),
         ((8, 8), {"num_heads": 9, "num_kv_heads": 2}, "9 query heads are not a multiple of 2 kv"),
+        ((8, 8), {"num_heads": 0}, "num_heads must be at least 1, got 0"),
+        ((8, 8), {"num_heads": 8, "num_kv_heads": 0}, "num_kv_heads must be at least 1, got 0"),
         ((8, 8), {"ranks_per_node": 0}, "ranks_per_node must be at least 1, got 0"),
         ((0,), {}, "world_size must be at least 1, got 0"),
     ],
@@ -123,6 +125,8 @@ def test_without_torch_distributed_the_mesh_is_one_rank() -> None:
     assert (mesh.world_size, mesh.sp_size, mesh.sp_rank, mesh.sp_group) == (1, 1, 0, None)
     with pytest.raises(RuntimeError, match=r"seq_parallel_size 4 needs torch\.distributed"):
         build_mesh(4)
+    with pytest.raises(ValueError, match="ulysses_size 4 does not divide seq_parallel_size 1"):
+        build_mesh(-1, ulysses_size=4)
     assert SPMesh().describe_rank() == "rank 0 (dp 0, ring 0, ulysses 0)"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -125,6 +126,11 @@ def test_wrong_costs_are_refused() -> None:
         plan_frames([1, -2], 2)
     with pytest.raises(TypeError, match="must be integers"):
         plan_frames([1.5], 2)  # type: ignore[list-item]
+    plan = plan_frames(np.array([3, 4]), 2)  # type: ignore[arg-type]
+    assert plan == plan_frames([3, 4], 2)
+    for rank in (-1, 2):
+        with pytest.raises(ValueError, match=f"rank {rank} is not of the 2"):
+            plan.units(rank)
 
 
 CASES = {

@@ -35,6 +35,7 @@ __all__ = [
     "Family",
     "MediaKind",
     "MediaUnits",
+    "base_model",
     "family_of",
     "find_family",
     "register_family",
@@ -69,6 +70,22 @@ def register_family(family: Family) -> None:
         if name in taken:
             raise ValueError(f"model_type {name!r} belongs to the family {taken[name]!r} already")
     FAMILIES.append(family)
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model inside, if adapters (PEFT) stand around it.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    inner = getattr(model, "get_base_model", None)
+    found = inner() if callable(inner) else model
+    if not isinstance(found, PreTrainedModel):
+        raise TypeError(
+            "longvila.parallel needs a transformers model (or PEFT around one), got "
+            f"{type(model).__name__}; parallelize before DDP or compile wrap it"
+        )
+    return found
 
 
 def family_of(config: Any) -> Family:
