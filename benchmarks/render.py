@@ -591,24 +591,33 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] = {
     "links": (["attention"], lambda result, folder: links(result)),
     "factorisations": (["attention"], lambda result, folder: factorisations(result)),
-    "smol_tiers": (["needle", "method=smol-stages"], lambda result, folder: smol.tiers(folder)),
+    "smol_tiers": (
+        ["needle", "method=smol-stages"],
+        lambda result, folder: smol.tiers(folder, smol.run_of(result)),
+    ),
     "smol_summary": (
         ["needle", "method=smol-shipped"],
-        lambda result, folder: smol.summary(folder, "shipped"),
+        lambda result, folder: smol.summary(folder, smol.run_of(result), smol.part_of(result)),
     ),
     "smol_shipped": (
         ["needle", "method=smol-shipped"],
-        lambda result, folder: smol.tiers(folder, "shipped"),
+        lambda result, folder: smol.tiers(folder, part="shipped"),
     ),
-    "smol_lengths": (["needle", "method=smol-stages"], lambda result, folder: smol.lengths(folder)),
-    "smol_heat": (["needle", "method=smol-stages"], lambda result, folder: smol.heat(folder)),
+    "smol_lengths": (
+        ["needle", "method=smol-stages"],
+        lambda result, folder: smol.lengths(folder, smol.run_of(result)),
+    ),
+    "smol_heat": (
+        ["needle", "method=smol-stages"],
+        lambda result, folder: smol.heat(folder, smol.run_of(result)),
+    ),
     "smol_ablations": (
         ["needle", "method=smol-stages"],
-        lambda result, folder: smol.ablations(folder),
+        lambda result, folder: smol.ablations(folder, smol.run_of(result)),
     ),
     "smol_losses": (
         ["training", "method=smol-stages"],
-        lambda result, folder: smol.losses(folder),
+        lambda result, folder: smol.losses(folder, smol.run_of(result)),
     ),
     "smol_views": (
         ["training", "method=smol-stages"],
@@ -618,9 +627,9 @@ VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] 
         ["training", "method=smol-two"],
         lambda result, folder: smol.two_gpus(folder),
     ),
-    "smol_second": (
-        ["training", "method=smol-second"],
-        lambda result, folder: smol.second(folder),
+    "smol_right": (
+        ["training", "method=smol-stages"],
+        lambda result, folder: smol.right(folder, smol.run_of(result)),
     ),
     "prefill_summary": (
         ["prefill", "suffix=whole"],
@@ -683,7 +692,9 @@ def render_block(name: str, folder: Path = RESULTS) -> str:
     words = name.split()
     view = VIEWS.get(words[0])
     if view is not None:
-        words = [*view[0], *words[1:]]
+        given = {word.partition("=")[0] for word in words[1:]}
+        usual = [word for word in view[0] if word.partition("=")[0] not in given]
+        words = [*usual, *words[1:]]
     if words[0] not in BENCHMARKS:
         raise ValueError(f"unknown table {name!r}; there are {sorted(BENCHMARKS | set(VIEWS))}")
     try:
