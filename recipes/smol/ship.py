@@ -1,6 +1,6 @@
 """Put what the demo needs into the package: needle pictures, names, the trained delta.
 
-    python recipes/smol/ship.py --delta WORK/deltas/sft.safetensors
+    python recipes/smol/ship.py --delta WORK/deltas/longest.safetensors --num-frames 256
     python recipes/smol/ship.py SOURCES
 
 The pictures are listed in ``splits/shipped.tsv``; all are openclipart's, released to the public
@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "src" / "longvila" / "assets"
 LIMIT_MB = 40.0
 #: How the model is shown videos where nobody says otherwise: as many frames as stage 3 showed it.
-#: A delta of stage 5 may say more (``--num-frames``).
+#: A delta of stage 5 says more (``--num-frames``).
 VIDEO: dict[str, Any] = {"short": "all", "fps": 1.0, "num_frames": 32}
 #: Components of an update that are smaller than this share of its largest are rounding.
 ROUNDING = 1e-5
