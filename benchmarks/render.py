@@ -591,30 +591,46 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] = {
     "links": (["attention"], lambda result, folder: links(result)),
     "factorisations": (["attention"], lambda result, folder: factorisations(result)),
+    "smol_tiers": (
+        ["needle", "method=smol-stages"],
+        lambda result, folder: smol.tiers(folder, smol.run_of(result)),
+    ),
     "smol_summary": (
         ["needle", "method=smol-shipped"],
-        lambda result, folder: smol.summary(folder, "shipped"),
+        lambda result, folder: smol.summary(folder, smol.run_of(result), smol.part_of(result)),
     ),
     "smol_shipped": (
         ["needle", "method=smol-shipped"],
-        lambda result, folder: smol.tiers(folder, "shipped"),
+        lambda result, folder: smol.tiers(folder, part="shipped"),
     ),
-    **{
-        f"smol_{draw.__name__}": (
-            [kind, f"method=smol-{run}"],
-            lambda result, folder, draw=draw: draw(folder),
-        )
-        for kind, run, draw in (
-            ("needle", "stages", smol.tiers),
-            ("needle", "stages", smol.lengths),
-            ("needle", "stages", smol.heat),
-            ("needle", "stages", smol.ablations),
-            ("training", "stages", smol.losses),
-            ("training", "stages", smol.views),
-            ("training", "two", smol.two_gpus),
-            ("training", "second", smol.second),
-        )
-    },
+    "smol_lengths": (
+        ["needle", "method=smol-stages"],
+        lambda result, folder: smol.lengths(folder, smol.run_of(result)),
+    ),
+    "smol_heat": (
+        ["needle", "method=smol-stages"],
+        lambda result, folder: smol.heat(folder, smol.run_of(result)),
+    ),
+    "smol_ablations": (
+        ["needle", "method=smol-stages"],
+        lambda result, folder: smol.ablations(folder, smol.run_of(result)),
+    ),
+    "smol_losses": (
+        ["training", "method=smol-stages"],
+        lambda result, folder: smol.losses(folder, smol.run_of(result)),
+    ),
+    "smol_views": (
+        ["training", "method=smol-stages"],
+        lambda result, folder: smol.views(folder),
+    ),
+    "smol_two_gpus": (
+        ["training", "method=smol-two"],
+        lambda result, folder: smol.two_gpus(folder),
+    ),
+    "smol_right": (
+        ["training", "method=smol-stages"],
+        lambda result, folder: smol.right(folder, smol.run_of(result)),
+    ),
     "prefill_summary": (
         ["prefill", "suffix=whole"],
         lambda result, folder: _prefill_summary(folder),
@@ -676,7 +692,9 @@ def render_block(name: str, folder: Path = RESULTS) -> str:
     words = name.split()
     view = VIEWS.get(words[0])
     if view is not None:
-        words = [*view[0], *words[1:]]
+        given = {word.partition("=")[0] for word in words[1:]}
+        usual = [word for word in view[0] if word.partition("=")[0] not in given]
+        words = [*usual, *words[1:]]
     if words[0] not in BENCHMARKS:
         raise ValueError(f"unknown table {name!r}; there are {sorted(BENCHMARKS | set(VIEWS))}")
     try:

@@ -1,13 +1,16 @@
 """Tables and drawings of the small model's five stages, from the result files of its runs.
 
 Results are ``*_needle_smol_PART_TIER.json`` (one for each part that was measured and tier; with
-``_WAY`` behind, where another protocol was a run of its own) and ``*_training_smol.json`` (losses
-of all parts); the newest by name counts. Another recipe's have ``smol-RECIPE`` for ``smol``, so
-that no table mixes two; ``smol-two`` are losses on one GPU and on two. Every table leaves out what
-has not been measured; nothing stands in for it. Tiers are tables of their own, never averaged.
+``_WAY`` behind, where another protocol, other lengths or the controls were a run of their own) and
+``*_training_smol.json`` (losses of all parts); the newest by name counts. Another recipe's have
+``smol-RECIPE`` for ``smol``, so that no table mixes two; a recipe that went on from parts of
+another has those (`SHARED`). ``smol-two`` are losses on one GPU and on two. A block says by
+``method=smol-RECIPE`` whose results it draws. Every table leaves out what has not been measured;
+nothing stands in for it. Tiers are tables of their own, never averaged.
 
 Drawings are SVG, written as text beside the page, so that a check can compare them:
-``loss.svg``, a panel a stage, and ``heat-PART-WAY.svg``, frames across and depths down.
+``loss.svg``, a panel a stage, and ``heat-PART-WAY.svg``, frames across and depths down, both of the
+latest recipe (`STORY`).
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ PARTS = {
     "sft": "after stage 3: videos of up to 32 frames",
     "extend": "after stage 4: context extended on text (no stage 5)",
     "long": "in stage 5: videos of up to 2,048 frames",
+    "longer": "in stage 5: first steps with videos of up to 6,000 frames",
     "longest": "after stage 5: videos of up to 6,000 frames",
     "shipped": "as shipped: stored in eight bits",
 }
@@ -50,8 +54,12 @@ TIERS = {
 STAGES = {
     "align": "stage 1, align", "pretrain": "stage 2, pretrain", "sft": "stage 3, short videos",
     "extend": "stage 4, context", "long": "stage 5, to 2,048 frames",
-    "longest": "stage 5, to 6,000 frames",
+    "longer": "stage 5, first to 6,000 frames", "longest": "stage 5, to 6,000 frames",
 }  # fmt: skip
+#: Whose drawings there are: the first of these that was run.
+STORY = ("smol-third", "smol")
+#: Recipes that went on from another's parts.
+SHARED = {"smol-third": ("smol", ("align", "pretrain", "sft", "shipped"))}
 WAYS = {
     ("retrieval", "free"): "what is shown at mm:ss, own words",
     ("retrieval", "choice"): "the same, likeliest of the offered names",
@@ -61,7 +69,7 @@ WAYS = {
 }
 #: Part, tier and way behind what all names of a run's results have.
 NAME = re.compile(r"(.+?)_([abc])(?:_([a-z]+))?")
-#: What "beyond" means in tables: no video of stage 3 comes near, stage 4 reads so much as text.
+#: What "beyond" means in tables: no video of stage 3 comes near.
 BEYOND = 1024
 
 
@@ -116,20 +124,61 @@ def read(folder: Path, run: str = "smol") -> dict[tuple[str, str], Measured]:
         if found is not None:
             newest[found.groups("")] = json.loads(path.read_text(encoding="utf-8"))
     out: dict[tuple[str, str], Measured] = {}
-    for (part, tier, _), result in sorted(newest.items()):
+    for (part, tier, way), result in sorted(newest.items()):
         one = out.setdefault((part, tier), Measured(part, tier, [], []))
+        if way == "controls":
+            # Their few questions with needles are among the grid's.
+            one.rows.extend(row for row in result["rows"] if row["shape"]["control"])
+            continue
         one.rows.extend(result["rows"])
-        one.grids.extend(result.get("grids", []))
+        for grid in result.get("grids", []):
+            _join(one.grids, grid)
+    if run in SHARED:
+        other, parts = SHARED[run]
+        shared = {key: one for key, one in read(folder, other).items() if key[0] in parts}
+        out = {**shared, **out}
     return out
 
 
+def _join(grids: list[dict[str, Any]], grid: dict[str, Any]) -> None:
+    """Add a grid to those of its part and tier; one of other lengths joins the same question's."""
+    for one in grids:
+        if (one["task"], one["ask"]) == (grid["task"], grid["ask"]):
+            here, more = (sum(n for *_, n in each["cells"]) for each in (one, grid))
+            one["chance"] = (here * one["chance"] + more * grid["chance"]) / (here + more)
+            one["cells"] = [*one["cells"], *grid["cells"]]
+            return
+    grids.append(grid)
+
+
 def read_training(folder: Path, run: str = "smol") -> list[dict[str, Any]]:
-    """Rows of the newest training result of a run."""
+    """Rows of the newest training result of a run, behind those of parts it shares."""
     files = sorted(folder.glob(f"*_training_{run}.json"))
     if not files:
         return []
     rows: list[dict[str, Any]] = json.loads(files[-1].read_text(encoding="utf-8"))["rows"]
+    if run in SHARED:
+        other, parts = SHARED[run]
+        shared = [row for row in read_training(folder, other) if row["shape"]["part"] in parts]
+        rows = [*shared, *rows]
     return rows
+
+
+def run_of(result: dict[str, Any]) -> str:
+    """The run that a result belongs to, as files' names say it."""
+    name: str = result["rows"][0]["method"].partition(" ")[0]
+    return "smol" if name in ("smol-stages", "smol-shipped") else name
+
+
+def part_of(result: dict[str, Any]) -> str | None:
+    """The part of which a result is, where it is of no stage."""
+    return "shipped" if result["rows"][0]["method"] == "smol-shipped" else None
+
+
+def story(folder: Path) -> str:
+    """The run whose drawings there are."""
+    runs = (run for run in STORY if any(folder.glob(f"*_{run}_*")) or read_training(folder, run))
+    return next(runs, STORY[-1])
 
 
 def _total(counts: dict[int, Count]) -> Count:
@@ -159,9 +208,9 @@ def last_part(found: dict[tuple[str, str], Measured]) -> str:
 # ---- tables -------------------------------------------------------------------------------------
 
 
-def tiers(folder: Path, part: str | None = None) -> list[str]:
+def tiers(folder: Path, run: str = "smol", part: str | None = None) -> list[str]:
     """The finished model: a table a tier, with its controls."""
-    found = read(folder)
+    found = read(folder, run)
     part = part or last_part(found)
     lines = [f"The model {PARTS.get(part, part)}. Right in percent, with 95 % intervals.", ""]
     for tier, what in TIERS.items():
@@ -188,9 +237,9 @@ def tiers(folder: Path, part: str | None = None) -> list[str]:
     return lines[:-1]
 
 
-def summary(folder: Path, part: str | None = None) -> list[str]:
+def summary(folder: Path, run: str = "smol", part: str | None = None) -> list[str]:
     """A line a tier and way of asking: one model in short, by default that of the last part."""
-    found = read(folder)
+    found = read(folder, run)
     part = part or last_part(found)
     lengths = sorted(
         {row["shape"]["frames"] for (p, _), one in found.items() if p == part for row in one.rows}
@@ -252,18 +301,17 @@ def _by_length(
     return _table(header, rows)
 
 
-def lengths(folder: Path) -> list[str]:
+def lengths(folder: Path, run: str = "smol") -> list[str]:
     """What each stage does to accuracy by frames, tier by tier."""
-    return _compared(folder, PARTS)
+    return _compared(read(folder, run), PARTS)
 
 
-def ablations(folder: Path) -> list[str]:
+def ablations(folder: Path, run: str = "smol") -> list[str]:
     """The same for runs of half the steps in stages 4 and 5."""
-    return _compared(folder, ABLATIONS)
+    return _compared(read(folder, run), ABLATIONS)
 
 
-def _compared(folder: Path, names: dict[str, str]) -> list[str]:
-    found = read(folder)
+def _compared(found: dict[tuple[str, str], Measured], names: dict[str, str]) -> list[str]:
     if not any(part in names for part, _ in found):
         raise FileNotFoundError(f"no result of {', '.join(names)}")
     lines = []
@@ -301,10 +349,10 @@ def _beyond_sentence(found: dict[tuple[str, str], Measured], names: dict[str, st
     ]
 
 
-def losses(folder: Path) -> list[str]:
+def losses(folder: Path, run: str = "smol") -> list[str]:
     """What each part of the training began and ended with, and the drawing."""
     lines = [f"![Loss by step, a panel a part]({PAGE_TO_FOLDER}/loss.svg)", ""]
-    return [*lines, *_losses(folder, "smol"), "", "At first and at last: means over a tenth of it."]
+    return [*lines, *_losses(folder, run), "", "At first and at last: means over a tenth of it."]
 
 
 def _losses(folder: Path, run: str) -> list[str]:
@@ -331,11 +379,11 @@ def _part(name: str) -> str:
     return STAGES.get(name) or (f"{STAGES[half]}, half" if half in STAGES else name)
 
 
-def second(folder: Path) -> list[str]:
-    """The second recipe's run: right answers of all that it measured, and its losses."""
-    found = read(folder, "smol-second")
+def right(folder: Path, run: str) -> list[str]:
+    """A run in short: right answers of all that it measured, and its losses."""
+    found = {key: one for key, one in read(folder, run).items() if key[0] != "shipped"}
     if not found:
-        raise FileNotFoundError("no result of `smol-second`")
+        raise FileNotFoundError(f"no result of `needle` called {run}")
     names = {part: name.partition(":")[0] for part, name in PARTS.items()}
     names |= {part: f"half the steps: {name}" for part, name in ABLATIONS.items()}
     lengths = sorted({n for one in found.values() for way in WAYS for n in one.counts(way)})
@@ -350,7 +398,7 @@ def second(folder: Path) -> list[str]:
                     chance = f"{100 * _total(counts).chance:.0f}"
                     cells.append([names[part], tier, asked.partition(": ")[0], chance, *right])
     header = ["model", "tier", "question", "a guess, %", *map(_frames, lengths)]
-    return [*_table(header, cells), "", *_losses(folder, "smol-second")]
+    return [*_table(header, cells), "", *_losses(folder, run)]
 
 
 def _maybe(metrics: dict[str, float], name: str, style: str) -> str:
@@ -401,11 +449,11 @@ def two_gpus(folder: Path) -> list[str]:
     return _table(header, cells)
 
 
-def heat(folder: Path) -> list[str]:
+def heat(folder: Path, run: str = "smol") -> list[str]:
     """Links to the heat maps that there are."""
-    drawn = heat_maps(folder)
+    drawn = heat_maps(folder, run)
     if not drawn:
-        raise FileNotFoundError("no grid of tier a of `smol-stages`")
+        raise FileNotFoundError(f"no grid of tier a of {run}")
     lines = []
     for name in drawn:
         part, way = name.removeprefix("heat-").removesuffix(".svg").rsplit("-", 1)
@@ -420,16 +468,17 @@ def heat(folder: Path) -> list[str]:
 
 def figures(folder: Path) -> dict[Path, str]:
     """All drawings by their path from the root."""
-    found = {FOLDER / name: text for name, text in heat_maps(folder).items()}
-    rows = [row for row in read_training(folder) if row["shape"]["part"] in STAGES]
+    run = story(folder)
+    found = {FOLDER / name: text for name, text in heat_maps(folder, run).items()}
+    rows = [row for row in read_training(folder, run) if row["shape"]["part"] in STAGES]
     if rows:
         found[FOLDER / "loss.svg"] = loss_panels(rows)
     return found
 
 
-def heat_maps(folder: Path) -> dict[str, str]:
+def heat_maps(folder: Path, run: str = "smol") -> dict[str, str]:
     """Tier a after each part, by file name."""
-    found, out = read(folder), {}
+    found, out = read(folder, run), {}
     for part, name in PARTS.items():
         one = found.get((part, "a"))
         for grid in one.grids if one else []:

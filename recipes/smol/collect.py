@@ -34,7 +34,7 @@ from longvila.evaluation.summary import grid_rows, result_rows, summarise
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
 STAGE_OF = {
-    "align": 1, "pretrain": 2, "sft": 3, "extend": 4, "long": 5, "longest": 5,
+    "align": 1, "pretrain": 2, "sft": 3, "extend": 4, "long": 5, "longer": 5, "longest": 5,
     "half-extend": 4, "half-long": 5, "direct-long": 5, "last-extend": 4,
 }  # fmt: skip
 #: A folder of answers: a part, a tier, and another way of asking than the usual.
@@ -193,7 +193,7 @@ def collect(
             "benchmark": "training",
             "question": "How does the loss fall in each stage?",
             **about,
-            "command": "python recipes/smol/run.py --prepared PREPARED --pages PAGES --work WORK",
+            "command": "python recipes/smol/run.py --prepared PREPARED --work WORK",
             "rows": rows,
         }
     if two_gpus is not None:

@@ -1,23 +1,26 @@
 """Train and measure the small model through the five stages, in parts that go on by themselves.
 
-    python recipes/smol/run.py --prepared PREPARED --pages PAGES --work WORK
+    python recipes/smol/run.py --prepared PREPARED --work WORK
     python recipes/smol/run.py --prepared PREPARED --work WORK --parts base draw-images align
 
 1. **base** assembles the untrained model; **draw-...** draws a stage's data (``draw.py``).
-2. **align, pretrain, sft, extend, long, longest** each run ``longvila train`` with the settings in
+2. **align, pretrain, sft, long, longer, longest** each run ``longvila train`` with the settings in
    ``stages/``, on the model of the part before (``WORK/stages/PART``), all in this process: what is
-   imported, and the fork server of the workers, serve them all. Updates are low-rank, and their
-   ranks add up to those of ``RANKS``, so that the delta of ``--deltas``
-   (``WORK/deltas/PART.safetensors``: what changed altogether, from the base on, in eight bits)
-   leaves nothing out but rounding. Where a part has a delta, base plus delta is what is measured,
-   and what another machine goes on from.
-3. **eval-sft, eval-extend, eval-longest** run ``longvila needle`` for the tiers a, b and c.
-4. **ablations** go the same way at half the steps: without stage 4, and stage 5 before stage 4.
+   imported, and the fork server of the workers, serve them all. **extend**, stage 4, is run where
+   it is named, with ``--pages``; it goes on from **sft**, and stage 5 does not go on from it.
+   Updates are low-rank, and their ranks add up to those of ``RANKS``, so that the delta of
+   ``--deltas`` (``WORK/deltas/PART.safetensors``: what changed altogether, from the base on, in
+   eight bits) leaves nothing out but rounding. Where a part has a delta, base plus delta is what is
+   measured, and what another machine goes on from.
+3. **eval-sft, eval-longest** (and **eval-PART** of any other part) run ``longvila needle`` for the
+   tiers a, b and c.
+4. **ablations** are half the steps of stages 4 and 5 up to 2,048 frames: in order, without stage 4,
+   and stage 5 before stage 4.
 
-With ``--ahead`` another process draws all sets, in the order in which they are needed, while the
-GPU trains. A part whose result is there is skipped, one that was interrupted goes on. On another
-machine, ``--parts`` with a delta in ``WORK/deltas`` goes on where it ends. With two GPUs give
-``--gpus 2``: a step is one row, which both share.
+With ``--ahead`` another process draws the sets of these parts, in the order in which they are
+needed, while the GPU trains. A part whose result is there is skipped, one that was interrupted goes
+on. On another machine, ``--parts`` with a delta in ``WORK/deltas`` goes on where it ends. With two
+GPUs give ``--gpus 2``: a step is one row, which both share.
 
 Not done here: fetching anything (``prepare.py``), shipping (``ship.py``).
 """
@@ -47,8 +50,8 @@ INIT = {
     "vision_feature_layer": -3,
 }
 #: Rank of the shipped update of each matrix of the language model and of the tower: the sum of the
-#: ranks of all stages. In eight bits 29 and 4 MB, and the whole projector 4 MB.
-RANKS = {"model.language_model.": 96, "model.vision_tower.": 64}
+#: ranks of all stages. In eight bits 31 and 4 MB, and the whole projector 4 MB.
+RANKS = {"model.language_model.": 100, "model.vision_tower.": 64}
 LENGTHS = (32, 256, 1024, 2048, 6000)
 
 
@@ -75,7 +78,8 @@ class Part:
     half: bool = False
 
 
-_CONTEXT = "context={rope_theta: 100000.0, max_position_embeddings: 147456, yarn_factor: 18}"
+#: For what goes on from a part that has the context already.
+_CONTEXT_IS_THERE = ("context=null",)
 _TEXT = ("images", "short", "log", "text")
 _LONG = ("images", "short", "long")
 TRAINING = (
@@ -83,21 +87,21 @@ TRAINING = (
     Part("pretrain", "pretrain", "pretrain", "align", ("images",)),
     Part("sft", "sft", "sft", "pretrain", ("images", "short")),
     Part("extend", "extend-64k", "extend", "sft", _TEXT),
-    Part("long", "long-sft-2048", "long", "extend", _LONG),
-    Part("longest", "long-sft-2048", "longest", "long", (*_LONG, "longest")),
+    Part("long", "long-sft-2048", "long", "sft", _LONG),
+    Part("longer", "long-sft-2048", "longer", "long", (*_LONG, "longest")),
+    Part("longest", "long-sft-2048", "longest", "longer", (*_LONG, "longest")),
     # Half the steps: the order of the paper, without stage 4, and stage 4 last.
     Part("half-extend", "extend-64k", "extend", "sft", _TEXT, half=True),
-    Part("half-long", "long-sft-2048", "long", "half-extend", _LONG, half=True),
-    Part("direct-long", "long-sft-2048", "long", "sft", _LONG, (_CONTEXT,), half=True),
-    # The context is there already.
-    Part("last-extend", "extend-64k", "extend", "direct-long", _TEXT, ("context=null",), half=True),
-)
-EVALUATED = ("sft", "extend", "longest")
+    Part("half-long", "long-sft-2048", "long", "half-extend", _LONG, _CONTEXT_IS_THERE, half=True),
+    Part("direct-long", "long-sft-2048", "long", "sft", _LONG, half=True),
+    Part(
+        "last-extend", "extend-64k", "extend", "direct-long", _TEXT, _CONTEXT_IS_THERE, half=True,
+    ),
+)  # fmt: skip
 ABLATED = ("half-long", "direct-long", "last-extend")
 MAIN = (
     "base", "draw-images", "align", "pretrain", "draw-short", "sft", "draw-needles", "eval-sft",
-    "draw-log", "draw-text", "extend", "eval-extend", "draw-long", "long", "draw-longest",
-    "longest", "eval-longest",
+    "draw-long", "long", "draw-longest", "longer", "longest", "eval-longest",
 )  # fmt: skip
 ABLATIONS = (
     *(part.name for part in TRAINING if part.half),
@@ -130,7 +134,8 @@ class Runner:
         elif name in self.training:
             self.train(self.training[name])
         else:
-            raise SystemExit(f"there is no part {name}; there are {', '.join(MAIN + ABLATIONS)}")
+            there = ("base", "draw-SET", *self.training, "eval-PART", "ablations")
+            raise SystemExit(f"there is no part {name}; there are {', '.join(there)}")
         print(f"== {name}: {time.time() - began:.0f} s", flush=True)
 
     def longvila(self, *arguments: str, here: bool = False) -> None:
@@ -307,12 +312,22 @@ class Runner:
     # ---- data
 
     def draw_ahead(self) -> None:
-        """Begin to draw all sets in another process."""
-        sets = ("images", "short", "log", "needles", "text", "long", "longest")
+        """Begin to draw the sets of these parts in another process."""
+        sets = self.sets(self.args.parts)
         command = [sys.executable, str(HERE / "run.py"), *sys.argv[1:]]
         command[command.index("--ahead")] = "--drawing"
         # The last one of an option counts.
         self.ahead = subprocess.Popen([*command, "--parts", *(f"draw-{name}" for name in sets)])
+
+    def sets(self, parts: Sequence[str]) -> list[str]:
+        """Return which sets parts need, in the order in which they are drawn."""
+        needed = {name.removeprefix("draw-") for name in parts}
+        if any(name.startswith("eval-") for name in parts):
+            needed.add("needles")
+        for name in parts:
+            needed.update(self.training[name].sets if name in self.training else ())
+        order = ("images", "short", "log", "needles", "text", "long", "longest")
+        return [name for name in order if name in needed]
 
     def is_drawn(self, name: str) -> bool:
         """Return whether a set is there, whole."""
@@ -430,7 +445,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-controls", dest="controls", action="store_false")
     parser.add_argument("--commit", default="", help="what results say they were made with")
     parser.add_argument("--set", action="append", default=[], help="a setting of all stages")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.parts = [
+        part for name in args.parts for part in (ABLATIONS if name == "ablations" else (name,))
+    ]
+    return args
 
 
 def main() -> None:
@@ -444,8 +463,7 @@ def main() -> None:
         runner.run("base")
         runner.draw_ahead()
     for name in args.parts:
-        for each in ABLATIONS if name == "ablations" else (name,):
-            runner.run(each)
+        runner.run(name)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Put what the demo needs into the package: needle pictures, names, the trained delta.
 
-    python recipes/smol/ship.py --delta WORK/deltas/sft.safetensors
+    python recipes/smol/ship.py --delta WORK/deltas/longest.safetensors --num-frames 256
     python recipes/smol/ship.py SOURCES
 
 The pictures are listed in ``splits/shipped.tsv``; all are openclipart's, released to the public
 domain. Whether one was seen in training is looked up in the splits, not typed. ``names.json`` holds
 the trained names, from which the demo draws the wrong choices.
 
-The delta is stored in eight bits; what that changes of each matrix's update is printed and
-written into the file, and a file above the limit is refused. It also says how its model wants
+The delta is stored in eight bits, without components of an update that are nothing but rounding
+(stages whose ranks add up to less than the file's leave such). What that changes of each matrix's
+update is printed, and a file above the limit is refused. It also says how its model wants
 videos: a frame a second, up to a number that a CPU reads in minutes.
 """
 
@@ -28,8 +29,10 @@ HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "src" / "longvila" / "assets"
 LIMIT_MB = 40.0
 #: How the model is shown videos where nobody says otherwise: as many frames as stage 3 showed it.
-#: A delta of stage 5 may say more (``--num-frames``).
+#: A delta of stage 5 says more (``--num-frames``).
 VIDEO: dict[str, Any] = {"short": "all", "fps": 1.0, "num_frames": 32}
+#: Components of an update that are smaller than this share of its largest are rounding.
+ROUNDING = 1e-5
 
 
 def read_split(name: str) -> dict[str, str]:
@@ -98,14 +101,15 @@ def ship_delta(
     Raises:
         ValueError: If the file would be larger; nothing is written.
     """
-    delta, metadata = read_delta(source), read_delta_metadata(source)
+    whole, metadata = read_delta(source), read_delta_metadata(source)
+    delta = without_rounding(whole)
     init = metadata.pop("init")
     metadata.pop("format")
     notes = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
     notes["video_processor"] = json.dumps({**VIDEO, "num_frames": num_frames})
     partial = target.with_name(f".{target.name}")
     save_delta(delta, partial, init=init, dtype=torch.int8, **notes)
-    errors = list(rounding(delta, read_delta(partial)).values())
+    errors = list(rounding(whole, read_delta(partial)).values())
     figures = {
         "size_mb": partial.stat().st_size / 1e6,
         "rounding_max": max(errors),
@@ -120,6 +124,23 @@ def ship_delta(
     partial.chmod(0o644)
     partial.replace(target)
     return figures
+
+
+def without_rounding(delta: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a delta without the components that its updates do not have.
+
+    Args:
+        delta: As `longvila.model.delta.difference` finds it: components of one update are
+            orthogonal, so that the sizes of its rows and columns are those of what they add.
+    """
+    out = dict(delta)
+    for key in delta:
+        if key.endswith(".lora_A"):
+            up = key.removesuffix("A") + "B"
+            sizes = delta[key].norm(dim=1) * delta[up].norm(dim=0)
+            kept = sizes > ROUNDING * sizes.max()
+            out[key], out[up] = delta[key][kept], delta[up][:, kept]
+    return out
 
 
 def rounding(exact: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]) -> dict[str, float]:

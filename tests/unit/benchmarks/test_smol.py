@@ -24,7 +24,8 @@ PAGE = "".join(
     f"<!-- bench:{name} -->\n<!-- /bench -->\n"
     for name in (
         "smol_losses", "smol_heat", "smol_lengths", "smol_tiers", "smol_ablations",
-        "smol_two_gpus", "smol_shipped", "smol_summary", "smol_views", "smol_second",
+        "smol_two_gpus", "smol_shipped", "smol_summary", "smol_views",
+        "smol_right method=smol-second",
     )
 )  # fmt: skip
 
@@ -242,14 +243,78 @@ def test_another_recipe_takes_no_place_of_the_first(
     ]
     text = run(root)
     for block in PAGE.split("<!-- /bench -->"):
-        name = block.partition("<!-- bench:")[2].partition(" ")[0]
+        name = block.partition("<!-- bench:")[2].partition(" -->")[0]
         same = [t.partition(f"<!-- bench:{name} -->")[2].partition("<!-- /bench")[0]
                 for t in (before, text)]  # fmt: skip
-        assert (same[0] == same[1]) == (name not in ("smol_second", "smol_two_gpus")), name
-    second = text.partition("<!-- bench:smol_second -->")[2]
+        other_recipe = name in ("smol_right method=smol-second", "smol_two_gpus")
+        assert (same[0] == same[1]) == (not other_recipe), name
+    second = text.partition("<!-- bench:smol_right method=smol-second -->")[2]
     words, choice = (smol.WAYS["retrieval", ask] for ask in ("free", "choice"))
     assert f"| after stage 5 | a | {words} | 5 | 3 of 3 | 0 of 3 |" in second
     half = f"half the steps: {smol.ABLATIONS['half-long']}"
     assert f"| {half} | b | {choice} | 5 | 3 of 3 | 3 of 3 |" in second
     assert "| stage 3, short videos | 2 | 1,000 | 30 | 4.000 | 3.000 |" in second
     assert "| stage 5, to 2,048 frames, half | 1 |" in second
+
+
+def test_a_recipe_that_went_on_has_what_it_shares_and_takes_the_drawings(
+    root: Path, collect: Callable[..., Any]
+) -> None:
+    first, third = root / "first", root / "third"
+    for part in ("sft", "longest"):
+        keep(first, part, "a", lambda frames, ask: frames < 1000)
+    train(first, "sft", [4.0, 1.0])
+    train(first, "longest", [3.0])
+    collect(first, root / "out", two_gpus=None, about=ABOUT)
+    keep(third, "longest", "a", lambda frames, ask: True)
+    train(third, "longer", [2.0])
+    # The controls were asked in a run of their own, with fewer questions.
+    (kept,) = (third / "results").glob("*_a.json")
+    plain = json.loads(kept.read_text())
+    plain["rows"] = [row for row in plain["rows"] if not row["shape"]["control"]]
+    kept.write_text(json.dumps(plain))
+    found = records("a", lambda frames, ask: False)
+    found = [row for row in found if row["shape"]["frames"] == 32]
+    folder = third / "needle" / "longest-a-controls"
+    folder.mkdir(parents=True)
+    result = {
+        "benchmark": "needle", "question": "?", "rows": result_rows("x", summarise(found)),
+        "command": "/p/__main__.py needle --model /tmp/w/models/longest",
+        "grids": grid_rows(found, summarise(found)),
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result))
+    collect(third, root / "out", two_gpus=None, about=ABOUT, run="third")
+
+    page = "".join(
+        f"<!-- bench:{name} method=smol-{recipe} -->\n<!-- /bench -->\n"
+        for name, recipe in (
+            ("smol_tiers", "third"), ("smol_lengths", "third"), ("smol_losses", "third"),
+            ("smol_heat", "third"), ("smol_summary", "third"), ("smol_right", "stages"),
+        )
+    )  # fmt: skip
+    (root / "docs" / "results" / "smol.md").write_text(page)
+    blocks = run(root).split("<!-- /bench -->\n")
+    words = smol.WAYS["retrieval", "free"]
+    assert f"| {words} | 6 | 100 [61, 100] | 5 | 100 | 100 |" in blocks[0]
+    assert f"| control, grey: {words} | 3 | 0 [0, 56] | 5 | 0 |  |" in blocks[0]
+    assert f"| {smol.PARTS['sft']} | 100 | 0 |" in blocks[1]
+    assert f"| {smol.PARTS['longest']} | 100 | 100 |" in blocks[1]
+    assert "| stage 3, short videos | 2 |" in blocks[2] and "first to 6,000 frames" in blocks[2]
+    assert "stage 5, to 6,000 frames |" not in blocks[2]
+    assert "](smol/heat-sft-free.svg)" in blocks[3]
+    assert "pictures seen in training; own words | 6 | 100 [61, 100]" in blocks[4]
+    assert f"| after stage 5 | a | {words} | 5 | 3 of 3 | 0 of 3 |" in blocks[5]
+    drawn = (root / "docs" / "results" / "smol" / "heat-longest-free.svg").read_text()
+    assert "6 of 6 right" in drawn
+
+
+def test_other_lengths_of_a_question_join_its_grid() -> None:
+    def grid(frames: int, right: int, chance: float) -> dict[str, Any]:
+        return {"task": "retrieval", "ask": "free", "chance": chance,
+                "cells": [[frames, 0.0, right, 2]]}  # fmt: skip
+
+    grids = [grid(32, 2, 0.1)]
+    smol._join(grids, grid(256, 1, 0.3))
+    smol._join(grids, {**grid(256, 1, 0.3), "ask": "choice"})
+    assert grids[0]["cells"] == [[32, 0.0, 2, 2], [256, 0.0, 1, 2]]
+    assert grids[0]["chance"] == pytest.approx(0.2) and len(grids) == 2

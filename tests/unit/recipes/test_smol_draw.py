@@ -240,17 +240,39 @@ def test_stages_are_those_of_longvila_train(recipe: Any) -> None:
         shared = override(stage, ["seq_parallel_size=0", "parallel.tokens_per_rank=73728"])
         assert choose_seq_parallel_size(shared, 2) == 2
         assert part.after == "base" or part.after in {each.name for each in module.TRAINING}
-    extend = overlay(get_stage("extend-64k"), read_yaml(RECIPE / "stages" / "extend.yaml"))
-    # 6,000 frames of 16 tokens, a newline and a time of up to seven tokens.
-    context = extend.context
-    assert context is not None and context.max_position_embeddings >= 6000 * 24
-    # YaRN brings it back into what the base model was trained on, whose own base stays.
-    assert context.rope_theta == 1e5 and context.yarn_factor == 147456 / 8192
-    direct = next(part for part in module.TRAINING if part.name == "direct-long")
-    long = overlay(get_stage("long-sft-2048"), read_yaml(RECIPE / "stages" / "long.yaml"))
-    assert override(long, direct.options).context == context
-    last = next(part for part in module.TRAINING if part.name == "last-extend")
-    assert override(extend, last.options).context is None
+
+
+def test_each_line_of_parts_is_given_its_context_once(recipe: Any) -> None:
+    parts = {part.name: part for part in recipe("run").TRAINING}
+    for name, part in parts.items():
+        contexts = []
+        while part.after != "base":
+            stage = overlay(
+                get_stage(part.stage), read_yaml(RECIPE / "stages" / f"{part.config}.yaml")
+            )
+            if (context := override(stage, part.options).context) is not None:
+                contexts.append(context)
+                reach = context.max_position_embeddings
+                # 6,000 frames of 16 tokens, a newline and a time of up to seven tokens.
+                assert reach >= 6000 * 24
+                # YaRN brings it back into what the base model was trained on, whose base stays.
+                assert context.rope_theta == 1e5 and context.yarn_factor == reach / 8192
+            if part.stage == "long-sft-2048":
+                assert stage.data.spread_positions == 147456
+            part = parts[part.after]
+        assert len(contexts) == (name not in ("align", "pretrain", "sft"))
+
+
+def test_what_is_drawn_ahead_is_what_the_parts_need(recipe: Any, tmp_path: Path) -> None:
+    module = recipe("run")
+
+    def sets(*parts: str) -> list[str]:
+        args = module.arguments(["--prepared", "x", "--work", str(tmp_path), *parts])
+        return list(module.Runner(args).sets(args.parts))
+
+    assert sets() == ["images", "short", "needles", "long", "longest"]
+    assert sets("--parts", "ablations") == ["images", "short", "log", "needles", "text", "long"]
+    assert sets("--parts", "base", "draw-text", "align") == ["images", "text"]
 
 
 def test_needle_depths_are_exact(recipe: Any) -> None:
@@ -263,7 +285,7 @@ def test_needle_depths_are_exact(recipe: Any) -> None:
 
 def test_the_delta_has_room_for_all_that_the_stages_train(recipe: Any) -> None:
     module = recipe("run")
-    main = [part for part in module.TRAINING if not part.half]
+    main = [part for part in module.TRAINING if part.name in module.MAIN]
     stages = [
         overlay(get_stage(part.stage), read_yaml(RECIPE / "stages" / f"{part.config}.yaml"))
         for part in main

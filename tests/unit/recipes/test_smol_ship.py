@@ -96,6 +96,9 @@ def test_a_fresh_default_model_is_base_plus_delta(
     stored = load_file(shipped)
     kinds = {v.dtype for k, v in stored.items() if v.ndim > 1 and not k.endswith(".scale")}
     assert kinds == {torch.int8}
+    # The run's file has room for a rank of three; these updates have two.
+    updates = {k: v for k, v in stored.items() if "language" in k and k.endswith(".lora_A")}
+    assert {len(v) for v in updates.values()} == {2}
     assert 0 < found["rounding_mean"] <= found["rounding_max"] < 0.02
     assert read_delta_metadata(shipped)["context"] == CONTEXT
 
