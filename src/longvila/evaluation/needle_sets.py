@@ -37,14 +37,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from longvila.errors import LongVILAError
 from longvila.evaluation.needle_frames import FrameBook, Picture
 from longvila.evaluation.task import plain
 from longvila.inference.store import file_key
 from longvila.log import log_once
-from longvila.media.image import load_image
+from longvila.media.image import load_image, turn_upright
 from longvila.media.sampling import timestamp_indices
 from longvila.media.sources import IMAGE_SUFFIXES, natural_key
 from longvila.media.video import open_video
@@ -229,7 +229,7 @@ def _decoded(source: Any, name: str) -> Image.Image:
     try:
         with Image.open(source) as picture:
             # Cameras say in a tag which side is up; sixteen bits are scaled to eight.
-            upright = ImageOps.exif_transpose(picture)
+            upright = turn_upright(picture)
             return (load_image(upright) if upright.mode[0] == "I" else upright).convert("RGBA")
     # Pillow says of a broken file whatever its reader of that format fell over.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:

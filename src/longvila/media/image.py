@@ -274,16 +274,25 @@ def dynamic_tiles(
     return tiles
 
 
+def turn_upright(picture: Image.Image) -> Image.Image:
+    """Return a picture as its EXIF orientation asks; one that stands upright is not copied.
+
+    Args:
+        picture: The picture. What is damaged in its EXIF says nothing; the pixels are whole.
+    """
+    try:
+        turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except (*_FAULTS, struct.error):
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
+
+
 def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
     try:  # PIL reads a file when its pixels are wanted.
         picture.load()
     except _FAULTS as fault:
         raise ImageError(f"{name}: cannot be read as a picture: {fault}") from fault
-    try:
-        turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    except (*_FAULTS, struct.error):
-        turn = None  # A tag that is damaged says nothing; the pixels are whole.
-    picture = picture if turn is None else picture.transpose(turn)
+    picture = turn_upright(picture)
     if picture.mode.startswith("I"):
         levels = np.asarray(picture).astype(np.int64)
         return Image.fromarray((levels.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")

@@ -309,3 +309,10 @@ def test_a_drawn_film_says_so_and_no_frame_is_like_another() -> None:
     assert film.label.startswith("synthetic")
     frames = {film.book.frame(k).tobytes() for k in range(300)}
     assert len(frames) == 300
+
+
+def test_a_picture_whose_exif_is_damaged_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "dog.webp"
+    Image.new("RGBA", (8, 6), "red").save(path, lossless=True, exif=b"Exif\0\0damaged")
+    (needle,) = load_needles(tmp_path)
+    assert needle.open().getpixel((3, 3)) == (255, 0, 0, 255)
