@@ -331,7 +331,8 @@ class TwoStageForward:
 
     def _media_rows(self, plan: StepPlan, batch: dict[str, Any], embeds: Tensor) -> Tensor | None:
         """Stage 1: encode this rank's frames, send the rows, return what its tokens need."""
-        self._check_groups()
+        if self.steps <= self.options.checked_steps:
+            self._check_groups()
         trainable = any(p.requires_grad for p in self.family.media_parameters(self.model))
         differentiable = trainable and torch.is_grad_enabled()
         has_media = plan.media.frames.num_units > 0
