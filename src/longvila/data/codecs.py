@@ -18,6 +18,7 @@ Dimension legend: F frames, P patches.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -52,7 +53,7 @@ class Shape:
     more: Any = None
 
 
-class MediaCodec:
+class MediaCodec(ABC):
     """What a family makes of media; see `GridCodec`, `TileCodec` and `AnyResCodec`.
 
     Args:
@@ -66,21 +67,21 @@ class MediaCodec:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
+    @abstractmethod
     def images(self, pictures: Sequence[Image.Image]) -> list[Shape]:
         """Say what the pictures of one sample will be."""
-        raise NotImplementedError
 
+    @abstractmethod
     def video(self, frames: int, height: int, width: int) -> Shape:
         """Say what so many frames of a size will be."""
-        raise NotImplementedError
 
+    @abstractmethod
     def image_pixels(self, picture: Image.Image) -> Tensor:
         """Return the pixels of a picture."""
-        raise NotImplementedError
 
+    @abstractmethod
     def video_pixels(self, planned: PlannedMedia, start: int, stop: int) -> Tensor:
         """Return some entries of a video's pixels."""
-        raise NotImplementedError
 
     def describe(
         self, documents: Sequence[Document], counts: Mapping[str, Sequence[Any]]

@@ -22,6 +22,7 @@ counted (`SPStep`), and the two-stage forward compares the count with the number
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class SPStep:
         self.calls = 0
 
 
-class AttentionStep:
+class AttentionStep(ABC):
     """A step of a model that attends in its own way; travels as ``sp_context``.
 
     Args:
@@ -68,6 +69,7 @@ class AttentionStep:
         self.longest = longest
         self.calls = 0
 
+    @abstractmethod
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None
     ) -> Tensor:
@@ -83,7 +85,6 @@ class AttentionStep:
         Returns:
             ``(B, T, H, D)``.
         """
-        raise NotImplementedError
 
 
 #: Keywords with which models ask for more than plain causal attention.
