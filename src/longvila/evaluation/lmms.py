@@ -194,11 +194,16 @@ class LongVILA(lmms):  # type: ignore[misc]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Refuse: lmms-eval asks chat models to generate."""
-        raise NotImplementedError("lmms-eval asks chat models for words, not for likelihoods")
+        raise NotImplementedError(
+            "this plug-in answers in words, not with likelihoods: take tasks of output_type "
+            "generate_until"
+        )
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Refuse."""
-        raise NotImplementedError("tasks of several rounds are not supported by this plug-in")
+        raise NotImplementedError(
+            "this plug-in answers in one round: take tasks of output_type generate_until"
+        )
 
     def clean(self) -> None:
         """Free the model, for a judge that lmms-eval may start next; not if it is to be kept."""
