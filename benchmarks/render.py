@@ -587,14 +587,30 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "train_step": train_step,
     "vision_balance": vision,
 }
+
+
+def _of_a_run(
+    draw: Callable[[Path, str], list[str]],
+) -> Callable[[dict[str, Any], Path], list[str]]:
+    """What draws a table of the small model's run that a result file belongs to."""
+    return lambda result, folder: draw(folder, smol.run_of(result))
+
+
 #: Tables drawn from another benchmark's file: its name and conditions, and what draws it.
 VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] = {
     "links": (["attention"], lambda result, folder: links(result)),
     "factorisations": (["attention"], lambda result, folder: factorisations(result)),
-    "smol_tiers": (
-        ["needle", "method=smol-stages"],
-        lambda result, folder: smol.tiers(folder, smol.run_of(result)),
-    ),
+    **{
+        f"smol_{draw.__name__}": ([kind, "method=smol-stages"], _of_a_run(draw))
+        for kind, draw in (
+            ("needle", smol.tiers),
+            ("needle", smol.lengths),
+            ("needle", smol.heat),
+            ("needle", smol.ablations),
+            ("training", smol.losses),
+            ("training", smol.right),
+        )
+    },
     "smol_summary": (
         ["needle", "method=smol-shipped"],
         lambda result, folder: smol.summary(folder, smol.run_of(result), smol.part_of(result)),
@@ -603,22 +619,6 @@ VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] 
         ["needle", "method=smol-shipped"],
         lambda result, folder: smol.tiers(folder, part="shipped"),
     ),
-    "smol_lengths": (
-        ["needle", "method=smol-stages"],
-        lambda result, folder: smol.lengths(folder, smol.run_of(result)),
-    ),
-    "smol_heat": (
-        ["needle", "method=smol-stages"],
-        lambda result, folder: smol.heat(folder, smol.run_of(result)),
-    ),
-    "smol_ablations": (
-        ["needle", "method=smol-stages"],
-        lambda result, folder: smol.ablations(folder, smol.run_of(result)),
-    ),
-    "smol_losses": (
-        ["training", "method=smol-stages"],
-        lambda result, folder: smol.losses(folder, smol.run_of(result)),
-    ),
     "smol_views": (
         ["training", "method=smol-stages"],
         lambda result, folder: smol.views(folder),
@@ -626,10 +626,6 @@ VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] 
     "smol_two_gpus": (
         ["training", "method=smol-two"],
         lambda result, folder: smol.two_gpus(folder),
-    ),
-    "smol_right": (
-        ["training", "method=smol-stages"],
-        lambda result, folder: smol.right(folder, smol.run_of(result)),
     ),
     "prefill_summary": (
         ["prefill", "suffix=whole"],
