@@ -137,9 +137,10 @@ def load_needles(source: str | Path, *, tier: str | None = None) -> list[Needle]
 
 
 def _folder(folder: Path) -> Iterator[Needle]:
-    if (folder / "needles.json").is_file():
-        yield from _file(folder / "needles.json")
-        return
+    for name in ("needles.json", "dataset.json"):
+        if (folder / name).is_file():
+            yield from _file(folder / name)
+            return
     tables = sorted(folder.rglob("*.parquet"))
     for table in tables:
         yield from _parquet(table)

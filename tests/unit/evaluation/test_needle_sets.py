@@ -139,7 +139,8 @@ def test_longvas_list(tmp_path: Path) -> None:
     entries = [{"path": "pills.png", "prompt": prompt, "answer": answer} for answer in ("200", 0)]
     entries[1]["id"] = "none"
     (tmp_path / "dataset.json").write_text(json.dumps(entries))
-    needles = load_needles(tmp_path / "dataset.json")
+    needles = load_needles(tmp_path)
+    assert [n.id for n in load_needles(tmp_path / "dataset.json")] == ["pills", "none"]
     assert [(needle.question, needle.answer) for needle in needles] == [
         (prompt, "200"),
         (prompt, "0"),
