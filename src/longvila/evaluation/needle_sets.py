@@ -240,7 +240,7 @@ def _decoded(source: Any, name: str) -> Image.Image:
         with Image.open(source) as picture:
             # Cameras say in a tag which side is up; sixteen bits are scaled to eight.
             upright = turn_upright(picture)
-            return (load_image(upright) if upright.mode[0] == "I" else upright).convert("RGBA")
+            return (load_image(upright) if upright.mode[0] in "IF" else upright).convert("RGBA")
     # Pillow says of a broken file whatever its reader of that format fell over.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
         hint = ": save it as PNG" if Path(name).suffix.lower() in _NO_PICTURES else f": {fault}"

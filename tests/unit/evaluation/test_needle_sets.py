@@ -80,6 +80,10 @@ def test_pictures_of_other_kinds_and_files_that_nobody_sees(tmp_path: Path) -> N
     with pytest.raises(NeedleError, match="'ghost' is transparent everywhere"):
         load_needles(tmp_path)
     (tmp_path / "ghost.png").unlink()
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "map.tiff")
+    with pytest.raises(NeedleError, match=r"map.tiff cannot be read .* has floating-point pixels"):
+        load_needles(tmp_path)
+    (tmp_path / "map.tiff").unlink()
     (tmp_path / "logo.svg").write_text("<svg/>")
     with pytest.raises(NeedleError, match=r"logo.svg cannot be read as a picture: save it as PNG"):
         load_needles(tmp_path)
