@@ -486,6 +486,13 @@ class TwoStageForward:
                 "cross-entropy alone: ask for output_logits=True without labels, and apply it"
             )
         if targets is not None:
+            rows = head.weight.shape[0]
+            if bool((targets >= rows).any()):
+                raise ValueError(
+                    "labels ask for ids that the model has no words for, as placeholders of "
+                    f"pictures and videos: set labels to {IGNORE_INDEX} there "
+                    f"(labels[labels >= {rows}] = {IGNORE_INDEX})"
+                )
             on_host = layout.shard(targets, rank)
             # Known on the host, so that the device is not asked how many rows have a target.
             target_rows = (on_host != IGNORE_INDEX).nonzero().flatten()

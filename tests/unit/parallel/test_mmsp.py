@@ -53,6 +53,13 @@ def test_counts_may_be_left_out() -> None:
     assert model(ids, torch.randn(2, 3, 20, 20), labels=labels).loss.isfinite()
 
 
+def test_placeholders_are_no_targets() -> None:
+    model = parallelize(tiny_model().train(), SPMesh(), PLAN)
+    batch = batch_of()
+    with pytest.raises(ValueError, match=r"labels ask for ids .* set labels to -100 there"):
+        model(**{**batch, "labels": batch["input_ids"]})
+
+
 def test_another_loss_is_not_passed_over() -> None:
     model = parallelize(tiny_model().train(), SPMesh(), PLAN)
     model.loss_function = lambda *args, **kwargs: torch.zeros(())
