@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -195,11 +196,11 @@ def test_a_sentencepiece_tokenizer_reads_as_in_the_original(sentencepiece: Path)
     pieces = tokenizer.convert_ids_to_tokens(ids)
     assert pieces[:2] == ["<s>", "▁A"]
     assert tokenizer(prompts[0].removeprefix("<s> ")).input_ids == ids.tolist()
-    behind = [after for piece, after in zip(pieces, pieces[1:], strict=False) if piece == "</s>"]
+    behind = [after for piece, after in itertools.pairwise(pieces) if piece == "</s>"]
     assert behind == ["U", "U"]
-    labels = build_labels(
-        encoded.input_ids, encoded.attention_mask, encoded.offset_mapping, spans
-    )[0]
+    labels = build_labels(encoded.input_ids, encoded.attention_mask, encoded.offset_mapping, spans)[
+        0
+    ]
     learned = tokenizer.convert_ids_to_tokens(ids[labels != -100])
     assert learned == ["▁yes", "</s>", "▁A", "▁", "c", "a", "t", "</s>"]
     assert torch.equal(labels[labels != -100], ids[labels != -100])

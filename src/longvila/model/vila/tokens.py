@@ -246,7 +246,7 @@ def load_tokenizer(folder: Path) -> Any:
         The tokenizer; ids of tokens it already had are as they were.
 
     Raises:
-        CheckpointError: If the folder has no tokenizer, or its file needs a package that is not here.
+        CheckpointError: If the folder has no tokenizer, or a package that reads it is missing.
     """
     if not (folder / "tokenizer_config.json").is_file():
         raise CheckpointError(f"{folder} has no tokenizer_config.json")
