@@ -12,11 +12,13 @@
 
 Formats without a tokenizer template are what their models were trained on, so their wording is
 data. The original's quirks are kept where they change ids: a tokenizer that adds a begin token adds
-it before one that is written out as well.
+it before one that is written out as well, and SentencePiece tokenizers mark the first word of a
+text as one behind a space.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import re
@@ -144,6 +146,8 @@ _FLATTEN = """\
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
+#: What reads a SentencePiece file: name of the package and its module.
+_READERS = (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf"))
 _CHATML_SYSTEM = re.compile(
     r"<\|im_start\|>system\n(.*)<\|im_end\|>\n<\|im_start\|>user\nu<\|im_end\|>\n", re.DOTALL
 )
@@ -225,6 +229,13 @@ def _end(after: str, form: Format, last: str) -> str:
     )
 
 
+def _importable(module: str) -> bool:
+    parent, _, _ = module.rpartition(".")
+    if parent and importlib.util.find_spec(parent) is None:
+        return False
+    return importlib.util.find_spec(module) is not None
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Load a tokenizer and give it the media tokens.
 
@@ -235,11 +246,21 @@ def load_tokenizer(folder: Path) -> Any:
         The tokenizer; ids of tokens it already had are as they were.
 
     Raises:
-        CheckpointError: If the folder has no tokenizer.
+        CheckpointError: If the folder has no tokenizer, or a package that reads it is missing.
     """
     if not (folder / "tokenizer_config.json").is_file():
         raise CheckpointError(f"{folder} has no tokenizer_config.json")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+        absent = [name for name, module in _READERS if not _importable(module)]
+        if absent:
+            raise CheckpointError(
+                f"{folder / 'tokenizer.model'} is a SentencePiece file, which transformers reads "
+                f"with packages that are not installed: pip install {' '.join(absent)}"
+            )
+    kind = str(read_json(folder / "tokenizer_config.json").get("tokenizer_class"))
+    # The original asks for this whatever the file says.
+    options = {"legacy": False} if kind.startswith("Llama") else {}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     known = tokenizer.get_vocab()
     missing = [token for token in (SENTINEL, IMAGE, VIDEO) if token not in known]
     if missing:
@@ -273,11 +294,8 @@ def choose_template(tokenizer: Any, folder: str, asked: str | None = None) -> Te
             if part in folder.lower():
                 name, reason = family, f"the name has {part!r}"
                 break
-    # transformers leaves the tokenizer's begin token out where a prompt starts with one.
-    begin = "".join(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
-    start = _FLATTEN + (f"{{{{- {_quoted(begin)} -}}}}" if begin else "")
     if name != "auto":
-        text = start + format_template(FORMATS[name])
+        text = _started(tokenizer, format_template(FORMATS[name]))
         return Template(text, f"conversation format {name} ({reason})")
     own = tokenizer.chat_template
     if isinstance(own, dict):
@@ -288,12 +306,47 @@ def choose_template(tokenizer: Any, folder: str, asked: str | None = None) -> Te
             "no chat template: the tokenizer has none and the name is of no known family; choose "
             "one with --conversation",
         )
-    known = None if begin else _as_shipped(tokenizer, own)
+    known = None if begin_text(tokenizer) else _as_shipped(tokenizer, own)
     if known is not None:
         return known
     return Template(
-        start + own, "chat template of the tokenizer (it does not mark answers: no labels from it)"
+        _started(tokenizer, own),
+        "chat template of the tokenizer (it does not mark answers: no labels from it)",
     )
+
+
+def begin_text(tokenizer: Any, text: str = "") -> str:
+    """Return what has to be written before a text for the tokens that a tokenizer puts there.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: What follows. A SentencePiece tokenizer puts a space before the first word of a text,
+            but none before a word behind a begin token that is written out.
+
+    Returns:
+        The begin token if the tokenizer adds one, and a space if it takes one.
+    """
+    begin = "".join(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
+    if not begin or not text:
+        return begin
+    wanted = tokenizer(text).input_ids
+    for start in (begin, f"{begin} "):
+        if tokenizer(start + text, add_special_tokens=False).input_ids == wanted:
+            return start
+    return begin
+
+
+def _started(tokenizer: Any, template: str) -> str:
+    """Let a template write the tokenizer's begin token, and messages of parts be plain text.
+
+    transformers leaves the tokenizer's own begin token out where a prompt starts with one.
+    """
+    if not begin_text(tokenizer):
+        return _FLATTEN + template
+    probe = tokenizer.apply_chat_template(
+        _PROBES[0], chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    return f"{_FLATTEN}{{{{- {_quoted(begin_text(tokenizer, probe))} -}}}}{template}"
 
 
 def _as_shipped(tokenizer: Any, own: str) -> Template | None:
@@ -374,14 +427,20 @@ def frame_end(tokenizer: Any, text: str, *, token_order: str) -> str:
     wanted = tokenizer(text).input_ids
     special = set(tokenizer.all_special_ids)
     begin = [i for i in wanted if i in special]
-    whole = "".join(tokenizer.convert_ids_to_tokens(begin)) + text
-    got = tokenizer(whole, add_special_tokens=False).input_ids
-    if got != wanted:
-        raise CheckpointError(
-            f"the tokens {wanted} that end a frame cannot be written in a prompt ({whole!r} gives "
-            f"{got})"
-        )
-    return whole
+    start = "".join(tokenizer.convert_ids_to_tokens(begin))
+    for whole in (start + text, f"{start} {text}"):
+        if _inside(tokenizer, whole) == wanted:
+            return whole
+    raise CheckpointError(
+        f"the tokens {wanted} that end a frame cannot be written in a prompt ({start + text!r} "
+        f"gives {_inside(tokenizer, start + text)})"
+    )
+
+
+def _inside(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text inside a prompt, between placeholders."""
+    ids: list[int] = tokenizer(IMAGE + text + IMAGE, add_special_tokens=False).input_ids
+    return ids[1:-1]
 
 
 def bare_frame_end(tokenizer: Any, text: str) -> str:
@@ -394,10 +453,12 @@ def bare_frame_end(tokenizer: Any, text: str) -> str:
     Returns:
         The text without the begin token that the tokenizer adds by itself.
     """
-    wanted = tokenizer(text, add_special_tokens=False).input_ids
-    begin = "".join(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
-    bare = text.removeprefix(begin)
-    return bare if tokenizer(bare).input_ids == wanted else text
+    wanted = _inside(tokenizer, text)
+    bare = text.removeprefix(begin_text(tokenizer))
+    for each in (bare.removeprefix(" "), bare):
+        if tokenizer(each).input_ids == wanted:
+            return each
+    return text
 
 
 def write_tokenizer(source: Path, folder: Path, origin: Path | None) -> None:
