@@ -20,7 +20,7 @@ from longvila.inference.engine import Engine
 from longvila.inference.serving import scheduler as scheduler_module
 from longvila.inference.serving.access import Gate
 from longvila.inference.serving.errors import RequestError
-from longvila.inference.serving.jobs import Done, Event, Failed, Job, Piece, Question, Stage
+from longvila.inference.serving.jobs import Done, Event, Failed, Job, Piece, Question
 from longvila.inference.serving.media import MediaLoader, Wanted
 from longvila.inference.serving.prefix import shared_bytes
 from longvila.inference.serving.sampling import Sampling
