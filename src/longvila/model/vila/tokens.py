@@ -148,6 +148,8 @@ _FLATTEN = """\
 """
 #: What reads a SentencePiece file: name of the package and its module.
 _READERS = (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf"))
+#: What the template shipped here says where nobody else does.
+_DEFAULT_SYSTEM = "You are a helpful assistant."
 _CHATML_SYSTEM = re.compile(
     r"<\|im_start\|>system\n(.*)<\|im_end\|>\n<\|im_start\|>user\nu<\|im_end\|>\n", re.DOTALL
 )
@@ -461,6 +463,38 @@ def bare_frame_end(tokenizer: Any, text: str) -> str:
     return text
 
 
+def _system_prompt(source: Path) -> str | None:
+    file = source / "processor_config.json"
+    prompt: str | None = read_json(file).get("system_prompt") if file.is_file() else None
+    return prompt
+
+
+def _for_the_original(tokenizer: Any, template: str, system_prompt: str | None) -> str:
+    """Return a template as the original needs it.
+
+    There a message is a text that holds the placeholders of its media, which ours takes for typed
+    ones and removes; the tokenizer writes its begin token by itself; no variable is passed.
+    """
+    from longvila.model.processing_longvila import default_chat_template
+
+    if template == default_chat_template():
+        system = _DEFAULT_SYSTEM if system_prompt is None else system_prompt
+        start = _quoted(f"<|im_start|>system\n{system}<|im_end|>\n")
+        return (
+            f"{{%- if messages[0]['role'] != 'system' -%}}{{{{- {start} -}}}}{{%- endif -%}}"
+            "{%- for message in messages if message['content'] is not none -%}"
+            "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+            "{{- message['content'] + '<|im_end|>\\n' -}}"
+            "{%- endfor -%}"
+            "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+        )
+    bare = template.removeprefix(_FLATTEN)
+    begin = begin_text(tokenizer)
+    for start in (begin, f"{begin} ") if begin and bare != template else ():
+        bare = bare.removeprefix(f"{{{{- {_quoted(start)} -}}}}")
+    return bare
+
+
 def write_tokenizer(source: Path, folder: Path, origin: Path | None) -> None:
     """Write a tokenizer as transformers 4 reads it.
 
@@ -485,7 +519,7 @@ def write_tokenizer(source: Path, folder: Path, origin: Path | None) -> None:
         raise CheckpointError(f"the tokenizer of {source} has no tokenizer.json")
     whole = read_json(path)
     model = whole["model"]
-    if model.get("type") == "BPE":
+    if model.get("type") == "BPE" and not model.get("byte_fallback"):
         # The original loads tokenizers without the fast form, from these two files.
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
         text = "\n".join(["#version: 0.2", *merges, ""])
@@ -493,7 +527,8 @@ def write_tokenizer(source: Path, folder: Path, origin: Path | None) -> None:
         vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
         (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
     settings = read_json(folder / "tokenizer_config.json")
-    if settings.get("tokenizer_class") in ("TokenizersBackend", None):
+    # Without its SentencePiece file, such a tokenizer is read from tokenizer.json alone.
+    if settings.get("tokenizer_class") in ("TokenizersBackend", None) or model.get("byte_fallback"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     for name in ("backend", "is_local", "processor_class", "local_files_only"):
         settings.pop(name, None)
@@ -504,7 +539,8 @@ def write_tokenizer(source: Path, folder: Path, origin: Path | None) -> None:
     }
     template = folder / "chat_template.jinja"
     if template.is_file():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
+        ours = template.read_text(encoding="utf-8")
+        settings["chat_template"] = _for_the_original(tokenizer, ours, _system_prompt(source))
         template.unlink()
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
