@@ -411,7 +411,8 @@ def frame_end(tokenizer: Any, text: str, *, token_order: str) -> str:
 
     The original tokenises the end token on its own, so that a tokenizer which starts every text
     with a begin token puts one after every frame. Checkpoints older than that code (column-major
-    ones) were trained on prompts with the bare newline.
+    ones) were trained on prompts that were cut at images and tokenised in pieces, begin tokens left
+    out.
 
     Args:
         tokenizer: The tokenizer.
@@ -424,11 +425,13 @@ def frame_end(tokenizer: Any, text: str, *, token_order: str) -> str:
     Raises:
         CheckpointError: If no text gives those tokens inside a prompt.
     """
-    if not text or token_order == "column":
+    if not text:
         return text
     wanted = tokenizer(text).input_ids
     special = set(tokenizer.all_special_ids)
     begin = [i for i in wanted if i in special]
+    if token_order == "column":
+        begin, wanted = [], wanted[len(begin) :]
     start = "".join(tokenizer.convert_ids_to_tokens(begin))
     for whole in (start + text, f"{start} {text}"):
         if _inside(tokenizer, whole) == wanted:
@@ -456,9 +459,10 @@ def bare_frame_end(tokenizer: Any, text: str) -> str:
         The text without the begin token that the tokenizer adds by itself.
     """
     wanted = _inside(tokenizer, text)
+    begin = tokenizer("").input_ids
     bare = text.removeprefix(begin_text(tokenizer))
     for each in (bare.removeprefix(" "), bare):
-        if tokenizer(each).input_ids == wanted:
+        if tokenizer(each).input_ids in (wanted, begin + wanted):
             return each
     return text
 
