@@ -152,6 +152,28 @@ def test_what_was_saved_since_goes_back_with_a_template_the_original_can_use(
     assert ours.apply_chat_template(shown) == processor.apply_chat_template(shown)
 
 
+def test_a_packed_repository_s_template_overrules_the_tokenizer_s(tmp_path: Path) -> None:
+    """Only there: config classes of the others drop the setting."""
+    text = (
+        "{% if messages[0]['role'] != 'system' %}\n"
+        "    {{ '<|im_start|>system\\nS<|im_end|>\\n' }}\n{% endif %}\n\n"
+        "{% for m in messages if m['content'] is not none %}\n"
+        "    {{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}\n"
+        "{% endfor %}\n"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}\n"
+    )
+    for kind, system in (("vila", "S"), ("llava_llama", "You are a helpful assistant.")):
+        source = write_checkpoint(
+            "even_row", tmp_path / kind / "VILA1.5-3b", model_type=kind, chat_template="short"
+        )
+        (source / "short.jinja").write_text(text)
+        options = {} if kind == "vila" else {"conversation": "auto"}
+        processor = LongVILAProcessor.from_pretrained(source, **options)
+        assert processor.system_prompt == system
+        got = processor.apply_chat_template([{"role": "user", "content": "u"}])
+        assert got == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nu<|im_end|>\n"
+
+
 def test_what_was_saved_since_goes_back_with_its_pixels(tmp_path: Path) -> None:
     source = write_checkpoint("even_row", tmp_path / "a")
     edit(source / "vision_tower" / "preprocessor_config.json", image_mean=[0.4, 0.5, 0.6])

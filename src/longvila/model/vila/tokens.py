@@ -4,7 +4,8 @@
    order in which the original adds them at load, so that ids agree: sentinel, image, video. Their
    embedding rows need not exist; nothing looks them up.
 2. The template is the tokenizer's own (``chat_template`` of config.json has no effect there
-   either), unless the folder's name is one of a family trained with another format, or the user
+   either, but in repositories packed with their own Python files, where it names a file beside
+   them), unless the folder's name is one of a family trained with another format, or the user
    names a format. Whatever it is, it is wrapped so that it takes messages whose content is a list
    of text, image and video parts: parts are joined in order without separators, and the whole is
    stripped.
@@ -268,6 +269,26 @@ def load_tokenizer(folder: Path) -> Any:
     if missing:
         tokenizer.add_tokens(missing, special_tokens=True)
     return tokenizer
+
+
+def packed_template(root: Path, config: dict[str, Any]) -> str | None:
+    """Return the chat template of a repository packed with its own Python files.
+
+    Args:
+        root: Folder with config.json.
+        config: Its content.
+
+    Returns:
+        The template that config.json names, without indentation and line ends as the code of such
+        repositories reads it; None if it names none that is there.
+    """
+    name = config.get("chat_template")
+    if config.get("model_type") != "vila" or not isinstance(name, str):
+        return None
+    file = root / f"{name}.jinja"
+    if not file.is_file():
+        return None
+    return file.read_text(encoding="utf-8").replace("    ", "").replace("\n", "")
 
 
 def choose_template(tokenizer: Any, folder: str, asked: str | None = None) -> Template:
