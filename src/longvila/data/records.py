@@ -352,8 +352,10 @@ class TarRecords:
     """WebDataset shards: files of a tar that share a stem are one record.
 
     A record has ``__key__``, ``__shard__``, and the bytes of each file under its suffix with the
-    dot (``.jpg``); ``.json`` is parsed and ``.txt`` decoded. With a wids index beside the shards
-    (``wids-meta.json``), its list of shards is taken and its counts are checked.
+    dot (``.jpg``); ``.json`` is parsed and ``.txt`` decoded; files without a suffix are left out.
+    With a wids index beside the shards (``wids-meta.json``), its list of shards is taken and its
+    counts are checked: they are of records or, as the original counts, of names without their last
+    suffix, folders included.
 
     Args:
         path: A tar, or a folder of tars.
@@ -364,13 +366,13 @@ class TarRecords:
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        promised: dict[str, int] = {}
+        promised: dict[Path, int] = {}
         if path.is_dir():
             index = path / "wids-meta.json"
             if index.exists():
                 for shard in json.loads(index.read_text())["shardlist"]:
-                    promised[shard["url"]] = int(shard["nsamples"])
-                shards = [path / url for url in promised]
+                    promised[path / shard["url"]] = int(shard["nsamples"])
+                shards = list(promised)
             else:
                 shards = sorted(path.glob("*.tar"), key=lambda f: _by_number(f.name))
         else:
@@ -381,15 +383,15 @@ class TarRecords:
         self._records: list[tuple[int, str, dict[str, tuple[int, int]]]] = []
         for number, shard in enumerate(shards):
             before = len(self._records)
-            self._scan(number, shard)
+            names = self._scan(number, shard)
             found = len(self._records) - before
-            if promised and found != promised[str(shard.relative_to(path))]:
+            if shard in promised and promised[shard] not in (found, names):
                 raise ValueError(
-                    f"{shard}: {found} records, but wids-meta.json promises "
-                    f"{promised[str(shard.relative_to(path))]}; the download is not complete"
+                    f"{shard}: {found} records, but wids-meta.json promises {promised[shard]}; the "
+                    "download is not complete"
                 )
 
-    def _scan(self, number: int, shard: Path) -> None:
+    def _scan(self, number: int, shard: Path) -> int:
         found: dict[str, dict[str, tuple[int, int]]] = {}
         try:
             # Only headers are read: bodies are skipped by seeking.
@@ -404,12 +406,15 @@ class TarRecords:
                 continue
             folder, _, name = member.name.rpartition("/")
             stem, dot, suffix = name.partition(".")
+            if not dot:
+                continue
             key = f"{folder}/{stem}" if folder else stem
             files = found.setdefault(key, {})
             if dot + suffix in files:
                 raise ValueError(f"{shard}: {member.name} is there twice")
             files[dot + suffix] = (member.offset_data, member.size)
         self._records += [(number, key, files) for key, files in found.items()]
+        return len({os.path.splitext(member.name)[0] for member in members})
 
     def __len__(self) -> int:
         """Return the number of records in all shards."""

@@ -97,6 +97,23 @@ def test_tars_group_files_by_stem(tmp_path: Path) -> None:
         TarRecords(tmp_path)
 
 
+def test_an_index_may_count_names_as_the_original_does(tmp_path: Path) -> None:
+    """Its count takes folders and files without a suffix for samples; reading leaves them out."""
+    with tarfile.open(tmp_path / "s.tar", "w") as out:
+        folder = tarfile.TarInfo("part")
+        folder.type = tarfile.DIRTYPE
+        out.addfile(folder)
+        for name in ("part/a.jpg", "part/a.txt", "part/b.jpg", "part/LICENCE"):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            out.addfile(member, io.BytesIO(b"x"))
+    where = str(tmp_path / "s.tar")
+    for count in (2, 4):
+        shards = [{"url": where, "nsamples": count}]
+        (tmp_path / "wids-meta.json").write_text(json.dumps({"shardlist": shards}))
+        assert [record["__key__"] for record in TarRecords(tmp_path)] == ["part/a", "part/b"]
+
+
 def test_a_name_twice_in_a_tar_is_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "t.tar", "w") as out:
         for _ in range(2):

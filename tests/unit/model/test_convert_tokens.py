@@ -213,6 +213,24 @@ def test_a_sentencepiece_tokenizer_ends_frames_as_the_original(sentencepiece: Pa
     assert inside == tokenizer("\n").input_ids
     assert tokenizer.convert_ids_to_tokens(inside) == ["<s>", "▁", "<0x0A>"]
     assert bare_frame_end(tokenizer, text) == "\n"
+    # What VILA1.5 was trained on: LLaVA's pieces between images, whose first token is a space.
+    text = frame_end(tokenizer, "\n", token_order="column")
+    inside = tokenizer(f"{IMAGE}{text}{IMAGE}", add_special_tokens=False).input_ids[1:-1]
+    assert tokenizer.convert_ids_to_tokens(inside) == ["▁", "<0x0A>"]
+    assert bare_frame_end(tokenizer, text) == "\n"
+
+
+def test_a_sentencepiece_tokenizer_goes_back(sentencepiece: Path, tmp_path: Path) -> None:
+    """Its own class reads a SentencePiece file in transformers 4, which a saved model has not."""
+    tokenizer = load_tokenizer(sentencepiece)
+    tokenizer.save_pretrained(tmp_path / "ours")
+    (tmp_path / "new").mkdir()
+    write_tokenizer(tmp_path / "ours", tmp_path / "new", None)
+    settings = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = load_tokenizer(tmp_path / "new")
+    for text in ("yes", f"A{IMAGE}yes</s>U", "\n"):
+        assert again(text).input_ids == tokenizer(text).input_ids
 
 
 def test_a_sentencepiece_file_says_what_reads_it(

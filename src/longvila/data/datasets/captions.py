@@ -13,7 +13,7 @@ from longvila.data.records import Record
 from longvila.data.sample import Sample
 
 _DETAIL = "Elaborate on the visual and narrative elements of the video in detail."
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tiff")
 _VIDEOS = (".mp4", ".webm", ".mkv", ".avi")
 
 

@@ -4,7 +4,8 @@
    order in which the original adds them at load, so that ids agree: sentinel, image, video. Their
    embedding rows need not exist; nothing looks them up.
 2. The template is the tokenizer's own (``chat_template`` of config.json has no effect there
-   either), unless the folder's name is one of a family trained with another format, or the user
+   either, but in repositories packed with their own Python files, where it names a file beside
+   them), unless the folder's name is one of a family trained with another format, or the user
    names a format. Whatever it is, it is wrapped so that it takes messages whose content is a list
    of text, image and video parts: parts are joined in order without separators, and the whole is
    stripped.
@@ -148,6 +149,8 @@ _FLATTEN = """\
 """
 #: What reads a SentencePiece file: name of the package and its module.
 _READERS = (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf"))
+#: What the template shipped here says where nobody else does.
+_DEFAULT_SYSTEM = "You are a helpful assistant."
 _CHATML_SYSTEM = re.compile(
     r"<\|im_start\|>system\n(.*)<\|im_end\|>\n<\|im_start\|>user\nu<\|im_end\|>\n", re.DOTALL
 )
@@ -266,6 +269,26 @@ def load_tokenizer(folder: Path) -> Any:
     if missing:
         tokenizer.add_tokens(missing, special_tokens=True)
     return tokenizer
+
+
+def packed_template(root: Path, config: dict[str, Any]) -> str | None:
+    """Return the chat template of a repository packed with its own Python files.
+
+    Args:
+        root: Folder with config.json.
+        config: Its content.
+
+    Returns:
+        The template that config.json names, without indentation and line ends as the code of such
+        repositories reads it; None if it names none that is there.
+    """
+    name = config.get("chat_template")
+    if config.get("model_type") != "vila" or not isinstance(name, str):
+        return None
+    file = root / f"{name}.jinja"
+    if not file.is_file():
+        return None
+    return file.read_text(encoding="utf-8").replace("    ", "").replace("\n", "")
 
 
 def choose_template(tokenizer: Any, folder: str, asked: str | None = None) -> Template:
@@ -409,7 +432,8 @@ def frame_end(tokenizer: Any, text: str, *, token_order: str) -> str:
 
     The original tokenises the end token on its own, so that a tokenizer which starts every text
     with a begin token puts one after every frame. Checkpoints older than that code (column-major
-    ones) were trained on prompts with the bare newline.
+    ones) were trained on prompts that were cut at images and tokenised in pieces, begin tokens left
+    out.
 
     Args:
         tokenizer: The tokenizer.
@@ -422,11 +446,13 @@ def frame_end(tokenizer: Any, text: str, *, token_order: str) -> str:
     Raises:
         CheckpointError: If no text gives those tokens inside a prompt.
     """
-    if not text or token_order == "column":
+    if not text:
         return text
     wanted = tokenizer(text).input_ids
     special = set(tokenizer.all_special_ids)
     begin = [i for i in wanted if i in special]
+    if token_order == "column":
+        begin, wanted = [], wanted[len(begin) :]
     start = "".join(tokenizer.convert_ids_to_tokens(begin))
     for whole in (start + text, f"{start} {text}"):
         if _inside(tokenizer, whole) == wanted:
@@ -454,11 +480,44 @@ def bare_frame_end(tokenizer: Any, text: str) -> str:
         The text without the begin token that the tokenizer adds by itself.
     """
     wanted = _inside(tokenizer, text)
+    begin = tokenizer("").input_ids
     bare = text.removeprefix(begin_text(tokenizer))
     for each in (bare.removeprefix(" "), bare):
-        if tokenizer(each).input_ids == wanted:
+        if tokenizer(each).input_ids in (wanted, begin + wanted):
             return each
     return text
+
+
+def _system_prompt(source: Path) -> str | None:
+    file = source / "processor_config.json"
+    prompt: str | None = read_json(file).get("system_prompt") if file.is_file() else None
+    return prompt
+
+
+def _for_the_original(tokenizer: Any, template: str, system_prompt: str | None) -> str:
+    """Return a template as the original needs it.
+
+    There a message is a text that holds the placeholders of its media, which ours takes for typed
+    ones and removes; the tokenizer writes its begin token by itself; no variable is passed.
+    """
+    from longvila.model.processing_longvila import default_chat_template
+
+    if template == default_chat_template():
+        system = _DEFAULT_SYSTEM if system_prompt is None else system_prompt
+        start = _quoted(f"<|im_start|>system\n{system}<|im_end|>\n")
+        return (
+            f"{{%- if messages[0]['role'] != 'system' -%}}{{{{- {start} -}}}}{{%- endif -%}}"
+            "{%- for message in messages if message['content'] is not none -%}"
+            "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+            "{{- message['content'] + '<|im_end|>\\n' -}}"
+            "{%- endfor -%}"
+            "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+        )
+    bare = template.removeprefix(_FLATTEN)
+    begin = begin_text(tokenizer)
+    for start in (begin, f"{begin} ") if begin and bare != template else ():
+        bare = bare.removeprefix(f"{{{{- {_quoted(start)} -}}}}")
+    return bare
 
 
 def write_tokenizer(source: Path, folder: Path, origin: Path | None) -> None:
@@ -485,7 +544,7 @@ def write_tokenizer(source: Path, folder: Path, origin: Path | None) -> None:
         raise CheckpointError(f"the tokenizer of {source} has no tokenizer.json")
     whole = read_json(path)
     model = whole["model"]
-    if model.get("type") == "BPE":
+    if model.get("type") == "BPE" and not model.get("byte_fallback"):
         # The original loads tokenizers without the fast form, from these two files.
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
         text = "\n".join(["#version: 0.2", *merges, ""])
@@ -493,7 +552,8 @@ def write_tokenizer(source: Path, folder: Path, origin: Path | None) -> None:
         vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
         (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
     settings = read_json(folder / "tokenizer_config.json")
-    if settings.get("tokenizer_class") in ("TokenizersBackend", None):
+    # Without its SentencePiece file, such a tokenizer is read from tokenizer.json alone.
+    if settings.get("tokenizer_class") in ("TokenizersBackend", None) or model.get("byte_fallback"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     for name in ("backend", "is_local", "processor_class", "local_files_only"):
         settings.pop(name, None)
@@ -504,7 +564,8 @@ def write_tokenizer(source: Path, folder: Path, origin: Path | None) -> None:
     }
     template = folder / "chat_template.jinja"
     if template.is_file():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
+        ours = template.read_text(encoding="utf-8")
+        settings["chat_template"] = _for_the_original(tokenizer, ours, _system_prompt(source))
         template.unlink()
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
