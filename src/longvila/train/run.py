@@ -255,7 +255,7 @@ def build_loader(
 
     Args:
         path: File that lists datasets and mixtures.
-        stage: Gives the mixture (unless the file has one of the stage's name), style and lengths.
+        stage: Gives the mixture (see `open_mixture`), style and lengths.
         processor: The model's processor.
         model: Its configuration says how frames are dealt.
         mesh: The mesh.
