@@ -229,10 +229,12 @@ class _Walk:
         self.rows: int = resume["rows"]
         self.lengths: dict[int, int] = dict(resume["waiting"])
         self.limit: int | None = None
+        self.size = 0
         if loader.epochs is not None:
             oldest = min([self.next_position, *self.lengths])
-            size = len(loader.mixture)
-            self.limit = (oldest // size + loader.epochs) * size
+            epoch = len(loader.mixture)
+            self.size = loader.epochs * epoch
+            self.limit = oldest // epoch * epoch + self.size
         self.events: list[Event] = []
         self.workers: Workers | None = None
         if loader.workers:
@@ -279,13 +281,20 @@ class _Walk:
     def _next_set(self) -> _Set | None:
         """Pack a row for every dp rank and begin to build this rank's."""
         packed: list[list[int]] = []
+        limit = self.limit
+        self._fill(limit)
+        if limit is not None and min(self.lengths, default=self.next_position) >= limit:
+            return None
         for _ in range(self.agreement.dp_size):
-            self._fill(self.limit)
-            if not len(self.packer):
-                if not packed:
-                    return None
-                self._fill(None)
+            self._fill(limit)
+            while limit is not None and not len(self.packer):
+                # As the next iteration would begin, so that rows are the same on any mesh.
+                limit += self.size
+                self._fill(limit)
             packed.append(self.packer.pop())
+        if not len(self.packer):
+            # What is left out at the end of an epoch belongs to its last row: none comes after it.
+            self._fill(limit)
         self.rows += len(packed)
         row = [_Entry(p, self.lengths[p]) for p in packed[self.agreement.dp_rank]]
         for positions in packed:

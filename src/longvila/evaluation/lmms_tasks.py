@@ -45,16 +45,17 @@ def find_video(folder: Path, name: str) -> str:
 
     Args:
         folder: Where to look, itself and its folders ``data``, ``videos`` and ``video``.
-        name: Path of the video in one of them; its ending may differ or be missing.
+        name: Path of the video, in one of them even if it begins with a slash; its ending may
+            differ or be missing.
 
     Raises:
         FileNotFoundError: If it is in none; the message names the first place.
     """
     for part in ("", "data", "videos", "video"):
-        path = folder / part / name
-        for candidate in (path, *(path.with_suffix(suffix) for suffix in _SUFFIXES)):
-            if candidate.suffix and candidate.is_file():
-                return str(candidate)
+        for path in (folder / part / name, folder / part / name.lstrip("/")):
+            for candidate in (path, *(path.with_suffix(suffix) for suffix in _SUFFIXES)):
+                if candidate.suffix and candidate.is_file():
+                    return str(candidate)
     raise FileNotFoundError(
         f"there is no video {name} in {folder} or its folders data, videos and video; set the "
         "task's folder (longvila eval --data TASK=FOLDER, or media: in the task file)"

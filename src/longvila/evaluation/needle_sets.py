@@ -8,8 +8,9 @@ Needles are read from
 - a folder with ``needles.json``, or a ``.json``/``.jsonl`` file: entries with a picture (``file``,
   ``image`` or ``path``), an ``answer`` or ``name``, and, if wanted, ``question``, ``options`` and
   ``tier`` (or ``seen``);
-- LongVA's format: ``.parquet`` with ``image`` (bytes), ``question``, ``answer``, as a file, as a
-  folder, or by the name of a data set on the Hugging Face Hub.
+- LongVA's formats: ``.json`` with ``path`` (in a folder ``images``), ``prompt``, ``answer``, or
+  ``.parquet`` with ``image`` (bytes), ``question``, ``answer``, as a file, as a folder, or by the
+  name of a data set on the Hugging Face Hub.
 
 A haystack is a video, a folder of videos (one after the other by name, film2 before film10; what
 has no ending of a video is left alone), a folder of pictures, or ``synthetic``: moving colours
@@ -172,13 +173,15 @@ def _file(path: Path) -> Iterator[Needle]:
         raise NeedleError(f"{path} must be a list of objects, one a needle")
     for number, entry in enumerate(entries):
         file = next((entry[key] for key in ("file", "image", "path") if key in entry), None)
-        answer = str(entry.get("answer", entry.get("name")) or "").strip()
+        given = entry.get("answer", entry.get("name"))
+        answer = str(given).strip() if isinstance(given, str | int | float) else ""
         if not isinstance(file, str) or not answer:
             raise NeedleError(
-                f"{path}, entry {number} needs a picture (file, image or path) and an answer or "
-                f"name; it has {entry}"
+                f"{path}, entry {number} needs a picture (file, image or path) and one answer "
+                f"or name; it has {entry}"
             )
-        question, options = entry.get("question"), entry.get("options") or ()
+        question = entry.get("question", entry.get("prompt"))
+        options = entry.get("options") or ()
         if not isinstance(question, str | None) or not isinstance(options, list | tuple):
             raise NeedleError(f"{path}, entry {number}: a question is a text, options are a list")
         options = tuple(dict.fromkeys(map(str, options)))
@@ -190,11 +193,17 @@ def _file(path: Path) -> Iterator[Needle]:
         yield Needle(
             str(entry.get("id", Path(file).stem)),
             answer,
-            _opener(path.parent / file),
+            _opener(_beside(path, file)),
             question,
             options,
             tier,
         )
+
+
+def _beside(path: Path, file: str) -> Path:
+    """Where a picture is that a list names; LongVA's are in a folder of their own."""
+    within = path.parent / "images" / file
+    return within if within.is_file() else path.parent / file
 
 
 def _parquet(path: Path) -> Iterator[Needle]:

@@ -48,7 +48,7 @@ class Sample:
         options: The options' texts in the order of the letters.
         video: The video, which is what questions share.
         duration: Group of lengths that the video belongs to, if known.
-        category: Kind of question, if the benchmark has kinds.
+        category: Kind of question, if the benchmark has kinds; a question may be of several.
         group: Questions that count as one by the benchmark's rule, if it has such a rule.
     """
 
@@ -57,7 +57,7 @@ class Sample:
     options: tuple[str, ...] = ()
     video: str = ""
     duration: str | None = None
-    category: str | None = None
+    category: str | tuple[str, ...] | None = None
     group: str | None = None
 
 
@@ -305,7 +305,7 @@ def _lvbench(doc: Doc) -> Sample:
         options,
         letter=doc["answer"],
         video=doc["video_path"],
-        category=", ".join(kinds) if isinstance(kinds, list) else _text(kinds),
+        category=tuple(map(str, kinds)) if isinstance(kinds, list) else _text(kinds),
     )
 
 

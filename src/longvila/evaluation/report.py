@@ -21,7 +21,7 @@ import csv
 import html
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
@@ -176,7 +176,7 @@ def _summary(
     for record in judged:
         if record["group"] is not None:
             groups[record["group"]].append(record["correct"])
-    categories = _parts(judged, lambda record: _category(name, record))
+    categories = _parts(judged, lambda record: _categories(name, record))
     return Summary(
         benchmark=name,
         score=score(judged) if judged else None,
@@ -184,7 +184,7 @@ def _summary(
         videos=len({record["video"] for record in records}),
         failed=sum(bool(record["error"]) for record in records),
         frames=(min(seen), max(seen)) if seen else (0, 0),
-        by_duration=_parts(judged, _duration),
+        by_duration=_parts(judged, _durations),
         by_category=categories,
         mean_of_categories=(
             sum(part.accuracy for part in categories.values()) / len(categories)
@@ -198,27 +198,28 @@ def _summary(
     )
 
 
-def _category(name: str, record: Record) -> str | None:
-    """The kind of a question; of a benchmark made of several tasks, the task."""
-    category: str | None = record["category"]
+def _categories(name: str, record: Record) -> Sequence[str]:
+    """The kinds of a question; of a benchmark made of several tasks, the task."""
+    category: str | Sequence[str] | None = record["category"]
     if category is None and record["task"].startswith(f"{name}_"):
         category = record["task"].removeprefix(f"{name}_")
-    return category
+    return () if category is None else (category,) if isinstance(category, str) else category
 
 
-def _duration(record: Record) -> str | None:
+def _durations(record: Record) -> Sequence[str]:
     """The group of lengths of a question's video: the benchmark's, or by what was decoded."""
     named: str | None = record["duration"]
     if named is None and record["media"] and "length_s" in record["media"][0]:
-        return duration_group(record["media"][0]["length_s"])
-    return named
+        return (duration_group(record["media"][0]["length_s"]),)
+    return () if named is None else (named,)
 
 
-def _parts(records: Sequence[Record], name_of: Any) -> dict[str, Score]:
+def _parts(
+    records: Sequence[Record], names_of: Callable[[Record], Sequence[str]]
+) -> dict[str, Score]:
     parts: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        name = name_of(record)
-        if name is not None:
+        for name in names_of(record):
             parts[name].append(record)
     return {name: score(parts[name]) for name in sorted(parts, key=_by_length)}
 

@@ -35,7 +35,7 @@ from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -55,6 +55,8 @@ _DTYPES = {
 _SAMPLED_WEIGHTS = 8
 _DIGEST_BYTES = 1 << 20
 _WRITE_TOKENS = 65536
+#: What an index holds beside its format.
+_ENTRIES = ("tokens", "layers", "bytes", "intervals", "text_runs", "key", "extra")
 #: Entries of a configuration that change nothing about what a model computes.
 _VOLATILE = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures"}
 
@@ -307,6 +309,8 @@ def read_index(path: str | Path) -> dict[str, Any]:
             f"{folder} has format {index.get('format')!r}, this version reads {_FORMAT}; make it "
             "again"
         )
+    if lacking := [name for name in _ENTRIES if name not in index]:
+        raise StoreError(f"{folder / INDEX} lacks {', '.join(lacking)}; make it again")
     ranks = len(index["bytes"])
     for rank, size in enumerate(index["bytes"]):
         file = folder / _shard_name(rank, ranks)
@@ -347,6 +351,19 @@ def load_cache(
     index = read_index(folder)
     if unlike := list(differences(index["key"], key)):
         raise StoreError(f"{folder} was made of something else: " + "; ".join(unlike))
+    try:
+        return _read_cache(folder, index, mesh, device, pager)
+    except (SafetensorError, KeyError, TypeError, IndexError) as fault:
+        raise StoreError(f"{folder} is damaged ({fault}); make it again") from fault
+
+
+def _read_cache(
+    folder: Path,
+    index: dict[str, Any],
+    mesh: SPMesh | None,
+    device: torch.device | str,
+    pager: Pager | None,
+) -> ShardedCache:
     cache = ShardedCache(index["layers"], mesh=mesh, pager=pager)
     tokens, ranks = index["tokens"], len(index["bytes"])
     low, high = split_evenly(tokens, cache.num_ranks, cache.rank)

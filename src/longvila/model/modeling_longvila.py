@@ -493,6 +493,19 @@ class LongVILAForConditionalGeneration(LongVILAPreTrainedModel, LongVILAGenerati
         """See :meth:`LongVILAModel.get_video_features`."""
         return self.model.get_video_features(pixel_values_videos, video_num_frames, **kwargs)
 
+    def _check_targets(self, labels: Tensor) -> None:
+        """Refuse placeholders beyond the vocabulary as targets; on a GPU the loss would not."""
+        rows = self.config.text_config.vocab_size
+        if max(self.config.image_token_id, self.config.video_token_id) < rows:
+            return
+        beyond = int((labels >= rows).sum())
+        if beyond:
+            raise ValueError(
+                f"labels ask for {beyond} ids that the model has no words for, as placeholders of "
+                "pictures and videos: set labels to -100 there (labels[labels >= "
+                f"{rows}] = -100), or let the processor make them (return_labels=True)"
+            )
+
     @can_return_tuple
     def forward(
         self,
@@ -513,7 +526,8 @@ class LongVILAForConditionalGeneration(LongVILAPreTrainedModel, LongVILAGenerati
         """Run the model and its head; what is not listed is as for :meth:`LongVILAModel.forward`.
 
         Args:
-            labels: Targets at their own positions (shifted here), -100 for none, shape (B, S).
+            labels: Targets at their own positions (shifted here), -100 for none, as at
+                placeholders of media; shape (B, S).
             logits_to_keep: How many last positions (0: all), or which, get logits.
             **kwargs: ``shift_labels`` (targets already shifted), ``num_items_in_batch`` and
                 ``ignore_index`` go to the loss, the rest to the language model.
@@ -522,9 +536,12 @@ class LongVILAForConditionalGeneration(LongVILAPreTrainedModel, LongVILAGenerati
             Loss where there are labels, logits, cache and media rows.
 
         Raises:
-            ValueError: As the base model's forward.
+            ValueError: As the base model's forward, or if placeholders that have no row in the head
+                are targets.
         """
         loss_kwargs = {k: kwargs.pop(k) for k in _LOSS_KEYS if kwargs.get(k) is not None}
+        if labels is not None and not torch.compiler.is_compiling():
+            self._check_targets(labels)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -27,6 +27,7 @@ import errno
 import fcntl
 import json
 import os
+import pickle
 import random
 import re
 import secrets
@@ -82,14 +83,19 @@ def find_saves(folder: Path) -> list[Save]:
     """Return the whole saves of a folder, oldest first.
 
     Raises:
-        CheckpointError: If a save is of another version.
+        CheckpointError: If a save is of another version, or damaged.
     """
     found = []
     for path in folder.glob("step-*") if folder.is_dir() else ():
         match = _NAME.fullmatch(path.name)
         if match is None or not (path / "run.json").is_file():
             continue
-        run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        try:
+            run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        except ValueError as fault:
+            raise _damaged(path, f"run.json: {fault}") from fault
+        if not isinstance(run, dict):
+            raise _damaged(path, "run.json holds no mapping")
         if run.get("version") != _VERSION:
             raise CheckpointError(
                 f"{path} is of version {run.get('version')!r}, this is {_VERSION}; resume with the "
@@ -97,6 +103,13 @@ def find_saves(folder: Path) -> list[Save]:
             )
         found.append(Save(path, int(match[1]), run))
     return sorted(found, key=lambda save: save.step)
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged ({reason}); copy it again, or move it away: the same command then goes "
+        "on from the save before it, if there is one, or from the beginning"
+    )
 
 
 def _rank() -> int:
@@ -408,7 +421,10 @@ def load(
         group.update(settings)
     same = chosen.run["world_size"] == _world()
     beside = chosen.path / f"rank-{_rank() if same else 0}.pt"
-    of_rank = torch.load(beside, weights_only=True)
+    try:
+        of_rank = torch.load(beside, weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as fault:
+        raise _damaged(chosen.path, f"{beside.name}: {str(fault).partition(chr(10))[0]}") from fault
     if same:
         _set_random_state(of_rank["random"])
     else:

@@ -29,6 +29,8 @@ def test_videos_are_found_where_data_sets_put_them(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     clip(tmp_path / "videos" / "a.b.mkv", 2)
     assert tasks.find_video(tmp_path, "a.b.mp4") == str(tmp_path / "videos" / "a.b.mkv")
+    # VNBench's paths begin with a slash, and are not the machine's.
+    assert tasks.find_video(tmp_path, "/videos/a.b.mp4") == str(tmp_path / "videos" / "a.b.mkv")
     with pytest.raises(FileNotFoundError, match=r"no video c\.mp4 in .*--data TASK=FOLDER"):
         tasks.find_video(tmp_path, "c.mp4")
 

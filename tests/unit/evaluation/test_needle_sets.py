@@ -111,8 +111,9 @@ def test_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": " "}, "entry 0 needs a picture .* and an answer"),
+        ({"name": " "}, "entry 0 needs a picture .* and one answer"),
         ({"file": 1}, "entry 0 needs a picture"),
+        ({"answer": ["sofa", "couch"]}, "entry 0 needs a picture .* and one answer"),
         ({"question": 3}, "a question is a text, options are a list"),
         ({"options": "ab"}, "a question is a text, options are a list"),
         ({"options": ["b", "c"]}, r"'a' is none of \['b', 'c'\]"),
@@ -129,6 +130,21 @@ def test_entries_that_are_none_are_told(
     file.write_bytes('[{"name": "Löwe"}]'.encode("latin-1"))
     with pytest.raises(NeedleError, match="is not JSON"):
         load_needles(file)
+
+
+def test_longvas_list(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    _picture(tmp_path / "images" / "pills.png")
+    prompt = "\nFind the frame of the tablets. How many mg has each?"
+    entries = [{"path": "pills.png", "prompt": prompt, "answer": answer} for answer in ("200", 0)]
+    entries[1]["id"] = "none"
+    (tmp_path / "dataset.json").write_text(json.dumps(entries))
+    needles = load_needles(tmp_path / "dataset.json")
+    assert [(needle.question, needle.answer) for needle in needles] == [
+        (prompt, "200"),
+        (prompt, "0"),
+    ]
+    assert needles[0].open().mode == "RGBA"
 
 
 def test_shipped_pictures_are_a_set() -> None:

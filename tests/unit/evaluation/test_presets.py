@@ -154,6 +154,10 @@ def test_the_two_askings_of_a_question_are_a_pair() -> None:
     assert find_preset("videochatgpt_gen").sample(DOCS["videochatgpt_gen"][0]).group is None
 
 
+def test_a_question_may_be_of_two_kinds() -> None:
+    assert find_preset("lvbench").sample(DOCS["lvbench"][0]).category == ("x", "y")
+
+
 def test_no_name_twice_and_every_task_of_ours_has_its_file() -> None:
     names = [name for preset in PRESETS for name in (preset.name, *preset.aliases)]
     assert len(names) == len(set(names))

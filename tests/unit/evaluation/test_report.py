@@ -101,6 +101,17 @@ def test_groups_count_as_one_and_kinds_alike() -> None:
     assert one.mean_of_categories == pytest.approx((2 / 3 + 1) / 2)
 
 
+def test_a_question_of_two_kinds_counts_to_both() -> None:
+    both = {"benchmark": "lvbench", "category": ["entity recognition", "reasoning"]}
+    one = {**both, "category": ["reasoning"]}
+    rows = [record(0, True, **both), record(1, False, **one)]
+    kinds = summarise(rows)["lvbench"].by_category
+    assert {kind: (part.right, part.questions) for kind, part in kinds.items()} == {
+        "entity recognition": (1, 1),
+        "reasoning": (1, 2),
+    }
+
+
 def test_tasks_of_a_group_are_its_kinds() -> None:
     records = [
         record(i, True, benchmark="mvbench", task=f"mvbench_{kind}", category=None)

@@ -168,3 +168,22 @@ def test_a_changed_file_is_noticed_and_a_lost_one_is_not_needed(film: Path, tmp_
     copy.unlink()
     session.load(tmp_path / "index")
     assert session.ask("What?", max_new_tokens=3).timings.new_tokens > 0
+
+
+def test_a_damaged_one_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with Engine(language_model()) as engine:
+        folder = engine.save(engine.prefill(prompt(9)), tmp_path / "index", {})
+        (file,) = folder.glob("*.safetensors")
+        content = file.read_bytes()
+        file.write_bytes(content[:20] + b"\xff" + content[21:])
+        with pytest.raises(StoreError, match=r"index is damaged \(.*\); make it again"):
+            engine.load(folder, {})
+        file.write_bytes(content)
+        written = json.loads((folder / "index.json").read_text())
+        (folder / "index.json").write_text(json.dumps({**written, "layers": 9}))
+        with pytest.raises(StoreError, match=r"index is damaged \(.*\); make it again"):
+            engine.load(folder, {})
+        del written["key"]
+        (folder / "index.json").write_text(json.dumps(written))
+        with pytest.raises(StoreError, match=r"index.json lacks key; make it again"):
+            engine.load(folder, {})

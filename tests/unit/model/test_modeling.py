@@ -193,6 +193,13 @@ def test_checkpointing_keeps_pixels_and_rows_only() -> None:
     assert plain > 10 * recomputed
 
 
+def test_placeholders_are_no_targets() -> None:
+    model = tiny_model(seed=1)
+    batch = tiny_inputs(model.config)
+    with pytest.raises(ValueError, match=r"labels ask for \d+ ids .* set labels to -100 there"):
+        model(**batch, labels=batch["input_ids"])
+
+
 def test_loss_takes_shifted_labels_and_a_token_count() -> None:
     model = tiny_model()
     batch = tiny_inputs(model.config)

@@ -14,7 +14,7 @@ from torch import nn
 from longvila.errors import CheckpointError
 from longvila.testing import Rank
 from longvila.testing.ranks import run_ranks
-from longvila.train.checkpoint import find_saves, held, save, writing
+from longvila.train.checkpoint import find_saves, held, load, save, writing
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
@@ -65,3 +65,17 @@ def test_all_ranks_are_refused(tmp_path: Path) -> None:
         said = run_ranks(refused_everywhere, 2, str(tmp_path))
     assert all("another run" in each for each in said)
     assert run_ranks(refused_everywhere, 2, str(tmp_path)) == ["held", "held"]
+
+
+@pytest.mark.parametrize("name", ["run.json", "rank-0.pt"])
+def test_a_damaged_save_is_named_and_nothing_else_is_taken(tmp_path: Path, name: str) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (1, 2):
+        save(tmp_path, step, model, optimizer, run={}, data={}, keep=2)
+    file = tmp_path / "step-2" / name
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(CheckpointError, match=rf"step-2 is damaged \({name}: .*save before it"):
+        load(find_saves(tmp_path)[-1], model, optimizer, seed=0)
+    (tmp_path / "step-2").rename(tmp_path / "away")
+    load(find_saves(tmp_path)[-1], model, optimizer, seed=0)
