@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.fixtures.sentencepiece import write_tokenizer_files
 from tests.fixtures.upstream_case import FIXTURES, index
-from transformers import AutoTokenizer, LlamaTokenizer
+from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from longvila.errors import CheckpointError
@@ -164,19 +165,7 @@ def test_frames_end_as_the_original_tokenises_it() -> None:
 
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of VILA1.5's kind, with the setting that the original overrules."""
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += list("▁ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz.:,'?")
-    merges = [("▁", "A"), ("▁", "y"), ("▁y", "es"), ("e", "s")]
-    pieces += [first + second for first, second in merges]
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    merges = merges[-1:] + merges[:-1]
-    LlamaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True).save_pretrained(folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["legacy"] = True
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
+    return write_tokenizer_files(tmp_path_factory.mktemp("sentencepiece"))
 
 
 def test_a_sentencepiece_tokenizer_reads_as_in_the_original(sentencepiece: Path) -> None:
