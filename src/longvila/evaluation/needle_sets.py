@@ -137,9 +137,10 @@ def load_needles(source: str | Path, *, tier: str | None = None) -> list[Needle]
 
 
 def _folder(folder: Path) -> Iterator[Needle]:
-    if (folder / "needles.json").is_file():
-        yield from _file(folder / "needles.json")
-        return
+    for name in ("needles.json", "dataset.json"):
+        if (folder / name).is_file():
+            yield from _file(folder / name)
+            return
     tables = sorted(folder.rglob("*.parquet"))
     for table in tables:
         yield from _parquet(table)
@@ -239,7 +240,7 @@ def _decoded(source: Any, name: str) -> Image.Image:
         with Image.open(source) as picture:
             # Cameras say in a tag which side is up; sixteen bits are scaled to eight.
             upright = turn_upright(picture)
-            return (load_image(upright) if upright.mode[0] == "I" else upright).convert("RGBA")
+            return (load_image(upright) if upright.mode[0] in "IF" else upright).convert("RGBA")
     # Pillow says of a broken file whatever its reader of that format fell over.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
         hint = ": save it as PNG" if Path(name).suffix.lower() in _NO_PICTURES else f": {fault}"

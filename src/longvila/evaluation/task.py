@@ -43,6 +43,7 @@ _NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
     "eleven", "twelve",
 )  # fmt: skip
+_TIMES = {"once": 1, "twice": 2, "thrice": 3}
 
 
 @dataclass(frozen=True)
@@ -134,10 +135,10 @@ def grade(question: Question, said: str) -> Grade:
 
 
 def plain(text: str) -> str:
-    """Return a text in lower case, words only, without articles; hyphens are spaces."""
+    """Return a text without case and articles, words only; hyphens are spaces."""
     # Letters of any script: a name may be in any language. Some systems write names of files with
     # accents as characters of their own.
-    text = unicodedata.normalize("NFC", text).lower().replace("\u2019", "'")
+    text = unicodedata.normalize("NFC", text).casefold().replace("\u2019", "'")
     words = re.findall(r"[^\W_]+(?:[':][^\W_]+)*", text)
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
@@ -186,10 +187,11 @@ def _read_name(question: Question, said: str) -> Grade:
 
 def _read_number(question: Question, said: str) -> Grade:
     words = re.findall(r"\d+|[a-z]+", said.lower())
+    known = {word: number for number, word in enumerate(_NUMBERS)} | _TIMES
     found = [
-        int(word) if word.isdigit() else _NUMBERS.index(word)
+        int(word) if word.isdigit() else known[word]
         for word in words
-        if word.isdigit() or word in _NUMBERS
+        if word.isdigit() or word in known
     ]
     if len(set(found)) != 1:
         return Grade(0.0, False, None)

@@ -293,6 +293,8 @@ def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
     except _FAULTS as fault:
         raise ImageError(f"{name}: cannot be read as a picture: {fault}") from fault
     picture = turn_upright(picture)
+    if picture.mode == "F":  # What is black and white in it is in no file.
+        raise ImageError(f"{name}: has floating-point pixels; save it with 8 or 16 bits")
     if picture.mode.startswith("I"):
         levels = np.asarray(picture).astype(np.int64)
         return Image.fromarray((levels.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")

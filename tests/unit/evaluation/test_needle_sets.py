@@ -80,6 +80,10 @@ def test_pictures_of_other_kinds_and_files_that_nobody_sees(tmp_path: Path) -> N
     with pytest.raises(NeedleError, match="'ghost' is transparent everywhere"):
         load_needles(tmp_path)
     (tmp_path / "ghost.png").unlink()
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "map.tiff")
+    with pytest.raises(NeedleError, match=r"map.tiff cannot be read .* has floating-point pixels"):
+        load_needles(tmp_path)
+    (tmp_path / "map.tiff").unlink()
     (tmp_path / "logo.svg").write_text("<svg/>")
     with pytest.raises(NeedleError, match=r"logo.svg cannot be read as a picture: save it as PNG"):
         load_needles(tmp_path)
@@ -139,7 +143,8 @@ def test_longvas_list(tmp_path: Path) -> None:
     entries = [{"path": "pills.png", "prompt": prompt, "answer": answer} for answer in ("200", 0)]
     entries[1]["id"] = "none"
     (tmp_path / "dataset.json").write_text(json.dumps(entries))
-    needles = load_needles(tmp_path / "dataset.json")
+    needles = load_needles(tmp_path)
+    assert [n.id for n in load_needles(tmp_path / "dataset.json")] == ["pills", "none"]
     assert [(needle.question, needle.answer) for needle in needles] == [
         (prompt, "200"),
         (prompt, "0"),

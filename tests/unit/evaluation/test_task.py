@@ -25,6 +25,7 @@ def test_names_are_whole_words_and_the_longest_counts() -> None:
     assert mentions("anything", ()) == []
     assert mentions("a Teddy-bear", NAMES) == ["teddy bear"] == mentions("teddy_bear", NAMES)
     # An accent may be a character of its own, as some systems name files.
+    assert mentions("EIN FUSSBALL", ["fu\u00dfball"]) == ["fu\u00dfball"]
     assert mentions("a L\u00f6we", ["lo\u0308we"]) == ["lo\u0308we"]
     assert plain("A lion\u2019s  den, the END.") == "lion's den end"
 
@@ -52,6 +53,8 @@ def test_name(said: str, wanted: Any) -> None:
 
 def test_number() -> None:
     assert _grade("number", "3", "There are three of them: 3.") == (1.0, True, "3")
+    assert _grade("number", "2", "It appears twice.") == (1.0, True, "2")
+    assert _grade("number", "2", "Once, or twice") == (0.0, False, None)
     assert _grade("number", "3", "3 or 4") == (0.0, False, None)
     assert _grade("number", "3", "thirteen") == (0.0, False, None)
     assert _grade("number", "13", "13") == (1.0, True, "13")

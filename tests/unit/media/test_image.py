@@ -119,6 +119,7 @@ def test_a_damaged_orientation_leaves_the_pixels() -> None:
         ([1, 2], "expected one picture"),
         (np.zeros((4, 4, 2), np.uint8), r"got uint8 of shape \(4, 4, 2\)"),
         (np.zeros((4, 4, 3)), "got float64"),
+        (saved(Image.new("F", (4, 4), 0.5), "TIFF"), "has floating-point pixels; save it with 8"),
         ("no/such.png", r"no/such\.png: no such file"),
     ],
 )
