@@ -37,6 +37,9 @@ import numpy as np
 
 from longvila.errors import LongVILAError
 
+#: Half of a character in JSON; two that belong together are one character.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
 
 class RecordError(LongVILAError, ValueError):
     """One record cannot be read, whatever the others are; the message names file and record."""
@@ -129,6 +132,8 @@ def _by_number(name: str) -> tuple[Any, ...]:
 def _open_path(path: Path, under: str | None) -> Records:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    if not (path.is_dir() or path.is_file()):
+        raise ValueError(f"{path}: not a regular file")
     if path.is_dir():
         if (path / "dataset_dict.json").exists():
             splits = sorted(json.loads((path / "dataset_dict.json").read_text())["splits"])
@@ -180,7 +185,7 @@ def _open_json(path: Path, under: str | None) -> Records:
         first = b""
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:
         raise ValueError(f"{path}: is no JSON, nor one object a line: {fault}") from fault
     if under is not None:
         if under not in content:
@@ -221,12 +226,20 @@ class _Offsets:
         text = os.pread(self._file, end - start, start)
         try:
             record = json.loads(text)
-        except ValueError as fault:
+        except (ValueError, RecursionError) as fault:
             raise RecordError(f"{self.path}, record {index} at byte {start}: {fault}") from fault
         if not isinstance(record, dict):
             raise RecordError(
                 f"{self.path}, record {index}: expected an object, got {type(record).__name__}"
             )
+        if _SURROGATE.search(text):
+            try:
+                json.dumps(record, ensure_ascii=False).encode()
+            except UnicodeEncodeError as fault:
+                raise RecordError(
+                    f"{self.path}, record {index} at byte {start}: a text holds half a character "
+                    f"(\\ud800 to \\udfff without its other half): {fault}"
+                ) from fault
         return record
 
     def __getstate__(self) -> dict[str, Any]:
@@ -331,7 +344,13 @@ class ParquetRecords:
             group = self._groups.get(number)
             if group is None:
                 with self._open() as file:
-                    group = self._groups[number] = file.read_row_group(number)
+                    try:
+                        group = self._groups[number] = file.read_row_group(number)
+                    except (OSError, ValueError) as fault:
+                        raise ValueError(
+                            f"{self.path}, rows from {int(self._ends[number])}: {fault}; is the "
+                            "file damaged?"
+                        ) from fault
                 while len(self._groups) > _KEPT_GROUPS:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(number)

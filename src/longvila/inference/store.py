@@ -157,6 +157,12 @@ def _short(value: Any) -> str:
 # ---- files -----------------------------------------------------------------------------------
 
 
+def _check(index: Mapping[str, Any]) -> str:
+    """A digest of an index without it, as JSON gives it back."""
+    plain = {**json.loads(json.dumps(index)), "check": None}
+    return _digest(json.dumps(plain, sort_keys=True).encode())
+
+
 def _shard_name(rank: int, ranks: int) -> str:
     return f"cache-{rank:05d}-of-{ranks:05d}.safetensors"
 
@@ -265,6 +271,7 @@ def save_cache(
             "key": key,
             "extra": extra or {},
         }
+        index["check"] = _check(index)
         part = folder / f"{INDEX}.part"
         part.write_text(json.dumps(index, indent=1), encoding="utf-8")
         os.replace(part, folder / INDEX)
@@ -285,6 +292,14 @@ def is_stored(path: str | Path) -> bool:
         return False
 
 
+def begins_stored(path: str | Path) -> bool:
+    """Whether a path is a folder whose stored prompt was not written to the end."""
+    try:
+        return Path(path).is_dir() and not is_stored(path) and any(Path(path).glob("cache-*-of-*"))
+    except OSError:
+        return False
+
+
 def read_index(path: str | Path) -> dict[str, Any]:
     """Return what a stored prompt says of itself: ``tokens``, ``key``, ``extra`` and more.
 
@@ -296,8 +311,7 @@ def read_index(path: str | Path) -> dict[str, Any]:
     """
     folder = Path(path)
     if not is_stored(folder):
-        unfinished = any(folder.glob("cache-*")) if folder.is_dir() else False
-        why = "was not written to the end" if unfinished else f"has no {INDEX}"
+        why = "was not written to the end" if begins_stored(folder) else f"has no {INDEX}"
         raise StoreError(f"{folder} is no stored prompt: it {why}")
     try:
         index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -309,8 +323,11 @@ def read_index(path: str | Path) -> dict[str, Any]:
             f"{folder} has format {index.get('format')!r}, this version reads {_FORMAT}; make it "
             "again"
         )
-    if lacking := [name for name in _ENTRIES if name not in index]:
-        raise StoreError(f"{folder / INDEX} lacks {', '.join(lacking)}; make it again")
+    # Those of older versions have none.
+    if index.get("check", ...) not in (..., _check(index)) or any(
+        name not in index for name in _ENTRIES
+    ):
+        raise StoreError(f"{folder / INDEX} is damaged or was changed; make it again")
     ranks = len(index["bytes"])
     for rank, size in enumerate(index["bytes"]):
         file = folder / _shard_name(rank, ranks)

@@ -60,15 +60,16 @@ _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}
 _MOST_THREADS = 4
 #: Packets decoded to find out whether timestamps that look made up are right.
 _SUSPECT_PACKETS = 250
-#: Formats that are lists of places to read from, or that read the files beside the one named.
+#: Formats that are lists of places to read from, or that read files beside the one named.
 _REFERRING = frozenset(
-    ("concat", "dash", "hls", "image2", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp", "vobsub")
+    ("concat", "dash", "hls", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp", "vobsub")
 )
 #: How the texts among them begin, to say what they are.
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"v=0")
 #: A file must not make the decoder open another.
 _OPTIONS = {
     "protocol_whitelist": "file,crypto,data,subfile",
+    "pattern_type": "none",  # of pictures: a "%d" in a name is no number
     "format_whitelist": ",".join(
         sorted(name for name in av.formats_available if _REFERRING.isdisjoint(name.split(",")))
     ),

@@ -239,8 +239,12 @@ def clean(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"{_PARTIAL}*"):
             shutil.rmtree(path)
-        if (folder / _FROZEN).exists() and not find_saves(folder):
+        saves = find_saves(folder)
+        if (folder / _FROZEN).exists() and not saves:
             shutil.rmtree(folder / _FROZEN)
+        for path in sorted(folder.glob("step-*")):
+            if path not in [save.path for save in saves]:
+                _LOG.warning("%s is passed over: without run.json it is no whole save", path)
     _together()
 
 
@@ -283,8 +287,14 @@ def _read(state: dict[str, Any], path: Path) -> None:
         with _one_process():
             dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (dcp.CheckpointException, KeyError, RuntimeError, ValueError) as fault:
+        failures = getattr(fault, "failures", None)
+        cause = next(iter(failures.values()))[0] if failures else fault
+        reason = str(cause).strip() or type(cause).__name__
+        # What torch says where names or shapes of the model are not those of the save.
+        if not any(words in reason for words in ("Missing key", "Size mismatch", "size mismatch")):
+            raise _damaged(path, reason.partition("\n")[0][:500]) from fault
         raise CheckpointError(
-            f"{path} does not fit the model: {str(fault)[-500:]}. Was it saved by a stage "
+            f"{path} does not fit the model: {reason[-500:]}. Was it saved by a stage "
             "with other tuned parts or another adapter? Then begin a new output folder"
         ) from fault
 
@@ -424,7 +434,10 @@ def load(
     try:
         of_rank = torch.load(beside, weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as fault:
-        raise _damaged(chosen.path, f"{beside.name}: {str(fault).partition(chr(10))[0]}") from fault
+        raise _damaged(
+            chosen.path,
+            f"{beside.name}: {str(fault).partition(chr(10))[0] or type(fault).__name__}",
+        ) from fault
     if same:
         _set_random_state(of_rank["random"])
     else:

@@ -167,7 +167,9 @@ def _train(job: Job, device: torch.device) -> Progress:
     # New weights (adapters) must be the same on every rank.
     seed_everything(stage.seed)
     model = put_on_mesh(tune(base, stage.rates, stage.adapter), mesh, stage)
-    loader = build_loader(job.data, stage, processor, base, mesh)
+    loader = build_loader(
+        job.data, stage, processor, base, mesh, report=job.output / "left-out.json"
+    )
     if mesh.rank == 0:
         job.output.mkdir(parents=True, exist_ok=True)
         (job.output / "stage.yaml").write_text(to_yaml(stage), encoding="utf-8")
@@ -249,7 +251,13 @@ def put_on_mesh(model: nn.Module, mesh: SPMesh, stage: Stage) -> nn.Module:
 
 
 def build_loader(
-    path: Path, stage: Stage, processor: Any, model: PreTrainedModel, mesh: SPMesh
+    path: Path,
+    stage: Stage,
+    processor: Any,
+    model: PreTrainedModel,
+    mesh: SPMesh,
+    *,
+    report: Path,
 ) -> PackedLoader:
     """Build this rank's loader.
 
@@ -259,6 +267,7 @@ def build_loader(
         processor: The model's processor.
         model: Its configuration says how frames are dealt.
         mesh: The mesh.
+        report: File that lists what was left out.
 
     Raises:
         StageError: If the mixture names datasets that the file has not.
@@ -287,6 +296,7 @@ def build_loader(
         encoder,
         collator,
         agreement=Agreement.from_mesh(mesh),
+        report=report,
         window=data.window,
         max_documents=data.max_documents,
         row_tokens=data.max_tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 import tracemalloc
@@ -272,3 +273,30 @@ def test_datasets_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="hf:owner/set: pip install datasets"):
         open_records("hf:owner/set")
+
+
+@pytest.mark.parametrize("text", ['{"a": "\\ud800 half"}', '{"a": ' + "[" * 10**5])
+def test_a_line_that_is_no_text_is_one_bad_record(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": "\\ud83d\\ude00"}\n' + text + '\n{"a": 2}\n')
+    records = open_records(path)
+    assert records[0]["a"] == "\N{GRINNING FACE}" and records[2]["a"] == 2
+    with pytest.raises(RecordError, match=r"a\.jsonl, record 1 at byte"):
+        records[1]
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    for source in (tmp_path / "a.jsonl", tmp_path):
+        with pytest.raises(ValueError, match="not a regular file"):
+            open_records(source)
+
+
+def test_damaged_parquet_names_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": [f"{n} words" for n in range(500)]}), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:60] + bytes(x ^ 0x55 for x in content[60:160]) + content[160:])
+    with pytest.raises(ValueError, match=r"a\.parquet, rows from 0: .*is the file damaged"):
+        open_records(path)[0]

@@ -236,6 +236,19 @@ def test_a_title_need_not_be_utf8(tmp_path: Path) -> None:
     assert numbers(read_frames(path, num_frames=1).frames) == [5]
 
 
+def test_a_damaged_timestamp_does_not_make_frames_without_end(tmp_path: Path) -> None:
+    path = clip(tmp_path / "far.mkv", 4, times_ms=[0, 100, 200, 10**10])
+    with pytest.raises(VideoError, match=r"far.mkv: 10 frames a second of 10000000 s are 1e\+08"):
+        read_frames(path, fps=10)
+    assert len(read_frames(path, fps=10, num_frames=5).frames) == 5
+
+
+def test_no_pattern_is_seen_in_a_name(tmp_path: Path) -> None:
+    for name, number in (("f0.png", 1), ("f1.png", 2), ("f%d.png", 3)):
+        Image.fromarray(numbered_frame(number)).save(tmp_path / name)
+    assert numbers(read_frames(tmp_path / "f%d.png", num_frames=1, short="all").frames) == [3]
+
+
 def test_any_damage_gives_frames_or_one_error(tmp_path: Path) -> None:
     whole = clip(tmp_path / "whole.mp4", 60, gop=12, container_options={"movflags": "faststart"})
     content = whole.read_bytes()
