@@ -52,6 +52,14 @@ from longvila.log import get_logger
 
 _LOG = get_logger(__name__)
 _VERSION = 1
+#: What else decides how long a document is, as a state calls it; those that wait have lengths.
+_OF_SAMPLES = {
+    "max_sample_tokens": "max_tokens",
+    "style": "style",
+    "too_long": "too_long",
+    "num_frames": "num_frames",
+    "fps": "fps",
+}
 
 
 class DataError(LongVILAError):
@@ -173,6 +181,7 @@ class PackedLoader:
             "mixture": self.mixture.fingerprint,
             "max_tokens": self.row_tokens,
             "window": self.window,
+            **{name: getattr(self.encoder, key) for name, key in _OF_SAMPLES.items()},
             **self._resume,
             "report": self.report.state_dict(),
         }
@@ -181,10 +190,13 @@ class PackedLoader:
         """Go on where a state was taken; affects iterations begun afterwards.
 
         Raises:
-            ValueError: If the state is of another mixture, budget, window or version.
+            ValueError: If the state is of another mixture, budget, window or version, or samples
+                were encoded in another way.
         """
         mine = self.state_dict()
-        for key in ("version", "mixture", "max_tokens", "window"):
+        # States of older releases do not say how samples were encoded.
+        encoded = [name for name in _OF_SAMPLES if name in state]
+        for key in ("version", "mixture", "max_tokens", "window", *encoded):
             if state.get(key) != mine[key]:
                 raise ValueError(
                     f"the saved data state has {key} {state.get(key)!r}, this run {mine[key]!r}; "

@@ -413,6 +413,12 @@ def load(
     state = {"model": tuned, "optimizer": get_optimizer_state_dict(model, optimizer)}
     _read(state, chosen.path)
     if frozen:
+        if chosen.run["frozen"] is None:
+            raise CheckpointError(
+                f"{chosen.path} was saved with nothing frozen, this run freezes {len(frozen)} "
+                f"tensors ({next(iter(frozen))}, ...); tune the same parts, or begin a new output "
+                "folder"
+            )
         beside = chosen.path.parent / _FROZEN
         name = (beside / "name").read_text() if (beside / "name").is_file() else None
         if name is None or name != chosen.run["frozen"]:

@@ -108,6 +108,15 @@ def test_states_of_other_runs_are_refused(processor: Any, media_dir: Path) -> No
         loader(processor, mixture(media_dir, seed=4)),
         loader(processor, mixture(media_dir), window=9),
         PackedLoader(mixture(media_dir), Encoder(processor, 999), Collator(processor), window=8),
+        *(
+            PackedLoader(
+                mixture(media_dir),
+                Encoder(processor, BUDGET, **changed),
+                Collator(processor),
+                window=8,
+            )
+            for changed in ({"num_frames": 2}, {"style": "plain"}, {"fps": 1.0})
+        ),
     ):
         with pytest.raises(ValueError, match="the order of samples would not be"):
             other.load_state_dict(state)

@@ -54,6 +54,15 @@ def test_a_disk_that_is_full_is_a_sentence_and_earlier_saves_stay(
     assert [each.path.name for each in find_saves(tmp_path)] == ["step-1"]
 
 
+def test_a_part_that_is_frozen_after_a_save_is_refused_with_the_reason(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    save(tmp_path, 1, model, torch.optim.AdamW(model.parameters()), run={}, data={}, keep=1)
+    model.bias.requires_grad_(False)
+    optimizer = torch.optim.AdamW([model.weight])
+    with pytest.raises(CheckpointError, match=r"nothing frozen, this run freezes 1 tensors \(bias"):
+        load(find_saves(tmp_path)[0], model, optimizer, seed=0)
+
+
 def test_weights_that_do_not_fit_the_disk_are_a_sentence_too(tmp_path: Path) -> None:
     said = pytest.raises(CheckpointError, match=r"model cannot be written \(I/O error\)")
     with said, writing(tmp_path / "model"):
