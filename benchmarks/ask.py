@@ -7,7 +7,7 @@ error is part of the row, so that a warning there would show.
 
 The answer itself is noise: weights are random, and the tokenizer is the tests' own.
 
-    python -m benchmarks.ask film.mp4 --frames 256
+    python -m benchmarks.ask film.mp4 --frames 256 [--gpus 2]
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def main() -> int:
     parser.add_argument("--frames", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the question")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -74,7 +75,7 @@ def main() -> int:
         if cluster.is_cuda:
             torch.cuda.empty_cache()
         print(f"{parameters / 1e9:.2f} B parameters in {time.perf_counter() - started:.0f} s")
-        report = Report("ask", QUESTION, hardware(cluster))
+        report = Report("ask", QUESTION, hardware(cluster) | {"count": options.gpus})
         samples, said = [], ""
         for _ in range(options.repeats):
             started = time.perf_counter()
@@ -83,6 +84,7 @@ def main() -> int:
                     sys.executable, "-W", "error", "-m", "longvila", "ask", options.video,
                     "What happens in this film?", "--model", name, "--frames", str(options.frames),
                     "--max-new-tokens", str(options.new_tokens), "--json",
+                    *(("--gpus", str(options.gpus)) if options.gpus > 1 else ()),
                 ],
                 capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
             )  # fmt: skip

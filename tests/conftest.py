@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
+import importlib.util
+import random
 import sys
 
 import pytest
+
+if importlib.util.find_spec("hypothesis") is not None:  # tests on a GPU do without
+    import hypothesis
+
+    # The same examples every time, however slow the machine: whoever changes nothing sees nothing
+    # new. `pytest --hypothesis-profile=default` searches on.
+    hypothesis.settings.register_profile(
+        "suite",
+        deadline=None,
+        derandomize=True,
+        print_blob=True,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("suite")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seed what is drawn without a seed, fixtures' included.
+
+    Else it depends on what ran before in this process, which is another thing in each run.
+    """
+    random.seed(0)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(0)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -43,9 +43,10 @@ def run(
 ) -> dict[str, object]:
     """Run a script as ``python script`` would, or the command, in a child or on ranks."""
     with tempfile.TemporaryFile() as log, socket.socket() as found:
+        # Held as long as the ranks run: they may listen on it too, and nobody else gets it.
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-        found.close()
         children = []
         for rank in range(ranks or 1):
             child = os.fork()

@@ -116,7 +116,7 @@ def run() -> Iterator[Runner]:
             time.sleep(0.05)
         yield Runner(address, environment)
         runner.ask(address, "stop")
-        assert server.wait(timeout=30) == 0
+        assert server.wait(timeout=120) == 0
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=[str(p.relative_to(ROOT)) for p in RUNNABLE])

@@ -203,7 +203,7 @@ def check_own_pixels_and_generation(rank: Rank) -> None:
 
 
 def test_own_pixels_and_generation() -> None:
-    run_ranks(check_own_pixels_and_generation, 2, timeout_s=200)
+    run_ranks(check_own_pixels_and_generation, 2, timeout_s=280)
 
 
 @pytest.mark.parametrize("world", MESHES)

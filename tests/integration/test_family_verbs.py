@@ -151,7 +151,7 @@ def serve_over_ranks(rank: Rank, folders: dict[str, Path], film: Path) -> None:
                         assert answered(url, messages) == expected, name
                 finally:
                     running.should_exit = True
-                done.result(30)
+                done.result(120)
 
 
 def answered(url: str, messages: list[Any]) -> str:
@@ -166,7 +166,7 @@ def answered(url: str, messages: list[Any]) -> str:
 
 
 def test_serve_over_ranks(folders: dict[str, Path], film: Path) -> None:
-    run_ranks(serve_over_ranks, 2, folders, film, timeout_s=150)
+    run_ranks(serve_over_ranks, 2, folders, film, timeout_s=280)
 
 
 def test_another_time_between_frames_is_another_prompt(

@@ -26,6 +26,7 @@ from typing import Any
 
 import openai
 import pytest
+from tests.waiting import wait_until
 
 from longvila.inference.cache import ShardedCache
 from longvila.inference.serving.jobs import Job
@@ -126,7 +127,7 @@ class Crowd:
     def goes_on(self) -> bool:
         """A slow machine has more time, so that each kind has had its turn."""
         late = time.monotonic() - self.until
-        return late < 0 or (late < 60 and not set(self.seen.right) >= self.KINDS)
+        return late < 0 or (late < 120 and not set(self.seen.right) >= self.KINDS)
 
     async def run(self) -> None:
         kinds = [
@@ -145,7 +146,7 @@ class Crowd:
     async def client(self, number: int, act: Any) -> None:
         chance = random.Random(number)
         async with openai.AsyncOpenAI(
-            base_url=f"{self.server.url}/v1", api_key=f"key{number}", max_retries=0, timeout=60
+            base_url=f"{self.server.url}/v1", api_key=f"key{number}", max_retries=0, timeout=120
         ) as api:
             while self.goes_on():
                 try:
@@ -263,34 +264,38 @@ def resident_mib() -> float:
 
 
 def wait_for_quiet(server: Any, tasks: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        busy = sum(server.server.scheduler.counts().values())
-        if busy == 0 and len(asyncio.all_tasks(server.loop)) <= tasks:
-            return
-        time.sleep(0.05)
-    raise AssertionError(
-        f"still under way: {server.server.scheduler.counts()}, "
-        f"{[str(t) for t in asyncio.all_tasks(server.loop)]}"
+    counts = server.server.scheduler.counts
+    wait_until(
+        lambda: not any(counts().values()) and len(asyncio.all_tasks(server.loop)) <= tasks,
+        lambda: f"{counts()}, {[str(t) for t in asyncio.all_tasks(server.loop)]}",
     )
+
+
+def left_behind(server: Any, files: int) -> dict[str, int]:
+    """Count what the server still has of requests that have ended."""
+    gc.collect()
+    inner = server.server
+    found = {
+        "requests": alive(Job),
+        "key-value caches": alive(ShardedCache) - len(inner.scheduler.prefix),
+        "media": alive(Medium) - len(inner.loader.kept),
+        "shares of clients": len(inner.scheduler._spent),
+        "bytes of bodies": inner.bodies.taken + inner.uploads.incoming.taken,
+        "open files": max(0, len(os.listdir("/proc/self/fd")) - files - 2),
+    }
+    return {name: count for name, count in found.items() if count}
 
 
 def check_clean(server: Any, tasks: int, files: int) -> None:
     wait_for_quiet(server, tasks)
-    gc.collect()
+    # Threads let go of the last request, and sockets of clients that are gone, in their own time.
+    wait_until(lambda: not left_behind(server, files), lambda: left_behind(server, files))
     inner = server.server
-    assert alive(Job) == 0
-    assert alive(ShardedCache) == len(inner.scheduler.prefix)
-    assert alive(Medium) == len(inner.loader.kept)
     assert inner.loader.kept.weight <= inner.settings.media_cache_bytes
     from longvila.inference.serving.prefix import shared_bytes
 
     kept = shared_bytes(entry.cache for entry in inner.scheduler.prefix.entries)
     assert kept <= inner.settings.kv_bytes
-    assert inner.scheduler._spent == {}, "shares of clients that are gone"
-    assert inner.bodies.taken == inner.uploads.incoming.taken == 0
-    open_files = len(os.listdir("/proc/self/fd"))
-    assert open_files <= files + 2, f"{open_files} open files, {files} before"
 
 
 @pytest.fixture
@@ -308,9 +313,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     assert not list(tmp_path.glob("longvila-*")), "temporary files were left behind"
 
 
-@pytest.mark.parametrize(
-    "seconds", [6, pytest.param(120, marks=[pytest.mark.slow, pytest.mark.timeout(400)])]
-)
+@pytest.mark.parametrize("seconds", [6, pytest.param(120, marks=[pytest.mark.slow])])
+@pytest.mark.timeout(900)
 def test_fifty_clients_at_once(server: Any, tmp_path: Path, seconds: float) -> None:
     known = scripts(server, tmp_path)
     said = [answer for script in known for answer in script.answers]
@@ -321,20 +325,24 @@ def test_fifty_clients_at_once(server: Any, tmp_path: Path, seconds: float) -> N
     asyncio.run(first.run())
     wait_for_quiet(server, tasks)
     files, memory = len(os.listdir("/proc/self/fd")), resident_mib()
-    second = Crowd(server, known, time.monotonic() + seconds * 2 / 3)
-    asyncio.run(second.run())
-    check_clean(server, tasks, files)
-    grown = resident_mib() - memory
-    print(json.dumps({"grown_mib": round(grown, 1), **second.seen.right}))
-    for seen in (first.seen, second.seen):
+    rounds, grown = [first.seen], []
+    # A leak grows by every round; pools that a slow first round did not fill grow once.
+    while not grown or (grown[-1] >= 20 and len(grown) < 4):
+        crowd = Crowd(server, known, time.monotonic() + seconds * 2 / 3)
+        asyncio.run(crowd.run())
+        check_clean(server, tasks, files)
+        rounds.append(crowd.seen)
+        now = resident_mib()
+        grown.append(now - memory)
+        memory = now
+    print(json.dumps({"grown_mib": [round(each, 1) for each in grown], **rounds[-1].right}))
+    for seen in rounds:
         assert not seen.wrong, f"{len(seen.wrong)} wrong, the first: {seen.wrong[:3]}"
         assert set(seen.right) >= Crowd.KINDS, f"no {Crowd.KINDS - set(seen.right)}"
-    assert grown < 20, f"{grown:.1f} MiB more than after the first round"
+    assert grown[-1] < 20, f"every round takes more memory, in MiB: {grown}"
     metrics = server.server.metrics
     answered = metrics.value("requests_total", outcome="answered")
-    waited_for = sum(
-        s.right[k] for s in (first.seen, second.seen) for k in ("talk", "stream", "dawdle")
-    )
+    waited_for = sum(seen.right[kind] for seen in rounds for kind in ("talk", "stream", "dawdle"))
     assert answered >= waited_for
     assert metrics.value("requests_total", outcome="failed") == 0
     assert metrics.value("requests_total", outcome="cancelled") > 0

@@ -258,7 +258,7 @@ def check_cells(rank: Rank, chosen: list[Cell]) -> None:
 
 @pytest.mark.parametrize("world", MESHES)
 def test_tokens_equal_one_process(world: int) -> None:
-    run_ranks(check_cells, world, covering(world), timeout_s=200)
+    run_ranks(check_cells, world, covering(world), timeout_s=280)
 
 
 @pytest.mark.slow

@@ -187,7 +187,7 @@ def check_sources(engine: Engine, inputs: dict[str, Any], expected: list[list[in
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_tokens_equal_one_process(world: int) -> None:
-    run_ranks(check, world, list(CELLS), timeout_s=200)
+    run_ranks(check, world, list(CELLS), timeout_s=280)
 
 
 # ---- sessions --------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.waiting import wait_until
 
 sys.path.insert(0, str(Path(__file__).parent))
 from stage_files import SMALL, write_files
@@ -27,7 +28,8 @@ from longvila.cli.train import main
 from longvila.testing import Rank
 from longvila.testing.ranks import run_ranks
 
-STEPS = 10
+#: So many that a run is still under way when it is ended some time after its sixth.
+STEPS = 20
 #: What a step saw and gave; times differ.
 SAME = ("loss", "gradient_norm", "rate", "progress", "documents", "tokens", "targets", "frames")
 
@@ -53,18 +55,19 @@ class Run:
 
     def until(self, step: int) -> list[psutil.Process]:
         """Wait until a step is done and a little longer; return the ranks, in order."""
-        for _ in range(1800):
+
+        def is_done() -> bool:
             if self.process.poll() is not None:
                 raise AssertionError(f"ended before step {step}:\n{self.said()}")
-            if max((line["step"] for line in read_lines(self.output)), default=0) >= step:
-                break
-            time.sleep(0.1)
+            return max((line["step"] for line in read_lines(self.output)), default=0) >= step
+
+        wait_until(is_done, lambda: f"step {step}:\n{self.said()}", seconds=250)
         ranks = psutil.Process(self.process.pid).children()
         time.sleep(random.uniform(0, 0.4))
         return sorted(ranks, key=lambda each: int(each.environ()["RANK"]))
 
     def end(self) -> int:
-        return self.process.wait(timeout=200)
+        return self.process.wait(timeout=280)
 
     def said(self) -> str:
         return self.log.read_text()
@@ -102,7 +105,7 @@ def rank_of_a_run(rank: Rank, given: list[str]) -> int:
 @pytest.fixture(scope="module")
 def undisturbed(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    assert run_ranks(rank_of_a_run, 2, arguments(files, output), timeout_s=200) == [0, 0]
+    assert run_ranks(rank_of_a_run, 2, arguments(files, output), timeout_s=280) == [0, 0]
     return output
 
 
@@ -118,7 +121,7 @@ def kill_all(run: Run, step: int) -> None:
     assert len(ranks) == 2
     run.process.kill()
     assert run.end() == -signal.SIGKILL
-    gone, alive = psutil.wait_procs(ranks, timeout=60)
+    gone, alive = psutil.wait_procs(ranks, timeout=120)
     assert len(gone) == 2 and not alive
     assert not (run.output / "config.json").exists()
 

@@ -43,8 +43,8 @@ class Rows(Collator):
 
 def train(rank: Rank | None, folder: str, kind: str, clips: list[str]) -> list[float]:
     """Losses of an SFTTrainer over the ranks of the test."""
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["HF_HUB_OFFLINE"] = "1"
     if rank is not None:
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["HF_HUB_OFFLINE"] = "1"
         values = {"RANK": rank.rank, "LOCAL_RANK": rank.rank, "WORLD_SIZE": rank.world_size}
         os.environ.update({name: str(value) for name, value in values.items()})
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
@@ -97,6 +97,12 @@ def train(rank: Rank | None, folder: str, kind: str, clips: list[str]) -> list[f
         trainer = MeshSFTTrainer(tiny_model(seed=3), Arguments(folder, **settings), **options)
     trainer.train()
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "1")
 
 
 @pytest.mark.parametrize("kind", ["text", "video"])

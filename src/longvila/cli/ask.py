@@ -237,8 +237,11 @@ def find_index(sources: list[str]) -> Path | None:
     Raises:
         LongVILAError: If it does not, or there are several.
     """
-    from longvila.inference.store import is_stored
+    from longvila.inference.store import begins_stored, is_stored, read_index
 
+    for source in sources:
+        if begins_stored(Path(source).expanduser()):
+            read_index(Path(source).expanduser())  # says that it was not written to the end
     found = [source for source in sources if is_stored(Path(source).expanduser())]
     if len(found) > 1 or (found and found[0] != sources[0]):
         raise LongVILAError(

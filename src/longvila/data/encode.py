@@ -5,7 +5,8 @@
 2. The processor's template and layout make the text, its tokeniser the ids, and its own label
    building the labels: every token of what the assistant says is a target, newlines inside an
    answer included. In the ``plain`` style of the first stage, a caption follows its media without a
-   template, and the caption and one newline are the targets.
+   template, and the caption and one newline are the targets; captions and documents of sets that
+   are plain by themselves end with the end of text instead.
 3. A document that is longer than the budget meets the length policy:
 
    ``truncate_frames``  fewer frames, spread evenly again over the same stretch of video; dropped
@@ -43,6 +44,7 @@ from longvila.media.video import choose_indices, open_video
 from longvila.model.conversation import build_labels, move_spans
 from longvila.model.pieces import CUT, tokenize_pieces
 from longvila.model.processing_longvila import LongVILAProcessor
+from longvila.model.vila.tokens import begin_text
 
 IGNORE_INDEX = -100
 #: Fast tokenisers and the tracker of answers refuse to be used by two threads at once; looking at
@@ -234,12 +236,12 @@ class Encoder:
         return _Video(media, metadata, indices)
 
     def _tiles(self, sample: Sample) -> list[Any]:
-        """Tiles of each image and whether it may be tiled: only one that is alone is."""
+        """Tiles of each image and whether it may be tiled: only one without other images is."""
         images = [media for media in sample.media if media.kind == "image"]
         if not images:
             return []
         processor = self._need_processor
-        if processor.image_processor.image_aspect_ratio != "dynamic" or len(sample.media) > 1:
+        if processor.image_processor.image_aspect_ratio != "dynamic" or len(images) > 1:
             return [(1, False)] * len(images)
         picture = load_image(images[0].source)
         return [(len(processor.image_processor.tiles(picture, dynamic=True)), True)]
@@ -342,9 +344,11 @@ class Encoder:
         """Media, and what the assistant says; questions, system and template are left out.
 
         Source: upstream's conversation version ``plain`` of the alignment stage: an image and its
-        caption with a newline. Documents with media between sentences follow the same rule.
+        caption with a newline. Its readers of COYO and MMC4, which are plain in every stage, end
+        with the tokenizer's end token.
         """
         processor = self._need_processor
+        end = processor.tokenizer.eos_token if sample.style == "plain" else None
         tokens = {"image": processor.image_token, "video": processor.video_token}
         prompt = ""
         spans: list[tuple[int, int]] = []
@@ -361,9 +365,12 @@ class Encoder:
                     spans.append((len(prompt), len(prompt) + len(part)))
                     prompt += part
             if spoken:
-                spans.append((len(prompt), len(prompt) + 1))
-                prompt += "\n"
-        return prompt, spans
+                spans.append((len(prompt), len(prompt) + len(end or "\n")))
+                prompt += end or "\n"
+        with _ONE_AT_A_TIME:
+            begin = begin_text(processor.tokenizer, prompt)
+        moved = len(begin)
+        return begin + prompt, [(start + moved, stop + moved) for start, stop in spans]
 
     # ---- length
 

@@ -52,6 +52,14 @@ from longvila.log import get_logger
 
 _LOG = get_logger(__name__)
 _VERSION = 1
+#: What else decides how long a document is, as a state calls it; those that wait have lengths.
+_OF_SAMPLES = {
+    "max_sample_tokens": "max_tokens",
+    "style": "style",
+    "too_long": "too_long",
+    "num_frames": "num_frames",
+    "fps": "fps",
+}
 
 
 class DataError(LongVILAError):
@@ -173,6 +181,7 @@ class PackedLoader:
             "mixture": self.mixture.fingerprint,
             "max_tokens": self.row_tokens,
             "window": self.window,
+            **{name: getattr(self.encoder, key) for name, key in _OF_SAMPLES.items()},
             **self._resume,
             "report": self.report.state_dict(),
         }
@@ -181,10 +190,13 @@ class PackedLoader:
         """Go on where a state was taken; affects iterations begun afterwards.
 
         Raises:
-            ValueError: If the state is of another mixture, budget, window or version.
+            ValueError: If the state is of another mixture, budget, window or version, or samples
+                were encoded in another way.
         """
         mine = self.state_dict()
-        for key in ("version", "mixture", "max_tokens", "window"):
+        # States of older releases do not say how samples were encoded.
+        encoded = [name for name in _OF_SAMPLES if name in state]
+        for key in ("version", "mixture", "max_tokens", "window", *encoded):
             if state.get(key) != mine[key]:
                 raise ValueError(
                     f"the saved data state has {key} {state.get(key)!r}, this run {mine[key]!r}; "
@@ -229,10 +241,12 @@ class _Walk:
         self.rows: int = resume["rows"]
         self.lengths: dict[int, int] = dict(resume["waiting"])
         self.limit: int | None = None
+        self.size = 0
         if loader.epochs is not None:
             oldest = min([self.next_position, *self.lengths])
-            size = len(loader.mixture)
-            self.limit = (oldest // size + loader.epochs) * size
+            epoch = len(loader.mixture)
+            self.size = loader.epochs * epoch
+            self.limit = oldest // epoch * epoch + self.size
         self.events: list[Event] = []
         self.workers: Workers | None = None
         if loader.workers:
@@ -279,13 +293,20 @@ class _Walk:
     def _next_set(self) -> _Set | None:
         """Pack a row for every dp rank and begin to build this rank's."""
         packed: list[list[int]] = []
+        limit = self.limit
+        self._fill(limit)
+        if limit is not None and min(self.lengths, default=self.next_position) >= limit:
+            return None
         for _ in range(self.agreement.dp_size):
-            self._fill(self.limit)
-            if not len(self.packer):
-                if not packed:
-                    return None
-                self._fill(None)
+            self._fill(limit)
+            while limit is not None and not len(self.packer):
+                # As the next iteration would begin, so that rows are the same on any mesh.
+                limit += self.size
+                self._fill(limit)
             packed.append(self.packer.pop())
+        if not len(self.packer):
+            # What is left out at the end of an epoch belongs to its last row: none comes after it.
+            self._fill(limit)
         self.rows += len(packed)
         row = [_Entry(p, self.lengths[p]) for p in packed[self.agreement.dp_rank]]
         for positions in packed:

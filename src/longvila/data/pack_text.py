@@ -134,6 +134,8 @@ class TextFiles:
         self.paths, self.documents = paths, documents
         self._spans: list[tuple[int, int, int]] = []
         for number, path in enumerate(paths):
+            if not path.is_file():
+                raise ValueError(f"{path}: not a regular file")
             if documents == "file":
                 self._spans.append((number, 0, path.stat().st_size))
                 continue

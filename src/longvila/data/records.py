@@ -37,6 +37,9 @@ import numpy as np
 
 from longvila.errors import LongVILAError
 
+#: Half of a character in JSON; two that belong together are one character.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
 
 class RecordError(LongVILAError, ValueError):
     """One record cannot be read, whatever the others are; the message names file and record."""
@@ -129,6 +132,8 @@ def _by_number(name: str) -> tuple[Any, ...]:
 def _open_path(path: Path, under: str | None) -> Records:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    if not (path.is_dir() or path.is_file()):
+        raise ValueError(f"{path}: not a regular file")
     if path.is_dir():
         if (path / "dataset_dict.json").exists():
             splits = sorted(json.loads((path / "dataset_dict.json").read_text())["splits"])
@@ -180,7 +185,7 @@ def _open_json(path: Path, under: str | None) -> Records:
         first = b""
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:
         raise ValueError(f"{path}: is no JSON, nor one object a line: {fault}") from fault
     if under is not None:
         if under not in content:
@@ -221,12 +226,20 @@ class _Offsets:
         text = os.pread(self._file, end - start, start)
         try:
             record = json.loads(text)
-        except ValueError as fault:
+        except (ValueError, RecursionError) as fault:
             raise RecordError(f"{self.path}, record {index} at byte {start}: {fault}") from fault
         if not isinstance(record, dict):
             raise RecordError(
                 f"{self.path}, record {index}: expected an object, got {type(record).__name__}"
             )
+        if _SURROGATE.search(text):
+            try:
+                json.dumps(record, ensure_ascii=False).encode()
+            except UnicodeEncodeError as fault:
+                raise RecordError(
+                    f"{self.path}, record {index} at byte {start}: a text holds half a character "
+                    f"(\\ud800 to \\udfff without its other half): {fault}"
+                ) from fault
         return record
 
     def __getstate__(self) -> dict[str, Any]:
@@ -331,7 +344,13 @@ class ParquetRecords:
             group = self._groups.get(number)
             if group is None:
                 with self._open() as file:
-                    group = self._groups[number] = file.read_row_group(number)
+                    try:
+                        group = self._groups[number] = file.read_row_group(number)
+                    except (OSError, ValueError) as fault:
+                        raise ValueError(
+                            f"{self.path}, rows from {int(self._ends[number])}: {fault}; is the "
+                            "file damaged?"
+                        ) from fault
                 while len(self._groups) > _KEPT_GROUPS:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(number)
@@ -352,8 +371,10 @@ class TarRecords:
     """WebDataset shards: files of a tar that share a stem are one record.
 
     A record has ``__key__``, ``__shard__``, and the bytes of each file under its suffix with the
-    dot (``.jpg``); ``.json`` is parsed and ``.txt`` decoded. With a wids index beside the shards
-    (``wids-meta.json``), its list of shards is taken and its counts are checked.
+    dot (``.jpg``); ``.json`` is parsed and ``.txt`` decoded; files without a suffix are left out.
+    With a wids index beside the shards (``wids-meta.json``), its list of shards is taken and its
+    counts are checked: they are of records or, as the original counts, of names without their last
+    suffix, folders included.
 
     Args:
         path: A tar, or a folder of tars.
@@ -364,13 +385,13 @@ class TarRecords:
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        promised: dict[str, int] = {}
+        promised: dict[Path, int] = {}
         if path.is_dir():
             index = path / "wids-meta.json"
             if index.exists():
                 for shard in json.loads(index.read_text())["shardlist"]:
-                    promised[shard["url"]] = int(shard["nsamples"])
-                shards = [path / url for url in promised]
+                    promised[path / shard["url"]] = int(shard["nsamples"])
+                shards = list(promised)
             else:
                 shards = sorted(path.glob("*.tar"), key=lambda f: _by_number(f.name))
         else:
@@ -381,15 +402,15 @@ class TarRecords:
         self._records: list[tuple[int, str, dict[str, tuple[int, int]]]] = []
         for number, shard in enumerate(shards):
             before = len(self._records)
-            self._scan(number, shard)
+            names = self._scan(number, shard)
             found = len(self._records) - before
-            if promised and found != promised[str(shard.relative_to(path))]:
+            if shard in promised and promised[shard] not in (found, names):
                 raise ValueError(
-                    f"{shard}: {found} records, but wids-meta.json promises "
-                    f"{promised[str(shard.relative_to(path))]}; the download is not complete"
+                    f"{shard}: {found} records, but wids-meta.json promises {promised[shard]}; the "
+                    "download is not complete"
                 )
 
-    def _scan(self, number: int, shard: Path) -> None:
+    def _scan(self, number: int, shard: Path) -> int:
         found: dict[str, dict[str, tuple[int, int]]] = {}
         try:
             # Only headers are read: bodies are skipped by seeking.
@@ -404,12 +425,15 @@ class TarRecords:
                 continue
             folder, _, name = member.name.rpartition("/")
             stem, dot, suffix = name.partition(".")
+            if not dot:
+                continue
             key = f"{folder}/{stem}" if folder else stem
             files = found.setdefault(key, {})
             if dot + suffix in files:
                 raise ValueError(f"{shard}: {member.name} is there twice")
             files[dot + suffix] = (member.offset_data, member.size)
         self._records += [(number, key, files) for key, files in found.items()]
+        return len({os.path.splitext(member.name)[0] for member in members})
 
     def __len__(self) -> int:
         """Return the number of records in all shards."""

@@ -180,9 +180,9 @@ class Answerer:
             text = self.processor.video_text(
                 1, separator=self.frame_separator, times_s=[time_s] if self.timestamps else None
             )
-            before = self.encode(text.partition(self.processor.video_token)[0])
+            before = self._behind(text.partition(self.processor.video_token)[0])
             placeholders = [self.processor.video_token_id] * self.processor.tokens_per_frame
-            self._frames[key] = [*before, *placeholders, *self.encode(self.frame_separator)]
+            self._frames[key] = [*before, *placeholders, *self._behind(self.frame_separator)]
         return self._frames[key]
 
     def encode(self, text: str) -> list[int]:
@@ -344,7 +344,12 @@ class Answerer:
     def _tail(self, watched: Watched, question: str) -> Tensor:
         """Ids ``(1, T)`` of what follows the media: the question, and the turn that answers it."""
         before, after = self._around(question, watched.kinds)
-        return torch.tensor([self.encode(watched.rest + after if watched.kinds else before)])
+        ids = self._behind(watched.rest + after) if watched.kinds else self.encode(before)
+        return torch.tensor([ids])
+
+    def _behind(self, text: str) -> list[int]:
+        """Token ids of a text behind a medium, where no tokenizer puts a space of its own."""
+        return self.encode(self.processor.image_token + text)[1:]
 
     def _around(self, question: str, kinds: Sequence[str]) -> tuple[str, str]:
         """The prompt up to and with its last placeholder, and what follows."""
@@ -368,8 +373,10 @@ class Answerer:
         begun: str = self.processor.apply_chat_template(
             turns[:1], add_generation_prompt=True, **options
         )
-        after = self.encode(whole.removeprefix(begun + "A"))
-        if not whole.startswith(begun + "A") or not after:
+        # The invitation to answer may lack the space that stands before an answer.
+        said = whole.removeprefix(begun).lstrip(" ")
+        after = self.encode(said[1:])
+        if not whole.startswith(begun) or said[:1] != "A" or not after:
             raise ValueError(
                 "the chat template does not write an answer behind its generation prompt with an "
                 f"end after it: {whole!r}"

@@ -35,7 +35,7 @@ from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -55,6 +55,8 @@ _DTYPES = {
 _SAMPLED_WEIGHTS = 8
 _DIGEST_BYTES = 1 << 20
 _WRITE_TOKENS = 65536
+#: What an index holds beside its format.
+_ENTRIES = ("tokens", "layers", "bytes", "intervals", "text_runs", "key", "extra")
 #: Entries of a configuration that change nothing about what a model computes.
 _VOLATILE = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures"}
 
@@ -153,6 +155,12 @@ def _short(value: Any) -> str:
 
 
 # ---- files -----------------------------------------------------------------------------------
+
+
+def _check(index: Mapping[str, Any]) -> str:
+    """A digest of an index without it, as JSON gives it back."""
+    plain = {**json.loads(json.dumps(index)), "check": None}
+    return _digest(json.dumps(plain, sort_keys=True).encode())
 
 
 def _shard_name(rank: int, ranks: int) -> str:
@@ -263,6 +271,7 @@ def save_cache(
             "key": key,
             "extra": extra or {},
         }
+        index["check"] = _check(index)
         part = folder / f"{INDEX}.part"
         part.write_text(json.dumps(index, indent=1), encoding="utf-8")
         os.replace(part, folder / INDEX)
@@ -283,6 +292,14 @@ def is_stored(path: str | Path) -> bool:
         return False
 
 
+def begins_stored(path: str | Path) -> bool:
+    """Whether a path is a folder whose stored prompt was not written to the end."""
+    try:
+        return Path(path).is_dir() and not is_stored(path) and any(Path(path).glob("cache-*-of-*"))
+    except OSError:
+        return False
+
+
 def read_index(path: str | Path) -> dict[str, Any]:
     """Return what a stored prompt says of itself: ``tokens``, ``key``, ``extra`` and more.
 
@@ -294,8 +311,7 @@ def read_index(path: str | Path) -> dict[str, Any]:
     """
     folder = Path(path)
     if not is_stored(folder):
-        unfinished = any(folder.glob("cache-*")) if folder.is_dir() else False
-        why = "was not written to the end" if unfinished else f"has no {INDEX}"
+        why = "was not written to the end" if begins_stored(folder) else f"has no {INDEX}"
         raise StoreError(f"{folder} is no stored prompt: it {why}")
     try:
         index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -307,6 +323,11 @@ def read_index(path: str | Path) -> dict[str, Any]:
             f"{folder} has format {index.get('format')!r}, this version reads {_FORMAT}; make it "
             "again"
         )
+    # Those of older versions have none.
+    if index.get("check", ...) not in (..., _check(index)) or any(
+        name not in index for name in _ENTRIES
+    ):
+        raise StoreError(f"{folder / INDEX} is damaged or was changed; make it again")
     ranks = len(index["bytes"])
     for rank, size in enumerate(index["bytes"]):
         file = folder / _shard_name(rank, ranks)
@@ -347,6 +368,19 @@ def load_cache(
     index = read_index(folder)
     if unlike := list(differences(index["key"], key)):
         raise StoreError(f"{folder} was made of something else: " + "; ".join(unlike))
+    try:
+        return _read_cache(folder, index, mesh, device, pager)
+    except (SafetensorError, KeyError, TypeError, IndexError) as fault:
+        raise StoreError(f"{folder} is damaged ({fault}); make it again") from fault
+
+
+def _read_cache(
+    folder: Path,
+    index: dict[str, Any],
+    mesh: SPMesh | None,
+    device: torch.device | str,
+    pager: Pager | None,
+) -> ShardedCache:
     cache = ShardedCache(index["layers"], mesh=mesh, pager=pager)
     tokens, ranks = index["tokens"], len(index["bytes"])
     low, high = split_evenly(tokens, cache.num_ranks, cache.rank)

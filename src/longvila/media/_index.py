@@ -215,7 +215,7 @@ def build_index(
         The index, without the orientation. The caller opens the file anew.
 
     Raises:
-        VideoError: If there is no packet at all.
+        VideoError: If there is no packet at all, or the packets are encrypted.
     """
     pts: list[int | None] = []
     keyframe: list[bool] = []
@@ -223,10 +223,13 @@ def build_index(
     broken: list[bool] = []
     duration = 0
     last_pts: int | None = None
+    tells = hasattr(av.Packet, "has_sidedata")  # not in PyAV 15
     try:
         for packet in container.demux(stream):
             if packet.size == 0:
                 continue
+            if tells and packet.is_keyframe and packet.has_sidedata("encryption_info"):
+                raise VideoError(f"{name}: is encrypted; decrypt it, and give that file")
             pts.append(packet.pts)
             keyframe.append(packet.is_keyframe)
             shown.append(not packet.is_discard)

@@ -60,8 +60,34 @@ _MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}
 _MOST_THREADS = 4
 #: Packets decoded to find out whether timestamps that look made up are right.
 _SUSPECT_PACKETS = 250
-#: A playlist or manifest must not make a local file fetch things.
-_OPTIONS = {"protocol_whitelist": "file,crypto,data,subfile"}
+#: Formats that are lists of places to read from, or that read files beside the one named.
+_REFERRING = frozenset(
+    ("concat", "dash", "hls", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp", "vobsub")
+)
+#: How the texts among them begin, to say what they are.
+_PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"v=0")
+#: A file must not make the decoder open another.
+_OPTIONS = {
+    "protocol_whitelist": "file,crypto,data,subfile",
+    "pattern_type": "none",  # of pictures: a "%d" in a name is no number
+    "format_whitelist": ",".join(
+        sorted(name for name in av.formats_available if _REFERRING.isdisjoint(name.split(",")))
+    ),
+}
+
+
+def open_container(file: str | io.BytesIO) -> Any:
+    """Open a file or its bytes, and nothing that it names.
+
+    Args:
+        file: A path, or the bytes.
+
+    Raises:
+        av.FFmpegError: Or OSError: It cannot be opened, or is a list of other files.
+    """
+    # As container_options: PyAV 15 crashes when options meet streams that show up late. Titles
+    # and the like are not looked at, and need not be UTF-8.
+    return av.open(file, container_options=_OPTIONS, metadata_errors="replace")
 
 
 class PyAVReader(VideoReader):
@@ -116,9 +142,13 @@ class PyAVReader(VideoReader):
         path, data = self._source.path, self._source.data
         file = str(path.resolve()) if path is not None else io.BytesIO(data or b"")
         try:
-            # As container_options: PyAV 15 crashes when options meet streams that show up late.
-            self._container = av.open(file, container_options=_OPTIONS)
+            self._container = open_container(file)
         except (av.FFmpegError, OSError) as fault:
+            if self._head().startswith(_PLAYLISTS):
+                raise VideoError(
+                    f"{name}: is a list of other files, which are not opened for it; name them "
+                    "themselves"
+                ) from fault
             raise VideoError(
                 f"{name}: cannot be opened as a video ({fault.strerror}); is it a video, and was "
                 "its recording or copying finished?"
@@ -140,6 +170,12 @@ class PyAVReader(VideoReader):
         context.thread_count = self._threads
         context.thread_type = "FRAME" if self._threads > 1 else "NONE"
         self._fresh = True
+
+    def _head(self) -> bytes:
+        if self._source.path is None:
+            return (self._source.data or b"")[:16]
+        with self._source.path.open("rb") as file:
+            return file.read(16)
 
     def _find_index(self) -> VideoIndex:
         path = None if self._source.temporary else self._source.path
@@ -189,15 +225,26 @@ class PyAVReader(VideoReader):
         log.info("%s: no usable timestamps; counting its frames by decoding", self._source.name)
         self._threads = 1  # Both readings must lose the same frames beside a damaged one.
         self._open()
-        rate = float(self._stream.average_rate or self._stream.guessed_rate or 25)
-        ticks = [frame.pts for frame in self._decode_all()]
+        rate = float(self._stream.guessed_rate or self._stream.average_rate or 25)
+        ticks: list[int | None] = []
+        stored: list[int | None] = []
+        self._fresh = False
+        for packet in itertools.chain(self._demux(), (None,)):
+            ticks += [frame.pts for frame in self._decode(packet)]
+            if packet is not None:
+                stored.append(packet.dts)
         if not ticks:
             raise VideoError(f"{self._source.name}: no frame can be decoded")
         known = [tick for tick in ticks if tick is not None]
-        if len(known) < len(ticks) or sorted(known) != known:
-            tick_s, pts = 1 / rate, np.arange(len(ticks), dtype=np.int64)
+        turns = [tick for tick in stored if tick is not None]
+        tick_s = index.tick_s
+        if len(known) == len(ticks) and sorted(known) == known and known[0] < known[-1]:
+            pts = np.asarray(known, dtype=np.int64)
+        elif len(turns) == len(stored) == len(ticks) and sorted(set(turns)) == turns:
+            # Frames are shown as regularly as they are decoded (AVI knows no other time).
+            pts = np.asarray(turns, dtype=np.int64)
         else:
-            tick_s, pts = index.tick_s, np.asarray(known, dtype=np.int64)
+            tick_s, pts = 1 / rate, np.arange(len(ticks), dtype=np.int64)
         return dataclasses.replace(
             index,
             seekable=False,
@@ -214,6 +261,10 @@ class PyAVReader(VideoReader):
         guess = float(self._stream.average_rate or self._stream.guessed_rate or 0)
         fps = (count - 1) / span_s if span_s > 0 else guess or 1.0
         promised = index.header_frames
+        if self._container.format.name == "avi":
+            # Empty packets, by which frames stay on, count; lacking are those of a file cut off.
+            ends = float((self._stream.duration or 0) * (self._stream.time_base or 0))
+            promised = promised if span_s + 2 / fps < ends else None
         if promised is not None and promised > len(index.packet_pts):
             log.warning(
                 "%s: the header promises %d frames, the file holds %d; it may be cut off",

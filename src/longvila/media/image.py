@@ -79,14 +79,18 @@ def load_image(source: Any, *, limits: Limits | None = None) -> Image.Image:
     try:
         if resolved.pictures is not None:
             raise ImageError(f"{resolved.name}: expected one picture, got a folder or a list")
-        data = resolved.data if resolved.path is None else resolved.path.read_bytes()
         try:
-            picture = Image.open(io.BytesIO(data or b""))
+            picture = Image.open(resolved.path or io.BytesIO(resolved.data or b""))
         except UnidentifiedImageError as fault:
             raise ImageError(f"{resolved.name}: is no picture that PIL can read") from fault
         except _FAULTS as fault:
             raise ImageError(f"{resolved.name}: cannot be read as a picture: {fault}") from fault
         with picture:
+            if picture.format == "EPS":
+                raise ImageError(
+                    f"{resolved.name}: is PostScript, a program that would have to be run; save "
+                    "what it draws as PNG"
+                )
             return _to_rgb(picture, resolved.name)
     finally:
         resolved.close()

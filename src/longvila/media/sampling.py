@@ -20,6 +20,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from longvila.errors import VideoError
+
 Indices = NDArray[np.int64]
 ShortPolicy = Literal["repeat", "all"]
 Rounding = Literal["even", "down"]
@@ -27,6 +29,8 @@ Overflow = Literal["spread", "first"]
 
 #: Slack, in seconds, between an instant and a timestamp that were computed apart.
 _SLACK_S = 1e-6
+#: More frames than any sample has.
+_MOST = 1 << 24
 
 
 def uniform_indices(
@@ -91,6 +95,7 @@ def fps_indices(
 
     Raises:
         ValueError: If the timestamps are empty or not ascending, or a number is not positive.
+        VideoError: If there would be millions of frames.
 
     Source:
         ``"first"`` is what NVlabs/VILA ``llava/utils/media.py`` does when ``fps`` is set.
@@ -102,11 +107,17 @@ def fps_indices(
     if max_frames is not None:
         _check_positive("max_frames", max_frames)
     last = float(times[-1] - times[0])
+    if duration_s is not None and not (np.isfinite(duration_s) and duration_s >= 0):
+        raise ValueError(f"duration_s must not be negative, got {duration_s!r}")
+    seconds = last if duration_s is None else float(duration_s)
+    if max_frames is None and seconds * fps > _MOST:
+        raise VideoError(
+            f"{fps:g} frames a second of {seconds:.0f} s are {seconds * fps:.3g} frames; take "
+            "fewer a second, or limit their number (is a timestamp of the video damaged?)"
+        )
     if duration_s is None:
         count = int(np.floor((last + _SLACK_S) * fps)) + 1
     else:
-        if not (np.isfinite(duration_s) and duration_s >= 0):
-            raise ValueError(f"duration_s must not be negative, got {duration_s!r}")
         count = max(int(np.ceil((duration_s - _SLACK_S) * fps)), 1)
     if max_frames is not None and count > max_frames:
         if overflow == "spread":

@@ -236,8 +236,14 @@ def _download(address: str, limits: Limits, error: type[LongVILAError]) -> Sourc
             fault.close()
         if isinstance(fault, LongVILAError):
             raise
+        if time.monotonic() > deadline:
+            raise error(_too_late(address, limits)) from fault
         raise error(f"{_short(address)}: cannot be fetched: {fault}") from fault
     return Source(address, path=path, temporary=True)
+
+
+def _too_late(address: str, limits: Limits) -> str:
+    return f"{_short(address)}: not fetched within {limits.timeout_s:g} s"
 
 
 def _copy(
@@ -255,7 +261,7 @@ def _copy(
         if size > limits.max_bytes:
             raise error(f"{_short(address)}: more than the {limits.max_bytes} bytes allowed")
         if time.monotonic() > deadline:
-            raise error(f"{_short(address)}: not fetched within {limits.timeout_s:g} s")
+            raise error(_too_late(address, limits))
         out.write(chunk)
     return size
 

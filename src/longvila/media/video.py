@@ -133,13 +133,16 @@ def choose_indices(
     if timestamps_s is not None:
         return timestamp_indices(metadata.timestamps_s, timestamps_s)
     if fps is not None:
-        return fps_indices(
-            metadata.timestamps_s,
-            fps,
-            duration_s=metadata.duration_s,
-            max_frames=num_frames,
-            overflow=overflow,
-        )
+        try:
+            return fps_indices(
+                metadata.timestamps_s,
+                fps,
+                duration_s=metadata.duration_s,
+                max_frames=num_frames,
+                overflow=overflow,
+            )
+        except VideoError as fault:
+            raise VideoError(f"{metadata.name}: {fault}") from fault
     assert num_frames is not None
     return uniform_indices(metadata.num_frames, num_frames, short=short)
 

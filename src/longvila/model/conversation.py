@@ -1,8 +1,9 @@
 """Conversations: media items in one form, and labels from marked character ranges.
 
 The chat template marks what the assistant says. The marks are character ranges of the prompt; they
-are carried through the expansion of placeholders, and a token is a target if it starts inside one.
-No text is searched for, so an answer may contain whatever the template contains.
+are carried through the expansion of placeholders, and a token is a target if it starts inside one
+or reaches into it: many tokenizers write a word and the space before it as one token. No text is
+searched for, so an answer may contain whatever the template contains.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def build_labels(
     offset_mapping: Tensor,
     spans: Sequence[Sequence[tuple[int, int]]],
 ) -> Tensor:
-    """Mark the tokens that start inside given spans of the text as targets.
+    """Mark the tokens that start inside given spans of the text, or reach into one, as targets.
 
     Args:
         input_ids: Token ids, shape (B, S).
@@ -32,11 +33,11 @@ def build_labels(
     Returns:
         Labels, shape (B, S), -100 where a token is no target.
     """
-    starts = torch.as_tensor(offset_mapping)[..., 0]
+    starts, ends = torch.as_tensor(offset_mapping).unbind(-1)
     target = torch.zeros_like(starts, dtype=torch.bool)
     for row, ranges in enumerate(spans):
         for start, end in ranges:
-            target[row] |= (starts[row] >= start) & (starts[row] < end)
+            target[row] |= ((starts[row] >= start) | (ends[row] > start)) & (starts[row] < end)
     target &= torch.as_tensor(attention_mask).bool()
     return torch.as_tensor(input_ids).masked_fill(~target, -100)
 

@@ -208,7 +208,7 @@ def convert_to_vila(
                 write_shards(folder / part, plan.entries[part], max_shard_bytes)
         settings = _write_configs(folder, plan.config, origin, plan.dtype)
         _write_json(folder / "config.json", settings)
-        _write_preprocessor(folder / "vision_tower", plan.config, origin)
+        _write_preprocessor(folder / "vision_tower", plan.source, plan.config, origin)
         write_tokenizer(plan.source, folder / "llm", origin / "llm" if origin else None)
         _restore(origin, "llm", "generation_config.json", folder)
         _copy_matching(plan.source, folder, ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"))
@@ -284,7 +284,9 @@ def _write_configs(
     return settings
 
 
-def _write_preprocessor(folder: Path, config: LongVILAConfig, origin: Path | None) -> None:
+def _write_preprocessor(
+    folder: Path, source: Path, config: LongVILAConfig, origin: Path | None
+) -> None:
     if origin and (origin / "vision_tower" / "preprocessor_config.json").is_file():
         shutil.copyfile(
             origin / "vision_tower" / "preprocessor_config.json",
@@ -292,17 +294,27 @@ def _write_preprocessor(folder: Path, config: LongVILAConfig, origin: Path | Non
         )
         return
     height, width = config.image_size
+    file = source / "processor_config.json"
+    ours = read_json(file).get("image_processor", {}) if file.is_file() else {}
     content = {
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
+        "image_mean": ours.get("image_mean", [0.5, 0.5, 0.5]),
+        "image_std": ours.get("image_std", [0.5, 0.5, 0.5]),
         "image_processor_type": "SiglipImageProcessor",
         "resample": 3,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": ours.get("rescale_factor", 1 / 255),
         "size": {"height": height, "width": width},
     }
+    if config.vision_config.model_type == "clip_vision_model":
+        # The original asks a tower of this kind for the size of its crop.
+        content |= {
+            "crop_size": content["size"],
+            "do_center_crop": True,
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": min(height, width)},
+        }
     _write_json(folder / "preprocessor_config.json", content)
 
 

@@ -540,7 +540,7 @@ class LongVILAForConditionalGeneration(LongVILAPreTrainedModel, LongVILAGenerati
                 are targets.
         """
         loss_kwargs = {k: kwargs.pop(k) for k in _LOSS_KEYS if kwargs.get(k) is not None}
-        if labels is not None:
+        if labels is not None and not torch.compiler.is_compiling():
             self._check_targets(labels)
         outputs = self.model(
             input_ids=input_ids,

@@ -12,17 +12,27 @@ for are left out, as ``from_pretrained`` does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PretrainedConfig,
+)
 
-from longvila.errors import CheckpointError
+from longvila.errors import CheckpointError, LongVILAError
+from longvila.log import get_logger
 from longvila.model.source import check_source
 from longvila.model.vila.layout import is_vila
 
+_LOG = get_logger(__name__)
 _SHOWN = 5
 
 
@@ -49,7 +59,7 @@ def open_checkpoint(
     processor_class: Any = AutoProcessor
     what = f"{label} {source}"
     check_source(source, label=label)
-    try:
+    with loading(what):
         if is_vila(source):
             from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
             from longvila.model.processing_longvila import LongVILAProcessor
@@ -58,22 +68,48 @@ def open_checkpoint(
         else:
             _check_sees(source, label)
         processor = processor_class.from_pretrained(source)
+        _check_generation(Path(source) / "generation_config.json")
         model, found = model_class.from_pretrained(
             source,
             dtype=getattr(torch, dtype),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that all are known; none is accepted
         )
-    except CheckpointError:
+    check_whole(found, what)
+    return model.to(device).eval(), processor
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn whatever libraries make of a damaged checkpoint into one error that names it.
+
+    Args:
+        what: The checkpoint, for the message.
+
+    Raises:
+        CheckpointError: If what is done inside fails, unless for lack of memory.
+    """
+    try:
+        yield
+    except (LongVILAError, MemoryError, torch.OutOfMemoryError):
         raise
     except SafetensorError as fault:
         raise CheckpointError(
             f"{what}: a weight file is damaged or cut off ({fault}); fetch or copy it again"
         ) from fault
+    except json.JSONDecodeError as fault:
+        raise CheckpointError(
+            f"{what}: one of its .json files is damaged or cut off ({fault}); fetch or copy it "
+            "again"
+        ) from fault
     except (OSError, ImportError, ValueError) as fault:
         raise CheckpointError(f"{what}: {_first_words(fault)}") from fault
-    check_whole(found, what)
-    return model.to(device).eval(), processor
+    except Exception as fault:  # A wrong value in a file comes out as anything, anywhere.
+        _LOG.debug("%s cannot be loaded", what, exc_info=True)
+        raise CheckpointError(
+            f"{what}: cannot be loaded ({type(fault).__name__}: {fault}); is one of its .json "
+            "files damaged, or of another checkpoint?"
+        ) from fault
 
 
 def _check_sees(source: str, label: str) -> None:
@@ -82,6 +118,14 @@ def _check_sees(source: str, label: str) -> None:
     Raises:
         CheckpointError: If the model's configuration has no vision tower.
     """
+    raw, _ = PretrainedConfig.get_config_dict(source)
+    if raw.get("model_type") == "longvila":
+        for part in ("text_config", "vision_config"):  # without them it would be a huge default
+            if not isinstance(raw.get(part), dict):
+                raise CheckpointError(
+                    f"{label} {source}: its config.json has no mapping {part}, which says how "
+                    "large that part of the model is"
+                )
     config: Any = AutoConfig.from_pretrained(source)
     if not hasattr(config, "vision_config"):
         raise CheckpointError(
@@ -89,6 +133,16 @@ def _check_sees(source: str, label: str) -> None:
             "videos; name a model that does (LongVILA, Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision, "
             "InternVL)"
         )
+
+
+def _check_generation(file: Path) -> None:
+    """Refuse a damaged file, which ``from_pretrained`` would take for an absent one.
+
+    Raises:
+        ValueError: If it is there and holds no JSON object.
+    """
+    if file.is_file() and not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
+        raise ValueError(f"{file} holds no JSON object")
 
 
 def check_whole(found: dict[str, Any], what: str) -> None:

@@ -10,8 +10,9 @@
 4. The text is tokenised, prompts padded on the left.
 
 Labels are exact spans: the template marks what the assistant says, marks are character ranges, they
-move with the expansion, and a token is a target if it starts inside one. Newlines inside an answer
-and the token that ends the turn are targets, what the template writes around them is not.
+move with the expansion, and a token is a target if it starts inside one or reaches into it (as a
+word with the space before it). Newlines inside an answer and the token that ends the turn are
+targets, what the template writes around them is not.
 
 Layouts: ``frame_separator=""`` is that of needle-in-a-haystack evaluation. ``timestamps`` (ours, no
 published weights were trained with it) writes ``mm:ss `` before each frame.

@@ -57,6 +57,9 @@ PRELOAD = (
 #: What the ranks preload beside if the caller has it: a test's imports are its ranks' imports.
 _SHARED = re.compile(r"longvila\.|transformers\.models\.\w+\.modeling_|hypothesis$|peft$")
 
+#: How long the others may take to say what they saw, once one has failed.
+_LAST_WORDS_S = 10.0
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -232,7 +235,7 @@ def _collect(pipes: Sequence[Connection], name: str, timeout_s: float) -> list[A
                 results[rank] = value
             else:
                 failures[rank] = value
-                deadline = min(deadline, time.monotonic() + 3.0)
+                deadline = min(deadline, time.monotonic() + _LAST_WORDS_S)
     if failures or waiting:
         silent = sorted(waiting.values())
         lines = [f"{name} failed on {len(failures)} of {len(pipes)} ranks"]

@@ -27,6 +27,7 @@ import errno
 import fcntl
 import json
 import os
+import pickle
 import random
 import re
 import secrets
@@ -82,14 +83,19 @@ def find_saves(folder: Path) -> list[Save]:
     """Return the whole saves of a folder, oldest first.
 
     Raises:
-        CheckpointError: If a save is of another version.
+        CheckpointError: If a save is of another version, or damaged.
     """
     found = []
     for path in folder.glob("step-*") if folder.is_dir() else ():
         match = _NAME.fullmatch(path.name)
         if match is None or not (path / "run.json").is_file():
             continue
-        run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        try:
+            run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        except ValueError as fault:
+            raise _damaged(path, f"run.json: {fault}") from fault
+        if not isinstance(run, dict):
+            raise _damaged(path, "run.json holds no mapping")
         if run.get("version") != _VERSION:
             raise CheckpointError(
                 f"{path} is of version {run.get('version')!r}, this is {_VERSION}; resume with the "
@@ -97,6 +103,13 @@ def find_saves(folder: Path) -> list[Save]:
             )
         found.append(Save(path, int(match[1]), run))
     return sorted(found, key=lambda save: save.step)
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged ({reason}); copy it again, or move it away: the same command then goes "
+        "on from the save before it, if there is one, or from the beginning"
+    )
 
 
 def _rank() -> int:
@@ -226,8 +239,12 @@ def clean(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"{_PARTIAL}*"):
             shutil.rmtree(path)
-        if (folder / _FROZEN).exists() and not find_saves(folder):
+        saves = find_saves(folder)
+        if (folder / _FROZEN).exists() and not saves:
             shutil.rmtree(folder / _FROZEN)
+        for path in sorted(folder.glob("step-*")):
+            if path not in [save.path for save in saves]:
+                _LOG.warning("%s is passed over: without run.json it is no whole save", path)
     _together()
 
 
@@ -270,8 +287,14 @@ def _read(state: dict[str, Any], path: Path) -> None:
         with _one_process():
             dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (dcp.CheckpointException, KeyError, RuntimeError, ValueError) as fault:
+        failures = getattr(fault, "failures", None)
+        cause = next(iter(failures.values()))[0] if failures else fault
+        reason = str(cause).strip() or type(cause).__name__
+        # What torch says where names or shapes of the model are not those of the save.
+        if not any(words in reason for words in ("Missing key", "Size mismatch", "size mismatch")):
+            raise _damaged(path, reason.partition("\n")[0][:500]) from fault
         raise CheckpointError(
-            f"{path} does not fit the model: {str(fault)[-500:]}. Was it saved by a stage "
+            f"{path} does not fit the model: {reason[-500:]}. Was it saved by a stage "
             "with other tuned parts or another adapter? Then begin a new output folder"
         ) from fault
 
@@ -390,6 +413,12 @@ def load(
     state = {"model": tuned, "optimizer": get_optimizer_state_dict(model, optimizer)}
     _read(state, chosen.path)
     if frozen:
+        if chosen.run["frozen"] is None:
+            raise CheckpointError(
+                f"{chosen.path} was saved with nothing frozen, this run freezes {len(frozen)} "
+                f"tensors ({next(iter(frozen))}, ...); tune the same parts, or begin a new output "
+                "folder"
+            )
         beside = chosen.path.parent / _FROZEN
         name = (beside / "name").read_text() if (beside / "name").is_file() else None
         if name is None or name != chosen.run["frozen"]:
@@ -408,7 +437,13 @@ def load(
         group.update(settings)
     same = chosen.run["world_size"] == _world()
     beside = chosen.path / f"rank-{_rank() if same else 0}.pt"
-    of_rank = torch.load(beside, weights_only=True)
+    try:
+        of_rank = torch.load(beside, weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as fault:
+        raise _damaged(
+            chosen.path,
+            f"{beside.name}: {str(fault).partition(chr(10))[0] or type(fault).__name__}",
+        ) from fault
     if same:
         _set_random_state(of_rank["random"])
     else:

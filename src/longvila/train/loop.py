@@ -193,7 +193,7 @@ def run_stage(
     folder = output / "saves"
     checkpoint.clean(folder)
     checkpoint.seed_everything(stage.seed, mesh.rank)
-    progress = _resume(model, optimizer, loader, stage, folder)
+    progress = _resume(model, optimizer, loader, stage, folder, mesh.rank)
     metrics = Metrics(
         output if mesh.rank == 0 else None,
         Operations.of(model),
@@ -278,6 +278,7 @@ def _resume(
     loader: Loader,
     stage: Stage,
     folder: Path,
+    rank: int,
 ) -> Progress:
     saves = checkpoint.find_saves(folder)
     if not saves:
@@ -289,15 +290,30 @@ def _resume(
             f"{newest.path} is a save of the stage {was.name}, this is {stage.name}; give each "
             "stage an output folder of its own"
         )
-    for name in ("rates", "adapter", "context", "data", "optimizer"):
-        if getattr(was, name) != getattr(stage, name):
+    before, now = _leaves(to_plain(was)), _leaves(to_plain(stage))
+    for name in before | now:
+        group = name.partition(".")[0]
+        differs = before.get(name) != now.get(name)
+        if group in ("rates", "adapter", "context", "data", "optimizer") and differs and rank == 0:
             _LOG.warning(
                 "%s was saved with %s %s, this run has %s",
-                newest.path, name, getattr(was, name), getattr(stage, name),
+                newest.path, name, before.get(name), now.get(name),
             )  # fmt: skip
     loader.load_state_dict(checkpoint.load(newest, model, optimizer, seed=stage.seed))
-    _LOG.info("resumed from %s", newest.path)
+    if rank == 0:
+        _LOG.info("resumed from %s", newest.path)
     return Progress(newest.step, Counts(*newest.run["seen"]))
+
+
+def _leaves(values: Any, path: str = "") -> dict[str, Any]:
+    """Settings by path."""
+    if not isinstance(values, dict):
+        return {path: values}
+    return {
+        name: leaf
+        for key, value in values.items()
+        for name, leaf in _leaves(value, f"{path}.{key}".lstrip(".")).items()
+    }
 
 
 def _micro_batches(

@@ -46,7 +46,7 @@ from longvila.log import get_logger
 from longvila.memory.offload import Offload
 from longvila.model.configuration_longvila import LongVILAConfig
 from longvila.model.convert_vila import convert_to_vila
-from longvila.model.opening import check_whole
+from longvila.model.opening import check_whole, loading
 from longvila.parallel.apply import ParallelPlan, parallelize
 from longvila.parallel.families import find_family
 from longvila.parallel.mmsp import plan_media
@@ -153,7 +153,8 @@ def _train(job: Job, device: torch.device) -> Progress:
         raise StageError(
             f"saving.vila writes the original's layout, which knows no {type(base).__name__}"
         )
-    processor = AutoProcessor.from_pretrained(job.model)
+    with loading(f"--model {job.model}"):
+        processor = AutoProcessor.from_pretrained(job.model)
     text = find_family(base).text_model(base).config
     mesh = build_mesh(
         size,
@@ -166,7 +167,9 @@ def _train(job: Job, device: torch.device) -> Progress:
     # New weights (adapters) must be the same on every rank.
     seed_everything(stage.seed)
     model = put_on_mesh(tune(base, stage.rates, stage.adapter), mesh, stage)
-    loader = build_loader(job.data, stage, processor, base, mesh)
+    loader = build_loader(
+        job.data, stage, processor, base, mesh, report=job.output / "left-out.json"
+    )
     if mesh.rank == 0:
         job.output.mkdir(parents=True, exist_ok=True)
         (job.output / "stage.yaml").write_text(to_yaml(stage), encoding="utf-8")
@@ -183,13 +186,14 @@ def _train(job: Job, device: torch.device) -> Progress:
 
 def _load_model(name: str) -> PreTrainedModel:
     """A model of a known family: of text and media, or a language model alone."""
-    config = AutoConfig.from_pretrained(name)
-    loader: Any = AutoModelForCausalLM
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        loader = AutoModelForImageTextToText
-    model, found = loader.from_pretrained(
-        name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    with loading(f"--model {name}"):
+        config = AutoConfig.from_pretrained(name)
+        loader: Any = AutoModelForCausalLM
+        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            loader = AutoModelForImageTextToText
+        model, found = loader.from_pretrained(
+            name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
     check_whole(found, f"--model {name}")  # nothing is drawn at random, nor accepted in part
     if not isinstance(model, PreTrainedModel):
         raise CheckpointError(
@@ -247,16 +251,23 @@ def put_on_mesh(model: nn.Module, mesh: SPMesh, stage: Stage) -> nn.Module:
 
 
 def build_loader(
-    path: Path, stage: Stage, processor: Any, model: PreTrainedModel, mesh: SPMesh
+    path: Path,
+    stage: Stage,
+    processor: Any,
+    model: PreTrainedModel,
+    mesh: SPMesh,
+    *,
+    report: Path,
 ) -> PackedLoader:
     """Build this rank's loader.
 
     Args:
         path: File that lists datasets and mixtures.
-        stage: Gives the mixture (unless the file has one of the stage's name), style and lengths.
+        stage: Gives the mixture (see `open_mixture`), style and lengths.
         processor: The model's processor.
         model: Its configuration says how frames are dealt.
         mesh: The mesh.
+        report: File that lists what was left out.
 
     Raises:
         StageError: If the mixture names datasets that the file has not.
@@ -285,6 +296,7 @@ def build_loader(
         encoder,
         collator,
         agreement=Agreement.from_mesh(mesh),
+        report=report,
         window=data.window,
         max_documents=data.max_documents,
         row_tokens=data.max_tokens,

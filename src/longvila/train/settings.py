@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
+from longvila.data.yaml_text import load_yaml
 from longvila.errors import LongVILAError
 
 Settings = TypeVar("Settings")
@@ -128,7 +129,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         SettingsError: If it is no YAML, or no mapping.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = load_yaml(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as fault:
         raise SettingsError(f"{path} is no YAML: {fault}") from fault
     if values is None:
@@ -182,7 +183,7 @@ def override(settings: Settings, assignments: Sequence[str]) -> Settings:
                 raise SettingsError(f"there is no setting {name}" + _nearest(name, known))
             name = same[0]
         try:
-            nested: Any = yaml.safe_load(value)
+            nested: Any = load_yaml(value)
         except yaml.YAMLError as fault:
             raise SettingsError(f"--set {text}: the value is no YAML: {fault}") from fault
         for key in reversed(name.split(".")):

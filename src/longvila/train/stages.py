@@ -529,13 +529,16 @@ def open_mixture(path: Path, stage: Stage) -> Mixture:
 
     Args:
         path: File that lists datasets and mixtures.
-        stage: Gives the mixture, unless the file has one of the stage's name.
+        stage: Gives the mixture. Where it is still the original recipe's, one of the file that has
+            the stage's name goes first.
 
     Raises:
         StageError: If the mixture names datasets that the file has not.
     """
     file = read_file(path)
-    spec = stage.name if stage.name in file.mixtures else stage.data.mixture
+    spec, recipe = stage.data.mixture, STAGES.get(stage.name)
+    if stage.name in file.mixtures and (recipe is None or spec == recipe.data.mixture):
+        spec = stage.name
     datasets = list(file.datasets.values())
     try:
         return Mixture(datasets, spec, known=file.mixtures, seed=stage.data.seed)

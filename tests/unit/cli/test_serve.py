@@ -158,7 +158,7 @@ def test_the_page_is_opened_in_a_browser(
     monkeypatch.setattr(webbrowser, "open", lambda url: (opened.append(url), done.set()))
     assert ui_cli.main(["--no-browser"]) == 0 and not opened
     assert ui_cli.main(["--frames", "9"]) == 0
-    assert done.wait(30) and opened == ["http://127.0.0.1:1"]
+    assert done.wait(120) and opened == ["http://127.0.0.1:1"]
     assert "the page is at http://127.0.0.1:1/" in capsys.readouterr().out
 
 
@@ -203,6 +203,6 @@ def test_a_command_serves_and_ends_cleanly(
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
         # uvicorn ends by the signal that it got, after it has closed everything.
-        assert process.wait(30) in (0, -signal.SIGTERM), rest
+        assert process.wait(120) in (0, -signal.SIGTERM), rest
     assert "Traceback" not in rest, rest
     assert not list((tmp_path / "tmp").iterdir()), "uploads were left behind"

@@ -31,6 +31,16 @@ def test_a_mixture_that_the_file_has_not(
     assert "gone: there is no such folder" in refused(capsys, *files, "--set", "mixture=a")
 
 
+def test_a_mixture_that_is_asked_for_goes_before_the_files(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "data.yaml").open("a") as file:
+        file.write("mixtures: {sft: a, all: a*2}\n")
+    for asked in ([], ["--set", "mixture=all"]):
+        assert "gone: there is no such folder" in refused(capsys, *files, *asked)
+    assert "The stage sft takes 'b'" in refused(capsys, *files, "--set", "mixture=b")
+
+
 def test_steps_to_stop_after(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "--stop-after must be at least 1" in refused(capsys, *files, "--stop-after", "0")
 

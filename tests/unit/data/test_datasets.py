@@ -57,7 +57,7 @@ FIRST = {
         "u video:/m/v_id0.mp4|What happens to a red kettle?", "a It is moved aside.",
     ],
     "mmc4": [
-        "a image:/m/0a.jpg|We begin with a red kettle. |It stood there for years. |"
+        "a image:/m/0a.jpg|We begin with a red kettle. |It stood there for years.|"
         "image:/m/0b.jpg|Then it was sold.",
     ],
     "coyo": ["u image:/m/900000.jpg|Describe the image.", "a picture of a red kettle"],
@@ -176,6 +176,21 @@ def test_llava_prepends_media_and_removes_placeholders_with_their_newlines() -> 
         "u video:/m/x.mp4|video:/m/y.mp4|First?", "a A walk.", "u Second?", "a A swim.",
     ]  # fmt: skip
     assert shown(dataset[5]) == ["u video:/m/v_abc.mp4|What colour is the tram?", "a Green."]
+
+
+def test_llava_keeps_lines_around_a_placeholder_apart_as_the_original() -> None:
+    for value, want in {
+        "First?\n<image>\nSecond?": "First?\nSecond?",
+        "First?\n<image>": "First?",
+        "<image> What?": "What?",
+        "a <image> b": "a  b",
+        "<image>\n<image>\nWhich?\n": "Which?",
+        "One.\n<image>\n<video>\nTwo.": "One.\nTwo.",
+    }.items():
+        rows = [
+            {"conversations": [{"from": "human", "value": value}, {"from": "gpt", "value": "!"}]}
+        ]
+        assert shown(open_dataset("llava", rows)[0])[0] == f"u {want}"
 
 
 def test_llava_in_place() -> None:

@@ -11,11 +11,13 @@ import torch
 from data_cases import text_sample, video_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.fixtures.upstream_case import write_checkpoint
 
 from longvila.data.encode import IGNORE_INDEX, Document, Encoder, Rejected, SampleTooLong
 from longvila.data.sample import Media, Sample, Turn
 from longvila.media.sampling import uniform_indices
 from longvila.media.synthetic import truncate
+from longvila.model.processing_longvila import LongVILAProcessor
 from longvila.testing.tiny import tiny_config, tiny_processor
 
 
@@ -90,14 +92,26 @@ def test_plain_captions_have_no_template(processor: Any, media_dir: Path) -> Non
 def test_a_samples_own_style_goes_before_the_stages(processor: Any, media_dir: Path) -> None:
     image = Media("image", str(media_dir / "image0.png"))
     turns = (Turn("user", (image, "Describe.")), Turn("assistant", ("A square.",)))
-    for style, other in (("plain", "chat"), ("chat", "plain")):
-        own: Any = Sample("x", "y", turns, style=style)  # type: ignore[arg-type]
-        stage: Any = Encoder(processor, 4096, style=other)
-        expected = encoded(Encoder(processor, 4096, style=style), Sample("x", "y", turns))  # type: ignore[arg-type]
-        assert torch.equal(encoded(stage, own).input_ids, expected.input_ids)
-        assert not torch.equal(
-            encoded(stage, own).input_ids, encoded(stage, Sample("x", "y", turns)).input_ids
-        )
+    expected = encoded(Encoder(processor, 4096), Sample("x", "y", turns))
+    own = Sample("x", "y", turns, style="chat")
+    document = encoded(Encoder(processor, 4096, style="plain"), own)
+    assert torch.equal(document.input_ids, expected.input_ids)
+    # A set that is plain in every stage ends with the end of text, as in the original.
+    document = encoded(Encoder(processor, 4096), Sample("x", "y", turns, style="plain"))
+    end = processor.tokenizer.eos_token
+    assert processor.tokenizer.decode(document.input_ids) == f"{'<image>' * 9}\nA square.{end}"
+    assert learned(processor, document) == f"A square.{end}"
+
+
+def test_plain_texts_begin_with_the_tokenizers_begin_token(media_dir: Path, tmp_path: Path) -> None:
+    llama = LongVILAProcessor.from_pretrained(
+        write_checkpoint("llama3_row", tmp_path / "llama3"), conversation="llama_3"
+    )
+    image = Media("image", str(media_dir / "image0.png"))
+    turns = (Turn("user", (image,)), Turn("assistant", ("A square.",)))
+    document = encoded(Encoder(llama, 4096, style="plain"), Sample("x", "y", turns))
+    assert document.input_ids[:2].tolist() == [llama.tokenizer.bos_token_id, llama.image_token_id]
+    assert learned(llama, document) == "A square.\n"
 
 
 def test_interleaved_documents_learn_their_sentences(processor: Any, media_dir: Path) -> None:
@@ -145,11 +159,14 @@ def test_dynamic_tiles_are_counted_from_the_picture(media_dir: Path) -> None:
     image = Media("image", str(media_dir / "image0.png"))
     alone = Sample("x", "y", (Turn("user", (image, "?")), Turn("assistant", ("!",))))
     two = Sample("x", "y", (Turn("user", (image, image, "?")), Turn("assistant", ("!",))))
-    for sample in (alone, two):
+    video = Media("video", str(media_dir / "clip0.mp4"))
+    beside = Sample("x", "y", (Turn("user", (image, video, "?")), Turn("assistant", ("!",))))
+    for sample in (alone, two, beside):
         document = encoded(Encoder(processor, 4096), sample)
         whole = processor.apply_chat_template(sample.to_chat(), return_labels=True)
         assert torch.equal(document.input_ids, whole["input_ids"][0])
-        assert [m.count for m in document.media] == whole["image_num_tiles"].tolist()
+        images = [m.count for m in document.media if m.media.kind == "image"]
+        assert images == whole["image_num_tiles"].tolist()
 
 
 def test_too_many_frames_are_spread_anew_to_the_most_that_fit(

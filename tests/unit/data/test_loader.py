@@ -108,6 +108,15 @@ def test_states_of_other_runs_are_refused(processor: Any, media_dir: Path) -> No
         loader(processor, mixture(media_dir, seed=4)),
         loader(processor, mixture(media_dir), window=9),
         PackedLoader(mixture(media_dir), Encoder(processor, 999), Collator(processor), window=8),
+        *(
+            PackedLoader(
+                mixture(media_dir),
+                Encoder(processor, BUDGET, **changed),
+                Collator(processor),
+                window=8,
+            )
+            for changed in ({"num_frames": 2}, {"style": "plain"}, {"fps": 1.0})
+        ),
     ):
         with pytest.raises(ValueError, match="the order of samples would not be"):
             other.load_state_dict(state)
@@ -148,6 +157,58 @@ def test_epochs_end_for_all_groups_at_once(processor: Any, media_dir: Path) -> N
         counts.append(len(list(source)))
         assert source.epoch >= 1
     assert len(set(counts)) == 1
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("window", [4, 8, 64])
+def test_epochs_end_and_have_the_same_rows_for_any_number_of_groups(
+    processor: Any, media_dir: Path, groups: int, window: int
+) -> None:
+    """Also where the last rows of an epoch are filled up from the next one."""
+
+    def order() -> Mixture:
+        return Mixture(
+            [Listed("texts", [text_sample(n, "b" * (9 * n)) for n in range(1, 8)])], seed=3
+        )
+
+    def epochs(source: PackedLoader) -> list[Any]:
+        """Three iterations; none goes on for ever."""
+        rounds = [list(itertools.islice(source, 50)) for _ in range(3)]
+        assert all(0 < len(each) < 50 for each in rounds) and source.epoch >= 3
+        return [batch for each in rounds for batch in each]
+
+    dealt = [
+        epochs(
+            loader(
+                processor, order(), window=window, epochs=1,
+                agreement=Agreement(dp_rank=rank, dp_size=groups),
+            )
+        )
+        for rank in range(groups)
+    ]  # fmt: skip
+    rows = [batch for each in zip(*dealt, strict=True) for batch in each]
+    alone = loader(processor, order(), window=window, epochs=1)
+    expected: list[Any] = []
+    while len(expected) < len(rows):
+        expected += list(alone)
+    assert all(map(same, rows, expected))
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_an_epoch_ends_though_its_last_samples_are_left_out(processor: Any, window: int) -> None:
+    def order(last: set[int]) -> Mixture:
+        texts = [text_sample(n, "b" * (2000 if n in last else 3)) for n in range(8)]
+        return Mixture([Listed("texts", texts)], seed=3)
+
+    last = {order(set()).place(position).row for position in (6, 7)}
+    source = PackedLoader(
+        order(last), Encoder(processor, BUDGET, too_long="drop"), Collator(processor),
+        epochs=1, window=window,
+    )  # fmt: skip
+    batches = list(source)
+    assert sum(len(batch["document_lengths"]) for batch in batches) == 6
+    assert source.epoch == 1 and source.report.counts["too_long"] == 2
+    assert sum(len(batch["document_lengths"]) for batch in source) == 6
 
 
 def test_broken_files_are_left_out_counted_and_listed(

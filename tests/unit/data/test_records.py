@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 import tracemalloc
@@ -95,6 +96,23 @@ def test_tars_group_files_by_stem(tmp_path: Path) -> None:
     (tmp_path / "wids-meta.json").write_text(json.dumps({**index, "shardlist": shards}))
     with pytest.raises(ValueError, match=r"1 records, but wids-meta.json promises 5"):
         TarRecords(tmp_path)
+
+
+def test_an_index_may_count_names_as_the_original_does(tmp_path: Path) -> None:
+    """Its count takes folders and files without a suffix for samples; reading leaves them out."""
+    with tarfile.open(tmp_path / "s.tar", "w") as out:
+        folder = tarfile.TarInfo("part")
+        folder.type = tarfile.DIRTYPE
+        out.addfile(folder)
+        for name in ("part/a.jpg", "part/a.txt", "part/b.jpg", "part/LICENCE"):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            out.addfile(member, io.BytesIO(b"x"))
+    where = str(tmp_path / "s.tar")
+    for count in (2, 4):
+        shards = [{"url": where, "nsamples": count}]
+        (tmp_path / "wids-meta.json").write_text(json.dumps({"shardlist": shards}))
+        assert [record["__key__"] for record in TarRecords(tmp_path)] == ["part/a", "part/b"]
 
 
 def test_a_name_twice_in_a_tar_is_refused(tmp_path: Path) -> None:
@@ -255,3 +273,30 @@ def test_datasets_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="hf:owner/set: pip install datasets"):
         open_records("hf:owner/set")
+
+
+@pytest.mark.parametrize("text", ['{"a": "\\ud800 half"}', '{"a": ' + "[" * 10**5])
+def test_a_line_that_is_no_text_is_one_bad_record(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": "\\ud83d\\ude00"}\n' + text + '\n{"a": 2}\n')
+    records = open_records(path)
+    assert records[0]["a"] == "\N{GRINNING FACE}" and records[2]["a"] == 2
+    with pytest.raises(RecordError, match=r"a\.jsonl, record 1 at byte"):
+        records[1]
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    for source in (tmp_path / "a.jsonl", tmp_path):
+        with pytest.raises(ValueError, match="not a regular file"):
+            open_records(source)
+
+
+def test_damaged_parquet_names_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": [f"{n} words" for n in range(500)]}), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:60] + bytes(x ^ 0x55 for x in content[60:160]) + content[160:])
+    with pytest.raises(ValueError, match=r"a\.parquet, rows from 0: .*is the file damaged"):
+        open_records(path)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 from pathlib import Path
@@ -123,12 +124,13 @@ def test_what_cannot_be_decoded_is_named_and_leaves_no_descriptor(
     try:
         collator = Collator(processor, workers=workers)
         collator([good])
+        gc.collect()  # what earlier tests left would be closed at any time
         before = len(os.listdir("/proc/self/fd"))
         with pytest.raises(BrokenMedia, match="film") as caught:
             collator([good, bad])
         assert set(caught.value.failures) == {1}
         del caught  # its traceback holds the block
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before
     finally:
         workers.close()
 

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoint import Endpoint, Says, describe, kind_of, text_of
+from endpoint import Endpoint, Says, describe, kind_of, numbers_of, text_of
 
 from longvila.data.datasets import open_dataset
 from longvila.datagen.caption import CaptionOptions
@@ -38,7 +39,7 @@ def make(
     options: LongSFTOptions = OPTIONS,
     tries: int = 1,
 ) -> dict[str, Any]:
-    ask = EndpointCaller(endpoint.url, "m", tries=tries, timeout_s=5, sleep=lambda s: None)
+    ask = EndpointCaller(endpoint.url, "m", tries=tries, timeout_s=120, sleep=lambda s: None)
     return LongSFT(find_videos(sources), output, ask, ask, options=options).run()
 
 
@@ -156,16 +157,29 @@ def test_a_failure_is_listed_and_made_good_by_the_next_run(
 
 
 def test_slow_endpoints_and_broken_videos_are_listed(
-    endpoint: Endpoint, videos: Path, tmp_path: Path
+    endpoint: Endpoint, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
     (folder / "broken.mp4").write_bytes(b"no video at all")
     (folder / "good.mp4").write_bytes((videos / "first.mp4").read_bytes())
-    slow = Rubbish("caption", Says(wait_s=0.6))
-    endpoint.script = slow
+    over, urlopen = threading.Event(), urllib.request.urlopen
+
+    def is_slow(body: dict[str, Any]) -> bool:
+        return kind_of(body) == "caption" and numbers_of(body)[0] == 0
+
+    def script(body: dict[str, Any]) -> Says:
+        assert not is_slow(body) or over.wait(100)
+        return describe(body)
+
+    def impatient(request: Any, *, timeout: float) -> Any:
+        return urlopen(request, timeout=timeout if is_slow(json.loads(request.data)) else 120)
+
+    endpoint.script = script
+    monkeypatch.setattr(urllib.request, "urlopen", impatient)
     ask = EndpointCaller(endpoint.url, "m", tries=1, timeout_s=0.3)
     report = LongSFT(find_videos([folder]), tmp_path / "out", ask, ask, options=OPTIONS).run()
+    over.set()
     problems = {each["item"]: each for each in report["waiting"]}
     assert set(problems) == {"broken", next(i for i in problems if i.startswith("good#"))}
     assert problems["broken"]["cause"] == "VideoError"
@@ -217,12 +231,15 @@ def test_killed_and_begun_again_it_ends_in_the_same_dataset(
     number = len(endpoint.bodies)
     for stop in (2, 9):
         endpoint.bodies.clear()
-        ready = threading.Event()
+        ready, killed = threading.Event(), threading.Event()
 
-        def script(body: dict[str, Any], stop: int = stop, ready: Any = ready) -> Says:
+        def script(
+            body: dict[str, Any], stop: int = stop, ready: Any = ready, killed: Any = killed
+        ) -> Says:
             if len(endpoint.bodies) > stop:
                 ready.set()
-                return Says(wait_s=0.3, body=b"late")
+                assert killed.wait(100)
+                return Says(body=b"late")
             return describe(body)
 
         endpoint.script = script
@@ -232,9 +249,10 @@ def test_killed_and_begun_again_it_ends_in_the_same_dataset(
         )  # fmt: skip
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         process = subprocess.Popen([sys.executable, "-c", code], env=environment)
-        assert ready.wait(60)
+        assert ready.wait(240)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
+        killed.set()
     with (tmp_path / "killed" / "captions.jsonl").open("a") as file:
         file.write('{"key": "torn')
     endpoint.bodies.clear()

@@ -96,7 +96,7 @@ def post(address: str, key: str, decisions: Any) -> tuple[int, dict[str, Any]]:
         f"{address}/decisions", json.dumps(decisions).encode(), {"X-Review-Key": key}
     )
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as fault:
         with fault:
@@ -107,7 +107,7 @@ def test_a_rejection_is_written_down_and_leaves_the_dataset(
     run: Path, served: tuple[str, str]
 ) -> None:
     address, key = served
-    with urllib.request.urlopen(f"{address}/", timeout=10) as answer:
+    with urllib.request.urlopen(f"{address}/", timeout=120) as answer:
         items = Page(answer.read().decode()).items
     rejected = [items[0], items[1]]
     status, said = post(address, key, {items[0]: "reject", items[1]: "reject", items[2]: "accept"})
@@ -133,7 +133,7 @@ def test_only_the_page_may_write_and_only_decisions(run: Path, served: tuple[str
     status, said = post(address, key, {"nothing/summary": "reject"})
     assert status == 400 and "not there" in said["fault"]
     with pytest.raises(urllib.error.HTTPError, match="404") as refused:
-        urllib.request.urlopen(f"{address}/../settings.json", timeout=10)
+        urllib.request.urlopen(f"{address}/../settings.json", timeout=120)
     refused.value.close()
     assert not (run / "decisions.json").exists() and (run / "dataset.jsonl").read_bytes() == before
 

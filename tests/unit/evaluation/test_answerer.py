@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.fixtures.sentencepiece import write_tokenizer_files
 
 from longvila.evaluation.answerer import Answerer
 from longvila.inference.engine import Engine
 from longvila.media.video import SampledVideo, read_frames
-from longvila.testing.tiny import tiny_model, tiny_processor
+from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
+from longvila.model.processing_longvila import LongVILAProcessor
+from longvila.model.vila.tokens import IMAGE, VIDEO, choose_template, load_tokenizer
+from longvila.testing.tiny import tiny_config, tiny_model, tiny_processor
 
 QUESTIONS = ("What is shown at 00:02?", "\nWhy?", "The the?")
 
@@ -71,6 +76,25 @@ def test_prompt_and_answer_are_those_of_the_whole_prompt(
         out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
         new = out[0, inputs["input_ids"].shape[1] :]
         assert processor.tokenizer.decode(new, skip_special_tokens=True).strip() == answer
+
+
+def test_vicuna_prompts_of_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
+    """A space stands before an answer and not in the invitation; none behind a medium."""
+    tokenizer = load_tokenizer(write_tokenizer_files(tmp_path))
+    template = choose_template(tokenizer, "VILA1.5-3b")
+    image_id, video_id = tokenizer.convert_tokens_to_ids([IMAGE, VIDEO])
+    config = tiny_config(image_token_id=image_id, video_token_id=video_id)
+    config.text_config.vocab_size = len(tokenizer)
+    processor = LongVILAProcessor.from_config(config, tokenizer, chat_template=template.text)
+    picture = Image.new("RGB", (30, 12), "red")
+    with Engine(LongVILAForConditionalGeneration(config).eval()) as engine:
+        answerer = Answerer(engine, processor)
+        assert answerer.end_id == tokenizer.eos_token_id
+        for media in ([picture], [_video()]):
+            watched = answerer.watch(media)
+            tail = answerer._tail(watched, "yes?")[0]
+            whole = _inputs(processor, media, "yes?")["input_ids"][0]
+            assert torch.equal(whole[watched.tokens :], tail)
 
 
 def test_layout_is_the_answerers_own() -> None:

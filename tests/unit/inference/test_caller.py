@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -128,8 +129,19 @@ def test_what_lasts_is_not_tried_again(endpoint: Endpoint) -> None:
 
 
 def test_an_endpoint_that_is_slow_or_gone(endpoint: Endpoint) -> None:
-    ask, _ = caller(endpoint, tries=2, timeout_s=0.1)
-    in_turn(endpoint, Says(wait_s=0.4), Says("Late."))
+    given_up = threading.Event()
+
+    def more_patient(pause_s: float) -> None:
+        given_up.set()
+        ask.timeout_s = 120.0
+
+    def only_once_given_up(body: dict[str, Any]) -> Says:
+        first = not given_up.is_set()
+        assert given_up.wait(100)
+        return Says("Early." if first else "Late.")
+
+    ask = EndpointCaller(endpoint.url, "name", sleep=more_patient, tries=2, timeout_s=0.3)
+    endpoint.script = only_once_given_up
     assert ask(Prompt("Is it?")).text == "Late." and ask.used["tries"] == 2
     gone = EndpointCaller("http://127.0.0.1:9/v1", "name", tries=2, sleep=lambda s: None)
     with pytest.raises(CallError, match="no answer after 2 tries"):

@@ -165,4 +165,4 @@ def exchange(rank: Rank) -> None:
 
 
 def test_what_is_sent_is_what_is_received() -> None:
-    run_ranks(exchange, 3, timeout_s=60)
+    run_ranks(exchange, 3, timeout_s=240)

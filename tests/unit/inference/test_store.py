@@ -168,3 +168,27 @@ def test_a_changed_file_is_noticed_and_a_lost_one_is_not_needed(film: Path, tmp_
     copy.unlink()
     session.load(tmp_path / "index")
     assert session.ask("What?", max_new_tokens=3).timings.new_tokens > 0
+
+
+def test_a_damaged_one_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with Engine(language_model()) as engine:
+        folder = engine.save(engine.prefill(prompt(9)), tmp_path / "index", {"frames": (1, 2.5)})
+        (file,) = folder.glob("*.safetensors")
+        content = file.read_bytes()
+        file.write_bytes(content[:20] + b"\xff" + content[21:])
+        with pytest.raises(StoreError, match=r"index is damaged \(.*\); make it again"):
+            engine.load(folder, {})
+        file.write_bytes(content)
+        written = json.loads((folder / "index.json").read_text())
+        for changed in ({"tokens": 10**9}, {"intervals": []}, {"bytes": 5}, {}):
+            entries = {**written, "extra": {"a": 1}, **changed}
+            (folder / "index.json").write_text(json.dumps(entries))
+            with pytest.raises(StoreError, match=r"index\.json is damaged or was changed"):
+                engine.load(folder, {})
+        del written["check"]  # as an older version wrote it
+        (folder / "index.json").write_text(json.dumps(written))
+        assert engine.load(folder, {}).get_seq_length() == 9
+        del written["key"]
+        (folder / "index.json").write_text(json.dumps(written))
+        with pytest.raises(StoreError, match=r"index\.json is damaged or was changed"):
+            engine.load(folder, {})

@@ -7,16 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import av
-import hypothesis
 import numpy as np
 import pytest
 
 from longvila.media._index import INDEX_CACHE
 from longvila.media.synthetic import clip
-
-# A loaded machine is no failure.
-hypothesis.settings.register_profile("media", deadline=None)
-hypothesis.settings.load_profile("media")
 
 #: Name: (file suffix, options of ``clip``). Each is hard to read in its own way.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -244,3 +245,22 @@ def test_tiles_cover_the_picture() -> None:
 def test_grid_limits() -> None:
     with pytest.raises(ValueError, match="min_tiles <= max_tiles, got 4 and 2"):
         choose_grid(10, 10, 448, min_tiles=4, max_tiles=2)
+
+
+def test_postscript_is_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    for source in (path, path.read_bytes()):
+        with pytest.raises(ImageError, match="is PostScript, a program"):
+            load_image(source)
+
+
+def test_a_huge_file_that_is_no_picture_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+    tracemalloc.start()
+    with pytest.raises(ImageError, match="no picture"):
+        load_image(path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()

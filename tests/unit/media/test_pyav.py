@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -230,3 +231,36 @@ def test_closed_reader(draw: Draw) -> None:
     reader.close()
     with pytest.raises(ValueError, match="closed"):
         reader.frames([0])
+
+
+def stamped(path: Path, out: Path, stamps: Iterable[int]) -> Path:
+    """The packets of a file in another one, at given fortieths of a second."""
+    with av.open(str(path)) as source, av.open(str(out), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        stream.time_base = Fraction(1, 40)
+        packets = (packet for packet in source.demux(video=0) if packet.size)
+        for packet, stamp in zip(packets, stamps, strict=True):
+            packet.stream, packet.time_base = stream, Fraction(1, 40)
+            packet.pts = packet.dts = stamp
+            target.mux(packet)
+    return out
+
+
+def test_avi_with_reordered_frames_keeps_its_clock(tmp_path: Path) -> None:
+    """A container that counts half frames looks as if its rate were twice as high."""
+    path = clip(tmp_path / "a.h264", 40, fps=20, gop=10)
+    with open_video(stamped(path, tmp_path / "a.avi", range(0, 80, 2))) as reader:
+        assert np.allclose(reader.metadata.timestamps_s, np.arange(40) / 20)
+        assert reader.metadata.duration_s == pytest.approx(2.0)
+
+
+def test_without_timestamps_the_rate_is_the_streams_own(tmp_path: Path) -> None:
+    with open_video(clip(tmp_path / "a.h264", 40, fps=20)) as reader:
+        assert np.allclose(reader.metadata.timestamps_s, np.arange(40) / 20)
+
+
+def test_frames_stamped_alike_follow_the_rate(tmp_path: Path) -> None:
+    path = clip(tmp_path / "a.h264", 12, fps=20, bframes=0)
+    with open_video(stamped(path, tmp_path / "a.mkv", [0] * 12)) as reader:
+        times = reader.metadata.timestamps_s
+        assert len(times) == 12 and (np.diff(times) > 0).all()

@@ -4,12 +4,4 @@ the way first, as it is for whoever imports this package first.
 
 from __future__ import annotations
 
-import pytest
-import torch
-
 import longvila as longvila
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)

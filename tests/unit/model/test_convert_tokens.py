@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tests.fixtures.sentencepiece import write_tokenizer_files
 from tests.fixtures.upstream_case import FIXTURES, index
 from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from longvila.errors import CheckpointError
+from longvila.model.conversation import build_labels
 from longvila.model.vila.tokens import (
     IMAGE,
     SENTINEL,
@@ -155,6 +161,78 @@ def test_frames_end_as_the_original_tokenises_it() -> None:
     qwen = load_tokenizer(LLMS / "qwen2_full")
     for end in ("\n", "", ">\n"):
         assert frame_end(qwen, end, token_order="row") == end == bare_frame_end(qwen, end)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer_files(tmp_path_factory.mktemp("sentencepiece"))
+
+
+def test_a_sentencepiece_tokenizer_reads_as_in_the_original(sentencepiece: Path) -> None:
+    """The first word has its space, texts behind special tokens have none, answers are whole."""
+    tokenizer = load_tokenizer(sentencepiece)
+    template = choose_template(tokenizer, "VILA1.5-3b")
+    prompts, spans = render_jinja_template(
+        conversations=[[QUESTION, {"role": "assistant", "content": "yes"}, *TWO]],
+        chat_template=template.text,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    encoded = tokenizer(
+        prompts, add_special_tokens=False, return_offsets_mapping=True, return_tensors="pt"
+    )
+    ids = encoded.input_ids[0]
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    assert pieces[:2] == ["<s>", "▁A"]
+    assert tokenizer(prompts[0].removeprefix("<s> ")).input_ids == ids.tolist()
+    behind = [after for piece, after in itertools.pairwise(pieces) if piece == "</s>"]
+    assert behind == ["U", "U"]
+    labels = build_labels(encoded.input_ids, encoded.attention_mask, encoded.offset_mapping, spans)[
+        0
+    ]
+    learned = tokenizer.convert_ids_to_tokens(ids[labels != -100])
+    assert learned == ["▁yes", "</s>", "▁A", "▁", "c", "a", "t", "</s>"]
+    assert torch.equal(labels[labels != -100], ids[labels != -100])
+
+
+def test_a_sentencepiece_tokenizer_ends_frames_as_the_original(sentencepiece: Path) -> None:
+    tokenizer = load_tokenizer(sentencepiece)
+    text = frame_end(tokenizer, "\n", token_order="row")
+    inside = tokenizer(f"{IMAGE}{text}{IMAGE}", add_special_tokens=False).input_ids[1:-1]
+    assert inside == tokenizer("\n").input_ids
+    assert tokenizer.convert_ids_to_tokens(inside) == ["<s>", "▁", "<0x0A>"]
+    assert bare_frame_end(tokenizer, text) == "\n"
+    # What VILA1.5 was trained on: LLaVA's pieces between images, whose first token is a space.
+    text = frame_end(tokenizer, "\n", token_order="column")
+    inside = tokenizer(f"{IMAGE}{text}{IMAGE}", add_special_tokens=False).input_ids[1:-1]
+    assert tokenizer.convert_ids_to_tokens(inside) == ["▁", "<0x0A>"]
+    assert bare_frame_end(tokenizer, text) == "\n"
+
+
+def test_a_sentencepiece_tokenizer_goes_back(sentencepiece: Path, tmp_path: Path) -> None:
+    """Its own class reads a SentencePiece file in transformers 4, which a saved model has not."""
+    tokenizer = load_tokenizer(sentencepiece)
+    tokenizer.save_pretrained(tmp_path / "ours")
+    (tmp_path / "new").mkdir()
+    write_tokenizer(tmp_path / "ours", tmp_path / "new", None)
+    settings = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = load_tokenizer(tmp_path / "new")
+    for text in ("yes", f"A{IMAGE}yes</s>U", "\n"):
+        assert again(text).input_ids == tokenizer(text).input_ids
+
+
+def test_a_sentencepiece_file_says_what_reads_it(
+    sentencepiece: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copyfile(sentencepiece / "tokenizer_config.json", tmp_path / "tokenizer_config.json")
+    (tmp_path / "tokenizer.model").write_bytes(b"spm")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else find(name)
+    )
+    with pytest.raises(CheckpointError, match="pip install sentencepiece"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["qwen2_full", "qwen2_fewer_rows", "llama3"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.fixtures.upstream_case import PARTS, case_names, chat, index, write_checkpoint
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from longvila.errors import CheckpointError
 from longvila.model.configuration_longvila import LongVILAConfig
@@ -113,6 +113,76 @@ def test_saved_by_transformers_and_back(tmp_path: Path, name: str) -> None:
     second = LongVILAProcessor.from_pretrained(tmp_path / "c", **options)
     want = logits(model, processor, tmp_path / "media")
     assert torch.equal(logits(again, second, tmp_path / "media"), want)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        (
+            "even_row",
+            "<|im_start|>system\nS.<|im_end|>\n<|im_start|>user\n",
+            "<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (
+            "llama3_row",
+            "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n",
+            "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+    ],
+)
+def test_what_was_saved_since_goes_back_with_a_template_the_original_can_use(
+    tmp_path: Path, name: str, before: str, after: str
+) -> None:
+    """There, placeholders are part of a message's text, and no variable is passed."""
+    source = write_checkpoint(name, tmp_path / "a")
+    if name == "even_row":
+        file = source / "llm" / "tokenizer_config.json"
+        own = json.loads(file.read_text())["chat_template"]
+        edit(file, chat_template=own.replace("You are a helpful assistant.", "S."))
+    LongVILAForConditionalGeneration.from_pretrained(source).save_pretrained(tmp_path / "b")
+    processor = LongVILAProcessor.from_pretrained(source, **conversation(name))
+    processor.save_pretrained(tmp_path / "b")
+    convert_to_vila(tmp_path / "b", tmp_path / "c")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "c" / "llm")
+    message = {"role": "user", "content": "<image><vila/video>What?"}
+    text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    assert text.endswith(f"{before}<image><vila/video>What?{after}")
+    ours = LongVILAProcessor.from_pretrained(tmp_path / "c", conversation="auto")
+    shown = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    assert ours.apply_chat_template(shown) == processor.apply_chat_template(shown)
+
+
+def test_a_packed_repository_s_template_overrules_the_tokenizer_s(tmp_path: Path) -> None:
+    """Only there: config classes of the others drop the setting."""
+    text = (
+        "{% if messages[0]['role'] != 'system' %}\n"
+        "    {{ '<|im_start|>system\\nS<|im_end|>\\n' }}\n{% endif %}\n\n"
+        "{% for m in messages if m['content'] is not none %}\n"
+        "    {{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}\n"
+        "{% endfor %}\n"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}\n"
+    )
+    for kind, system in (("vila", "S"), ("llava_llama", "You are a helpful assistant.")):
+        source = write_checkpoint(
+            "even_row", tmp_path / kind / "VILA1.5-3b", model_type=kind, chat_template="short"
+        )
+        (source / "short.jinja").write_text(text)
+        options = {} if kind == "vila" else {"conversation": "auto"}
+        processor = LongVILAProcessor.from_pretrained(source, **options)
+        assert processor.system_prompt == system
+        got = processor.apply_chat_template([{"role": "user", "content": "u"}])
+        assert got == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nu<|im_end|>\n"
+
+
+def test_what_was_saved_since_goes_back_with_its_pixels(tmp_path: Path) -> None:
+    source = write_checkpoint("even_row", tmp_path / "a")
+    edit(source / "vision_tower" / "preprocessor_config.json", image_mean=[0.4, 0.5, 0.6])
+    LongVILAForConditionalGeneration.from_pretrained(source).save_pretrained(tmp_path / "b")
+    LongVILAProcessor.from_pretrained(source).save_pretrained(tmp_path / "b")
+    convert_to_vila(tmp_path / "b", tmp_path / "c")
+    written = json.loads((tmp_path / "c" / "vision_tower" / "preprocessor_config.json").read_text())
+    assert written["image_mean"] == [0.4, 0.5, 0.6]
+    assert written["size"] == {"height": 56, "width": 56}
 
 
 def test_every_form_of_weight_file(tmp_path: Path) -> None:

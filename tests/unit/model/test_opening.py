@@ -72,3 +72,35 @@ def test_a_model_of_another_kind_is_named_without_the_list_of_all(folder: Path) 
     message = refused(folder)
     assert "BertConfig" in message
     assert "Model type should be one of" not in message
+
+
+@pytest.mark.parametrize(
+    ("part", "entry", "value", "says"),
+    [
+        ("text_config", "hidden_size", "32", "expected int, got str"),
+        ("text_config", "hidden_act", "foo", "KeyError: 'foo'"),
+    ],
+)
+def test_a_wrong_value_in_a_configuration(
+    folder: Path, part: str, entry: str, value: Any, says: str
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config[part][entry] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refused(folder)
+    assert says in message and "is one of its .json files damaged" in message
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_a_part_without_a_size_is_not_taken_for_the_largest(folder: Path, part: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config[f"{part}_"] = config.pop(part)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert f"its config.json has no mapping {part}" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+def test_a_json_file_cut_off(folder: Path, name: str) -> None:
+    text = (folder / name).read_text()
+    (folder / name).write_text(text[: len(text) // 2])
+    assert "one of its .json files is damaged or cut off" in refused(folder)

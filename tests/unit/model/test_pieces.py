@@ -83,13 +83,13 @@ def test_an_hour_of_video_is_tokenised_at_once() -> None:
     processor = tiny_processor()
     processor.frame_grid = [14, 14]
     text = "Hi " + processor.video_text(6000, separator="\n", cut=CUT) + "\nWhat?"
-    start = time.perf_counter()
+    start = time.process_time()  # the machine may have other work
     ids = tokenize_pieces(TOKENIZER, [text], MARK, placeholders=(MARK, VIDEO))["input_ids"][0]
-    spent = time.perf_counter() - start
+    spent = time.process_time() - start
     assert ids.count(processor.video_token_id) == 6000 * 196
     ends = TOKENIZER("Hi ").input_ids, TOKENIZER("\nWhat?").input_ids
     assert ids[: len(ends[0])] == ends[0] and ids[-len(ends[1]) :] == ends[1]
-    assert spent < 5  # half a second on a core that is free, where token by token is fourteen
+    assert spent < 5  # half a second of a core, where token by token is fourteen
 
 
 def test_a_placeholder_that_is_not_kept_whole_is_an_error() -> None:

@@ -254,7 +254,7 @@ def check_sharded(rank: Rank) -> None:
 
 
 def test_sharded_over_two_ranks() -> None:
-    run_ranks(check_sharded, 2, timeout_s=120)
+    run_ranks(check_sharded, 2, timeout_s=240)
 
 
 def test_engines_pad_towers_where_it_helps() -> None:

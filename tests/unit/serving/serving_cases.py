@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import av
 import numpy as np
 import torch
 import uvicorn
+from tests.waiting import wait_until
 
 from longvila.inference.engine import Engine
 from longvila.inference.serving.app import Server
@@ -35,10 +35,10 @@ LIMITS = Limits(
     duration_s=60.0,
     pixels=1 << 20,
     new_tokens=256,
-    wait_s=60.0,
-    media_s=30.0,
-    body_s=5.0,
-    write_s=5.0,
+    wait_s=120.0,
+    media_s=120.0,
+    body_s=120.0,
+    write_s=120.0,
 )
 
 
@@ -114,20 +114,21 @@ def listening(app: Any) -> Iterator[tuple[str, list[asyncio.AbstractEventLoop]]]
         loops[:] = [asyncio.get_running_loop()]
         await app(scope, receive, send)
 
-    server = uvicorn.Server(
-        uvicorn.Config(noted, port=0, log_level="error", timeout_graceful_shutdown=2)
+    # A client that asks again is to find its connection open, however late it comes.
+    config = uvicorn.Config(
+        noted, port=0, log_level="error", timeout_graceful_shutdown=2, timeout_keep_alive=600
     )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="test-server")
     thread.start()
     try:
-        while not server.started:
-            assert thread.is_alive(), "the server did not start"
-            time.sleep(0.01)
+        wait_until(lambda: server.started or not thread.is_alive(), "the server is starting")
+        assert thread.is_alive(), "the server did not start"
         port = server.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}", loops
     finally:
         server.should_exit = True
-        thread.join(timeout=30)
+        thread.join(timeout=120)
         assert not thread.is_alive(), "the server did not stop"
 
 

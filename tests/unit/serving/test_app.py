@@ -8,6 +8,7 @@ import http.client
 import io
 import json
 import shutil
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,9 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from tests.waiting import wait_until
 
+from longvila.inference.serving import app
 from longvila.inference.serving.media import Wanted
 
 from .serving_cases import LIMITS, Running, ask, clip, data_uri, running
@@ -35,7 +38,7 @@ def call(
     running: Running, method: str, path: str, body: bytes | None = None, **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
     host = running.url.removeprefix("http://")
-    connection = http.client.HTTPConnection(host, timeout=20)
+    connection = http.client.HTTPConnection(host, timeout=120)
     try:
         connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
         answer = connection.getresponse()
@@ -237,8 +240,15 @@ def test_the_model_is_listed(client: openai.OpenAI) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_is_refused_and_how(
-    client: openai.OpenAI, change: dict[str, Any], status: int, says: str, stream: bool
+    client: openai.OpenAI,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    status: int,
+    says: str,
+    stream: bool,
 ) -> None:
+    # A stream that begins before the fault is found can only tell of it inside.
+    monkeypatch.setattr(app, "_SILENCE_S", 120.0)
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "stream": stream}
     with pytest.raises(openai.APIStatusError) as caught:
         client.post("/chat/completions", body=body | change, cast_to=object)
@@ -317,7 +327,7 @@ def test_a_fault_of_the_server_is_told_in_the_same_form(
 
 
 def test_a_body_without_a_length_is_counted(served: Running) -> None:
-    connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=20)
+    connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=120)
     connection.putrequest("POST", "/v1/chat/completions")
     connection.putheader("Content-Type", "application/json")
     connection.putheader("Transfer-Encoding", "chunked")
@@ -432,8 +442,12 @@ def test_the_frames_that_the_model_sees(served: Running) -> None:
 # ---- clients that leave, and keys
 
 
-def test_a_client_that_leaves_is_not_served_on(served: Running) -> None:
-    scheduler = served.server.scheduler
+def test_a_client_that_leaves_is_not_served_on(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, decode = served.server.scheduler, served.engine.decode
+    # The answers would take a minute.
+    monkeypatch.setattr(served.engine, "decode", lambda *a: (time.sleep(0.2), decode(*a))[1])
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=0) as client:
         stream = client.chat.completions.create(
             model="tiny", messages=[ask("Go on and on.", "a.mp4")], max_tokens=256,
@@ -448,10 +462,7 @@ def test_a_client_that_leaves_is_not_served_on(served: Running) -> None:
         with pytest.raises(openai.APITimeoutError):
             client.with_options(timeout=0.05).post("/chat/completions", body=body, cast_to=object)
     before = served.server.metrics.value("new_tokens_total")
-    deadline = time.monotonic() + 5
-    while sum(scheduler.counts().values()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert sum(scheduler.counts().values()) == 0
+    wait_until(lambda: not any(scheduler.counts().values()), scheduler.counts)
     assert served.server.metrics.value("new_tokens_total") - before < 200
     assert served.server.metrics.value("requests_total", outcome="cancelled") >= 1
 
@@ -475,7 +486,7 @@ def test_keys_are_asked_for(tmp_path: Path) -> None:
         assert call(server, "GET", "/health")[0] == 200
 
 
-def test_full_queues_say_so(tmp_path: Path) -> None:
+def test_full_queues_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = replace(LIMITS, waiting=1, per_client=2, active=1)
     with (
         running(tmp_path, limits=limits) as server,
@@ -488,15 +499,19 @@ def test_full_queues_say_so(tmp_path: Path) -> None:
                 model="tiny", messages=messages, max_tokens=256, temperature=2.0, stream=True
             )
 
-        streams = [start("a")]
-        next(iter(streams[0]))
-        slow = server.server.scheduler.engine.decode
-        server.server.scheduler.engine.decode = lambda *a: (time.sleep(0.05), slow(*a))[1]
-        streams.append(start("a"))
-        with pytest.raises(openai.RateLimitError, match="2 requests under way") as caught:
-            start("a")
-        assert caught.value.response.headers["retry-after"]
-        with pytest.raises(openai.RateLimitError, match="1 requests are waiting"):
-            start("b")
-        for stream in streams:
-            stream.close()
+        scheduler, decode, over = server.server.scheduler, server.engine.decode, threading.Event()
+        # No answer ends before the test does.
+        monkeypatch.setattr(server.engine, "decode", lambda *a: (over.wait(100), decode(*a))[1])
+        try:
+            streams = [start("a")]
+            wait_until(lambda: scheduler.counts()["active"] == 1, scheduler.counts)
+            streams.append(start("a"))
+            with pytest.raises(openai.RateLimitError, match="2 requests under way") as caught:
+                start("a")
+            assert caught.value.response.headers["retry-after"]
+            with pytest.raises(openai.RateLimitError, match="1 requests are waiting"):
+                start("b")
+            for stream in streams:
+                stream.close()
+        finally:
+            over.set()

@@ -86,7 +86,7 @@ def fetcher(**changes: Any) -> Fetcher:
 
 
 def fetch(url: str, who: Fetcher | None = None, **options: Any) -> bytes:
-    options = {"max_bytes": 100, "timeout_s": 5.0, **options}
+    options = {"max_bytes": 100, "timeout_s": 120.0, **options}
     path = (who or fetcher()).fetch(url, **options)
     try:
         return path.read_bytes()

@@ -31,7 +31,7 @@ def test_a_block_with_a_server() -> None:
         # A pool's idle worker ends a moment after its pool.
         left = [thread for thread in threading.enumerate() if thread not in before]
         for thread in left:
-            thread.join(timeout=10)
+            thread.join(timeout=120)
         assert not [thread for thread in left if thread.is_alive()]
         Engine(model).close()  # the model is free again
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.fixtures.upstream_case import write_checkpoint
 
 from longvila.inference.engine import Engine
 from longvila.inference.serving.access import Gate
@@ -16,6 +17,7 @@ from longvila.inference.serving.media import MediaLoader, Wanted
 from longvila.inference.serving.prompt import Prompt, build_prompt, common_prefix
 from longvila.inference.serving.settings import Access
 from longvila.inference.serving.uploads import Uploads
+from longvila.model.processing_longvila import LongVILAProcessor
 from longvila.testing import tiny
 
 from .serving_cases import LIMITS, clip
@@ -120,3 +122,15 @@ def test_a_common_prefix_is_counted() -> None:
 def test_slices_of_text_end_where_they_are_told(tmp_path: Path) -> None:
     text = Prompt(np.arange(10), np.arange(10), (), ())
     assert text.slice_end(3, 4) == 7 and text.slice_end(8, 4) == 10
+
+
+def test_a_begin_token_is_written_once(tmp_path: Path) -> None:
+    """By the template; this tokenizer would add another one by itself."""
+    processor = LongVILAProcessor.from_pretrained(
+        write_checkpoint("llama3_row", tmp_path / "llama3"), conversation="llama_3"
+    )
+    messages = [{"role": "user", "content": "What?"}]
+    expected = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    assert build_prompt(processor, messages, []).ids.tolist() == expected["input_ids"][0]

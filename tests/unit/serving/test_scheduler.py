@@ -9,15 +9,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tests.waiting import wait_until
 
 from longvila.inference.engine import Engine
+from longvila.inference.serving import scheduler as scheduler_module
 from longvila.inference.serving.access import Gate
 from longvila.inference.serving.errors import RequestError
-from longvila.inference.serving.jobs import Done, Event, Failed, Job, Piece, Question, Stage
+from longvila.inference.serving.jobs import Done, Event, Failed, Job, Piece, Question
 from longvila.inference.serving.media import MediaLoader, Wanted
 from longvila.inference.serving.prefix import shared_bytes
 from longvila.inference.serving.sampling import Sampling
@@ -47,6 +50,7 @@ class Bench:
         )
         self.scheduler = Scheduler(self.engine, self.processor, self.loader, self.settings)
         self.scheduler.stops = frozenset()  # answers are as long as asked for
+        self.units: Units | None = None
 
     def ask(
         self, client: str, text: str, *, new: int = 4, video: str | None = None, **sampling: Any
@@ -72,10 +76,10 @@ class Asked:
     def take(self, event: Event) -> None:
         self.events.put(event)
 
-    def wait(self, seconds: float = 20.0) -> tuple[str, Done]:
-        text, deadline = "", time.monotonic() + seconds
+    def wait(self) -> tuple[str, Done]:
+        text = ""
         while True:
-            event = self.events.get(timeout=max(0.01, deadline - time.monotonic()))
+            event = self.events.get(timeout=120)
             if isinstance(event, Piece):
                 text += event.text
             elif isinstance(event, Done):
@@ -84,8 +88,11 @@ class Asked:
                 raise event.error
 
     def until(self, kind: type[Event]) -> None:
-        while not isinstance(self.events.get(timeout=20), kind):
+        while not isinstance(self.events.get(timeout=120), kind):
             continue
+
+    def until_ready(self) -> None:
+        wait_until(lambda: self.job.state in ("ready", "active"), lambda: self.job.state)
 
 
 Make = Callable[..., Bench]
@@ -103,31 +110,75 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
     yield build
     for bench in benches:
+        if bench.units is not None:
+            bench.units.free()
         bench.scheduler.close()
         bench.engine.close()
 
 
-def slow_down(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, *, read: float, write: float
-) -> dict[str, float]:
-    """Let each unit take longer; returns what all of them took, which goes on growing."""
-    prefill, decode = bench.engine.prefill, bench.engine.decode
-    spent = {"read": 0.0, "write": 0.0}
+class Units:
+    """The model's work, a unit at a time: each begins when it is let, and takes a time that is set.
 
-    def slowly(name: str, seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **options: Any) -> Any:
-            start = time.perf_counter()
-            time.sleep(seconds)
-            try:
+    The scheduler sees this clock, not the machine's, so that no load has a say in who is next.
+
+    Attributes:
+        done: The client, the number of the request and the kind of each unit.
+        most: Most requests that were active at once.
+    """
+
+    def __init__(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch, *, read: float, write: float
+    ) -> None:
+        self.done: list[tuple[str, int, str]] = []
+        self.now, self.most = 0.0, 0
+        self._let = threading.Semaphore(0)
+        bench.units, self._scheduler = self, bench.scheduler
+        choose, unit, engine = bench.scheduler._next, bench.scheduler._unit, bench.engine
+
+        def taking(seconds: float, work: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any, **options: Any) -> Any:
+                self.now += seconds
                 return work(*arguments, **options)
-            finally:
-                spent[name] += time.perf_counter() - start
 
-        return run
+            return run
 
-    monkeypatch.setattr(bench.engine, "prefill", slowly("read", read, prefill))
-    monkeypatch.setattr(bench.engine, "decode", slowly("write", write, decode))
-    return spent
+        def choose_when_let() -> Job | None:
+            job = choose()
+            return job if job is not None and self._let.acquire(blocking=False) else None
+
+        def noted(job: Job) -> None:
+            assert job.prompt is not None
+            kind = "read" if job.read < len(job.prompt) else "write"
+            self.most = max(self.most, bench.scheduler.counts()["active"])
+            unit(job)
+            self.done.append((job.client, job.number, kind))
+
+        clock = SimpleNamespace(perf_counter=lambda: self.now, monotonic=time.monotonic)
+        monkeypatch.setattr(scheduler_module, "time", clock)
+        monkeypatch.setattr(engine, "prefill", taking(read, engine.prefill))
+        monkeypatch.setattr(engine, "decode", taking(write, engine.decode))
+        monkeypatch.setattr(bench.scheduler, "_next", choose_when_let)
+        monkeypatch.setattr(bench.scheduler, "_unit", noted)
+
+    def run(self, count: int) -> None:
+        """Let so many units more be done, and wait for them."""
+        end = len(self.done) + count
+        self._release(count)
+        wait_until(lambda: len(self.done) == end, lambda: f"{len(self.done)} of {end} units")
+
+    def free(self) -> None:
+        """Let all be done."""
+        self._release(10_000)
+
+    def _release(self, count: int) -> None:
+        self._let.release(count)
+        with self._scheduler._changed:
+            self._scheduler._poke()
+
+    def beside(self, client: str) -> list[tuple[str, int, str]]:
+        """What was done from the first unit of a client to its last."""
+        own = [place for place, unit in enumerate(self.done) if unit[0] == client]
+        return self.done[own[0] : own[-1] + 1]
 
 
 # ---- turns
@@ -138,56 +189,69 @@ def test_a_long_prompt_takes_half_of_the_time_and_no_more(
 ) -> None:
     """A token after every slice would be ten times slower than this."""
     bench = make(slice_tokens=16)
-    spent = slow_down(bench, monkeypatch, read=0.05, write=0.005)
+    units = Units(bench, monkeypatch, read=0.05, write=0.005)
     writer = bench.ask("writer", "w", new=250)
-    writer.until(Stage)
+    units.run(20)
     reader = bench.ask("reader", "x" * 300, new=1)
-    before = dict(spent)
-    reader.wait(30)
-    read, write = (spent[name] - before[name] for name in ("read", "write"))
-    assert writer.job.state == "active", "the writer was done before the reader"
+    reader.until_ready()
+    units.free()
+    reader.wait()
+    writer.wait()
+    assert units.done[-1][0] == "writer", "the writer was done before the reader"
+    kinds = [kind for _, _, kind in units.beside("reader")]
+    read, write = 0.05 * kinds.count("read"), 0.005 * kinds.count("write")
     assert 0.7 < write / read < 1.4, f"{read:.2f} s of reading, {write:.2f} s of writing"
-    bench.scheduler.cancel(writer.job)
 
 
 def test_many_requests_do_not_buy_more_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = make()
-    slow_down(bench, monkeypatch, read=0.0, write=0.005)
+    units = Units(bench, monkeypatch, read=0.0, write=0.005)
     crowd = [bench.ask("crowd", f"request {n}", new=200) for n in range(5)]
     for asked in crowd:
-        asked.until(Piece)
-    before = [len(asked.job.new) for asked in crowd]
+        asked.until_ready()
+    units.run(25)
     one = bench.ask("one", "a single request", new=60)
-    one.wait(30)
-    counts = [len(asked.job.new) for asked in crowd]
-    theirs = sum(counts) - sum(before)
-    assert 30 < theirs < 100, f"{theirs} tokens of five requests beside 60 of one"
+    one.until_ready()
+    units.free()
+    for asked in (one, *crowd):
+        asked.wait()
+    beside = units.beside("one")
+    theirs = sum(client == "crowd" for client, _, _ in beside)
+    assert 30 < theirs < 100, f"{theirs} units of five requests beside 60 of one"
+    until_then = units.done[: units.done.index(("one", one.job.number, "read"))] + beside
+    counts = [until_then.count(("crowd", asked.job.number, "write")) for asked in crowd]
     assert max(counts) - min(counts) <= 4, "a client's own requests go on together"
 
 
 def test_an_idle_client_does_not_save_time_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = make()
-    slow_down(bench, monkeypatch, read=0.0, write=0.005)
+    units = Units(bench, monkeypatch, read=0.0, write=0.005)
     busy = bench.ask("busy", "writes for long", new=250)
-    time.sleep(0.4)
+    units.run(80)
     late = bench.ask("late", "comes later", new=60)
-    late.until(Stage)
-    before = len(busy.job.new)
-    late.wait(30)
-    beside = len(busy.job.new) - before
-    # Shares are of time, which a machine that stalls moves; with time saved up it were next to 0.
-    assert beside > 12, f"the busy client wrote {beside} tokens beside 60"
-    bench.scheduler.cancel(busy.job)
+    late.until_ready()
+    units.free()
+    late.wait()
+    busy.wait()
+    beside = sum(client == "busy" for client, _, _ in units.beside("late"))
+    # With time saved up it were next to 0.
+    assert beside > 50, f"the busy client had {beside} units beside 60"
 
 
 def test_long_answers_of_one_client_keep_nobody_out(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = make(limits=replace(LIMITS, active=2))
-    slow_down(bench, monkeypatch, read=0.0, write=0.01)
+    units = Units(bench, monkeypatch, read=0.0, write=0.01)
     crowd = [bench.ask("crowd", f"request {n}", new=200) for n in range(4)]
-    crowd[0].until(Piece)
-    assert bench.ask("one", "a single request", new=3).wait()[1].new_tokens == 3
+    for asked in crowd:
+        asked.until_ready()
+    units.run(3)
+    one = bench.ask("one", "a single request", new=3)
+    one.until_ready()
+    while one.job.state != "done":
+        units.run(1)
+    assert one.wait()[1].new_tokens == 3
     assert [asked.job.state for asked in crowd] == ["active", "ready", "ready", "ready"]
     for asked in crowd:
         bench.scheduler.cancel(asked.job)
@@ -201,14 +265,14 @@ def test_slow_downloads_of_one_client_keep_nobody_out(
 
     def slow_load(wanted: Wanted, **options: Any) -> Any:
         if wanted.url == "slow":
-            assert stuck.wait(100)
+            assert stuck.wait(200)
             raise RequestError("slow")
         return load(wanted, **options)
 
     monkeypatch.setattr(bench.loader, "load", slow_load)
     crowd = [bench.ask("crowd", f"request {n}", video="slow") for n in range(6)]
-    assert bench.ask("one", "with a film", video="a.mp4").wait(30)[1].new_tokens == 4
-    assert bench.ask("crowd", "only text").wait(30)[1].new_tokens == 4
+    assert bench.ask("one", "with a film", video="a.mp4").wait()[1].new_tokens == 4
+    assert bench.ask("crowd", "only text").wait()[1].new_tokens == 4
     stuck.set()
     for asked in crowd:
         with pytest.raises(RequestError, match="slow"):
@@ -220,19 +284,19 @@ def test_media_are_prepared_for_clients_in_turn(
 ) -> None:
     bench = make(limits=replace(LIMITS, preparing=1, active=1))
     begun: list[str] = []
-    load = bench.scheduler._load
+    all_asked, load = threading.Event(), bench.scheduler._load
 
     def noted(job: Job) -> Any:
         begun.append(job.client)
-        time.sleep(0.02)
+        assert all_asked.wait(100)
         return load(job)
 
     monkeypatch.setattr(bench.scheduler, "_load", noted)
-    slow_down(bench, monkeypatch, read=0.02, write=0.01)
     crowd = [bench.ask("crowd", f"request {n}", video="a.mp4") for n in range(6)]
     one = bench.ask("one", "a single request", video="b.mp4")
+    all_asked.set()
     one.wait()
-    assert begun.index("one") <= 3, begun
+    assert begun.index("one") == 1, begun
     for asked in crowd:
         asked.wait()
 
@@ -277,15 +341,14 @@ def test_requests_wait_for_memory_and_all_are_answered(
 ) -> None:
     token = 2 * 2 * 2 * 8 * 4
     bench = make(kv_bytes=1200 * token)
-    slow_down(bench, monkeypatch, read=0.001, write=0.001)
-    most = 0
+    units = Units(bench, monkeypatch, read=0.001, write=0.001)
     asked = [bench.ask(f"c{n}", f"{n}" * 400, new=40) for n in range(6)]
-    while any(a.job.state != "done" for a in asked):
-        most = max(most, bench.scheduler.counts()["active"])
-        time.sleep(0.001)
+    for one in asked:
+        one.until_ready()
+    units.free()
     for one in asked:
         assert one.wait()[1].new_tokens == 40
-    assert 1 <= most <= 3, f"{most} active at once"
+    assert 1 <= units.most <= 3, f"{units.most} active at once"
     with pytest.raises(RequestError, match="do not fit the server's memory"):
         bench.ask("x", "z" * 1100, new=200).wait()
 
@@ -294,15 +357,14 @@ def test_a_request_that_is_cancelled_leaves_what_was_read(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = make(slice_tokens=32)
-    slow_down(bench, monkeypatch, read=0.05, write=0.0)
+    units = Units(bench, monkeypatch, read=0.05, write=0.0)
     asked = bench.ask("x", "q" * 300, new=4)
-    asked.until(Stage)
-    while asked.job.read < 64:
-        time.sleep(0.005)
+    units.run(2)
+    assert asked.job.read == 64
     bench.scheduler.cancel(asked.job)
     bench.scheduler.cancel(asked.job)
-    while bench.scheduler.counts()["active"]:
-        time.sleep(0.005)
+    units.free()
+    wait_until(lambda: not bench.scheduler.counts()["active"], "a cancelled request is active")
     assert all(not isinstance(e, Done | Failed) for e in list(asked.events.queue))
     _, done = bench.ask("x", "q" * 300, new=4).wait()
     assert 64 <= done.cached_tokens < done.prompt_tokens - 1
@@ -395,29 +457,63 @@ def test_nobody_waits_for_a_thread_that_died(make: Make, monkeypatch: pytest.Mon
 
 
 def test_waiting_too_long_is_an_answer_too(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = make(limits=replace(LIMITS, active=1, wait_s=0.3))
-    slow_down(bench, monkeypatch, read=0.0, write=0.01)
+    bench = make(limits=replace(LIMITS, active=1))
+    units = Units(bench, monkeypatch, read=0.0, write=0.01)
     first = bench.ask("x", "long", new=200)
-    first.until(Piece)
+    wait_until(lambda: first.job.state == "active", lambda: first.job.state)
+    bench.scheduler.limits = replace(LIMITS, active=1, wait_s=0.001)
+    second = bench.ask("y", "short")
+    time.sleep(0.002)
+    units.free()
     with pytest.raises(RequestError, match="waited longer") as caught:
-        bench.ask("y", "short").wait()
+        second.wait()
     assert caught.value.status == 503 and caught.value.retry_after_s
     bench.scheduler.cancel(first.job)
 
 
 def test_closing_answers_everybody_and_leaves_nothing(make: Make) -> None:
+    before = set(threading.enumerate())
     bench = make()
     asked = [bench.ask(f"c{n}", "on and on", new=250, video="a.mp4") for n in range(12)]
     bench.scheduler.close()
     for one in asked:
         with pytest.raises(RequestError, match="going down"):
-            one.wait(5)
+            one.wait()
     with pytest.raises(RequestError, match="going down"):
         bench.ask("late", "hello")
     gc.collect()
     assert not len(bench.scheduler.prefix) and not bench.scheduler._jobs
-    names = {thread.name for thread in threading.enumerate()}
-    assert not any(name.startswith("longvila-") for name in names), names
+    assert not set(threading.enumerate()) - before
+
+
+@pytest.mark.parametrize("where", ["preparing", "active"])
+def test_closing_answers_those_whose_work_is_given_up(
+    make: Make, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Work that notices the end before the end notices it."""
+    bench = make()
+    begun, load, sweep = threading.Event(), bench.loader.load, bench.scheduler._sweep
+
+    def load_until_closed(wanted: Wanted, **options: Any) -> Any:
+        begun.set()
+        assert asked.job.cancelled.wait(100)
+        return load(wanted, **options)
+
+    def sweep_once_closed() -> None:
+        if bench.scheduler.counts()["active"]:
+            begun.set()
+            assert asked.job.cancelled.wait(100)
+        sweep()
+
+    if where == "preparing":
+        monkeypatch.setattr(bench.loader, "load", load_until_closed)
+    else:
+        monkeypatch.setattr(bench.scheduler, "_sweep", sweep_once_closed)
+    asked = bench.ask("x", "on and on", new=250, video="a.mp4")
+    assert begun.wait(100)
+    bench.scheduler.close()
+    with pytest.raises(RequestError, match="going down"):
+        asked.wait()
 
 
 def test_settings_that_would_be_ignored_are_refused(tmp_path: Path, make: Make) -> None:

@@ -75,7 +75,7 @@ def test_a_million_tokens_in_hundreds_of_documents_take_milliseconds() -> None:
         assert context.num_local_tokens > 0
         seconds.append(time.process_time() - start)
     # About 2 ms on an idle core; the limit allows for a busy one.
-    assert min(seconds) < 0.02, seconds
+    assert min(seconds) < 0.05, seconds
 
 
 def test_bad_arguments_are_named() -> None:

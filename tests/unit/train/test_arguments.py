@@ -92,6 +92,7 @@ def test_several_gpus_are_sharded_by_groups_made_here(
 ) -> None:
     several = property(lambda self: True)
     monkeypatch.setattr(MeshArguments, "shards_parameters", several)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # what it says ends with the test
     args = arguments(tmp_path, sharding="hsdp", fsdp_config={"state_dict_type": "FULL_STATE_DICT"})
     plan = args.parallel_plan()
     assert plan.fsdp and plan.fsdp_replicate and plan.parameter_dtype is torch.float32

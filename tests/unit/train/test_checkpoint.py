@@ -14,7 +14,7 @@ from torch import nn
 from longvila.errors import CheckpointError
 from longvila.testing import Rank
 from longvila.testing.ranks import run_ranks
-from longvila.train.checkpoint import find_saves, held, save, writing
+from longvila.train.checkpoint import clean, find_saves, held, load, save, writing
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
@@ -54,6 +54,15 @@ def test_a_disk_that_is_full_is_a_sentence_and_earlier_saves_stay(
     assert [each.path.name for each in find_saves(tmp_path)] == ["step-1"]
 
 
+def test_a_part_that_is_frozen_after_a_save_is_refused_with_the_reason(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    save(tmp_path, 1, model, torch.optim.AdamW(model.parameters()), run={}, data={}, keep=1)
+    model.bias.requires_grad_(False)
+    optimizer = torch.optim.AdamW([model.weight])
+    with pytest.raises(CheckpointError, match=r"nothing frozen, this run freezes 1 tensors \(bias"):
+        load(find_saves(tmp_path)[0], model, optimizer, seed=0)
+
+
 def test_weights_that_do_not_fit_the_disk_are_a_sentence_too(tmp_path: Path) -> None:
     said = pytest.raises(CheckpointError, match=r"model cannot be written \(I/O error\)")
     with said, writing(tmp_path / "model"):
@@ -65,3 +74,34 @@ def test_all_ranks_are_refused(tmp_path: Path) -> None:
         said = run_ranks(refused_everywhere, 2, str(tmp_path))
     assert all("another run" in each for each in said)
     assert run_ranks(refused_everywhere, 2, str(tmp_path)) == ["held", "held"]
+
+
+@pytest.mark.parametrize("name", ["run.json", "rank-0.pt", ".metadata", "__0_0.distcp"])
+def test_a_damaged_save_is_named_and_nothing_else_is_taken(tmp_path: Path, name: str) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (1, 2):
+        save(tmp_path, step, model, optimizer, run={}, data={}, keep=2)
+    file = tmp_path / "step-2" / name
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(CheckpointError, match=r"step-2 is damaged \(.*save before it"):
+        load(find_saves(tmp_path)[-1], model, optimizer, seed=0)
+    (tmp_path / "step-2").rename(tmp_path / "away")
+    load(find_saves(tmp_path)[-1], model, optimizer, seed=0)
+
+
+def test_a_save_of_another_model_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+    models = nn.Linear(2, 2), nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 2))
+    optimizers = [torch.optim.AdamW(model.parameters()) for model in models]
+    save(tmp_path, 1, models[0], optimizers[0], run={}, data={}, keep=2)
+    for model, optimizer in zip(models[1:], optimizers[1:], strict=True):
+        with pytest.raises(CheckpointError, match=r"step-1 does not fit the model: .*new output"):
+            load(find_saves(tmp_path)[-1], model, optimizer, seed=0)
+
+
+def test_what_is_no_whole_save_is_said_to_be_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "step-3").mkdir()
+    clean(tmp_path)
+    assert "step-3 is passed over" in caplog.text and (tmp_path / "step-3").is_dir()

@@ -57,7 +57,9 @@ def train(
     }  # fmt: skip
 
 
-def test_a_resumed_run_takes_its_own_rates(tmp_path: Path) -> None:
+def test_a_resumed_run_takes_its_own_rates_and_says_what_differs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     train(None, str(tmp_path), 1, 1)
     before = checkpoint.find_saves(tmp_path / "saves")[-1]
     slow = replace(STAGE, rates=Rates(vision_tower=1e-9, projector=1e-9, language_model=1e-9))
@@ -66,7 +68,13 @@ def test_a_resumed_run_takes_its_own_rates(tmp_path: Path) -> None:
     checkpoint.load(before, model, optimizer, seed=slow.seed)
     assert {group["full_lr"] for group in optimizer.param_groups} == {1e-9}
     saved = whole(model)
+    caplog.clear()
     train(None, str(tmp_path), 1, 1, slow)
+    said = [each.getMessage() for each in caplog.records if "was saved with" in each.getMessage()]
+    assert [each.partition("saved with ")[2] for each in said] == [
+        f"rates.{part} 0.001, this run has 1e-09"
+        for part in ("vision_tower", "projector", "language_model")
+    ]
     resumed = checkpoint.find_saves(tmp_path / "saves")[-1]
     assert resumed.step == 2
     checkpoint.load(resumed, model, optimizer, seed=slow.seed)

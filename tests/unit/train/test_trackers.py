@@ -28,7 +28,7 @@ def sit(name: str, folder: Path, steps: list[int], **environment: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SITTING, name, str(folder), json.dumps(steps)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

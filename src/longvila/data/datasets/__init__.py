@@ -27,6 +27,7 @@ import yaml
 from longvila.data.datasets import captions, llava, questions
 from longvila.data.datasets.base import Adapter, Dataset, SchemaError
 from longvila.data.records import open_records
+from longvila.data.yaml_text import load_yaml
 
 #: Every adapter by name.
 ADAPTERS: Mapping[str, Adapter] = {
@@ -99,7 +100,7 @@ def read_file(path: str | Path) -> DataFile:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = load_yaml(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as fault:
         raise ValueError(f"{path}: is not a YAML file: {fault}") from fault
     if not isinstance(content, dict):

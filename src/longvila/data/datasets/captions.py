@@ -13,12 +13,15 @@ from longvila.data.records import Record
 from longvila.data.sample import Sample
 
 _DETAIL = "Elaborate on the visual and narrative elements of the video in detail."
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tiff")
 _VIDEOS = (".mp4", ".webm", ".mkv", ".avi")
 
 
 def _mmc4(record: Record, context: Context) -> Sample:
-    """Images stand before the sentence they match; the best matches where there are too many."""
+    """Images stand before the sentence they match; the best matches where there are too many.
+
+    Sentences are joined by spaces, but for those before an image.
+    """
     sentences = list(record["text_list"])
     most = int(context.options.get("max_images", 6))
     least = float(context.options.get("min_similarity", 0.0))
@@ -37,7 +40,8 @@ def _mmc4(record: Record, context: Context) -> Sample:
     parts: list[Any] = []
     for number, sentence in enumerate(sentences):
         parts += before.get(number, [])
-        parts.append(sentence if number + 1 == len(sentences) else f"{sentence} ")
+        last = number + 1 == len(sentences)
+        parts.append(sentence if last or number + 1 in before else f"{sentence} ")
     name = record.get("url") or record.get("__key__") or context.index
     return conversation(name, context, ("assistant", parts))
 
@@ -110,7 +114,7 @@ def _shot2story(record: Record, context: Context) -> Sample:
     if text is None:
         listed = record.get("captions") or []
         text = next(
-            (c["caption"] for c in listed if isinstance(c, dict) and str(c.get("idx")) == "-1"),
+            (c["content"] for c in listed if isinstance(c, dict) and str(c.get("idx")) == "-1"),
             None,
         )
     if not text:

@@ -2,8 +2,9 @@
 
 Two readings of the placeholders, both upstream's:
 
-``prepend``   ``<image>`` and ``<video>`` are removed from all texts, each with the newline before
-              and after it, and all media are put before the first human text
+``prepend``   ``<image>`` and ``<video>`` are removed from all texts, each with the newline after
+              it or, where none follows, the one before it, and all media are put before the first
+              human text
 ``in_place``  each placeholder becomes the next medium, where it stands
 
 Source: the original's `LLaVADataset` and `LLaVANextDataset`, and its older loader, which also takes
@@ -14,11 +15,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from longvila.data.datasets.base import Adapter, Context, conversation
 from longvila.data.records import Record
-from longvila.data.sample import Media, Sample
+from longvila.data.sample import Kind, Media, Sample
 
 _ROLES = {
     "human": "user",
@@ -27,7 +28,10 @@ _ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-_ADJACENT = re.compile(r"\n?<(?:image|video)>\n?")
+#: In this order, so that lines around a placeholder stay apart.
+_REMOVED = tuple(
+    form.format(f"<{kind}>") for kind in get_args(Kind) for form in ("{}\n", "\n{}", "{}")
+)
 _PLACEHOLDER = re.compile(r"<(image|video)>")
 _FIELDS = (
     "id", "image", "images", "video", "videos", "video_id", "video_path", "fps", "frame_count",
@@ -82,7 +86,9 @@ def llava_sample(record: Record, context: Context) -> Sample:
         if not isinstance(text, str):
             raise context.error(f"has a message whose text is {text!r}")
         if placing == "prepend":
-            parts: list[Any] = [_ADJACENT.sub("", text)]
+            for placeholder in _REMOVED:
+                text = text.replace(placeholder, "")
+            parts: list[Any] = [text.strip()]
             if role == "user" and waiting:
                 parts = [*waiting, *parts]
                 waiting = []

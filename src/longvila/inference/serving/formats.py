@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -75,10 +74,12 @@ def check_video(source: Path | bytes, name: str, limits: Limits) -> None:
         )
     import av
 
-    file: Any = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+    from longvila.media._pyav import open_container
+
     try:
-        # As container_options: PyAV 15 crashes when options meet streams that show up late.
-        with av.open(file, container_options={"protocol_whitelist": "file"}) as container:
+        with open_container(
+            io.BytesIO(source) if isinstance(source, bytes) else str(source)
+        ) as container:
             sizes = [(s.width, s.height) for s in container.streams.video]
             seconds = (container.duration or 0) / av.time_base
     except (av.FFmpegError, OSError) as fault:

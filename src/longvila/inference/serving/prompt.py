@@ -181,7 +181,14 @@ def build_prompt(
             [rendered], texts["image"], texts["video"]
         )
         marks = (processor.image_token, processor.video_token)
-        encoded = tokenize_pieces(processor.tokenizer, [marked], marks[0], placeholders=marks)
+        encoded = tokenize_pieces(
+            processor.tokenizer,
+            [marked],
+            marks[0],
+            placeholders=marks,
+            # The template writes all special tokens itself.
+            add_special_tokens=False,
+        )
     return _index(processor, np.asarray(encoded["input_ids"][0], np.int64), tuple(media))
 
 

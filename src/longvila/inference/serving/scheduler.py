@@ -248,7 +248,8 @@ class Scheduler:
             prompt = self._load(job)
         except Cancelled:
             with self._changed:
-                self._leave(job, "cancelled")
+                if not self._closing:  # else `close` still owes it an answer
+                    self._leave(job, "cancelled")
         except RequestError as error:
             self._fail(job, error)
         except Exception:
@@ -340,6 +341,8 @@ class Scheduler:
     def _sweep(self) -> None:
         for job in (*self._in("ready"), *self._in("active")):
             if job.cancelled.is_set():
+                if self._closing:
+                    return  # `close` still owes them an answer
                 self._keep(job)
                 with self._changed:
                     self._leave(job, "cancelled")

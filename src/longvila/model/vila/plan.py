@@ -30,6 +30,7 @@ from longvila.model.vila.tokens import (
     choose_template,
     frame_end,
     load_tokenizer,
+    packed_template,
     stop_token_ids,
 )
 from longvila.model.vila.weights import Entry, WeightFiles
@@ -163,6 +164,10 @@ def plan_conversion(
     if adapter is not None:
         check_places(adapter, files)
     tokenizer = load_tokenizer(checkpoint.parts["llm"])
+    packed = packed_template(checkpoint.root, checkpoint.config) if conversation is None else None
+    if packed is not None:
+        tokenizer.chat_template, conversation = packed, "auto"
+        notes.append(f"chat template {checkpoint.config['chat_template']}.jinja of the repository")
     template = choose_template(tokenizer, folder, conversation)
     notes.append(template.reason)
     values = dict(settings.values)

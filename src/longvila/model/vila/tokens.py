@@ -4,7 +4,8 @@
    order in which the original adds them at load, so that ids agree: sentinel, image, video. Their
    embedding rows need not exist; nothing looks them up.
 2. The template is the tokenizer's own (``chat_template`` of config.json has no effect there
-   either), unless the folder's name is one of a family trained with another format, or the user
+   either, but in repositories packed with their own Python files, where it names a file beside
+   them), unless the folder's name is one of a family trained with another format, or the user
    names a format. Whatever it is, it is wrapped so that it takes messages whose content is a list
    of text, image and video parts: parts are joined in order without separators, and the whole is
    stripped.
@@ -12,11 +13,13 @@
 
 Formats without a tokenizer template are what their models were trained on, so their wording is
 data. The original's quirks are kept where they change ids: a tokenizer that adds a begin token adds
-it before one that is written out as well.
+it before one that is written out as well, and SentencePiece tokenizers mark the first word of a
+text as one behind a space.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import re
@@ -144,6 +147,10 @@ _FLATTEN = """\
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
+#: What reads a SentencePiece file: name of the package and its module.
+_READERS = (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf"))
+#: What the template shipped here says where nobody else does.
+_DEFAULT_SYSTEM = "You are a helpful assistant."
 _CHATML_SYSTEM = re.compile(
     r"<\|im_start\|>system\n(.*)<\|im_end\|>\n<\|im_start\|>user\nu<\|im_end\|>\n", re.DOTALL
 )
@@ -225,6 +232,13 @@ def _end(after: str, form: Format, last: str) -> str:
     )
 
 
+def _importable(module: str) -> bool:
+    parent, _, _ = module.rpartition(".")
+    if parent and importlib.util.find_spec(parent) is None:
+        return False
+    return importlib.util.find_spec(module) is not None
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Load a tokenizer and give it the media tokens.
 
@@ -235,16 +249,46 @@ def load_tokenizer(folder: Path) -> Any:
         The tokenizer; ids of tokens it already had are as they were.
 
     Raises:
-        CheckpointError: If the folder has no tokenizer.
+        CheckpointError: If the folder has no tokenizer, or a package that reads it is missing.
     """
     if not (folder / "tokenizer_config.json").is_file():
         raise CheckpointError(f"{folder} has no tokenizer_config.json")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+        absent = [name for name, module in _READERS if not _importable(module)]
+        if absent:
+            raise CheckpointError(
+                f"{folder / 'tokenizer.model'} is a SentencePiece file, which transformers reads "
+                f"with packages that are not installed: pip install {' '.join(absent)}"
+            )
+    kind = str(read_json(folder / "tokenizer_config.json").get("tokenizer_class"))
+    # The original asks for this whatever the file says.
+    options = {"legacy": False} if kind.startswith("Llama") else {}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     known = tokenizer.get_vocab()
     missing = [token for token in (SENTINEL, IMAGE, VIDEO) if token not in known]
     if missing:
         tokenizer.add_tokens(missing, special_tokens=True)
     return tokenizer
+
+
+def packed_template(root: Path, config: dict[str, Any]) -> str | None:
+    """Return the chat template of a repository packed with its own Python files.
+
+    Args:
+        root: Folder with config.json.
+        config: Its content.
+
+    Returns:
+        The template that config.json names, without indentation and line ends as the code of such
+        repositories reads it; None if it names none that is there.
+    """
+    name = config.get("chat_template")
+    if config.get("model_type") != "vila" or not isinstance(name, str):
+        return None
+    file = root / f"{name}.jinja"
+    if not file.is_file():
+        return None
+    return file.read_text(encoding="utf-8").replace("    ", "").replace("\n", "")
 
 
 def choose_template(tokenizer: Any, folder: str, asked: str | None = None) -> Template:
@@ -273,11 +317,8 @@ def choose_template(tokenizer: Any, folder: str, asked: str | None = None) -> Te
             if part in folder.lower():
                 name, reason = family, f"the name has {part!r}"
                 break
-    # transformers leaves the tokenizer's begin token out where a prompt starts with one.
-    begin = "".join(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
-    start = _FLATTEN + (f"{{{{- {_quoted(begin)} -}}}}" if begin else "")
     if name != "auto":
-        text = start + format_template(FORMATS[name])
+        text = _started(tokenizer, format_template(FORMATS[name]))
         return Template(text, f"conversation format {name} ({reason})")
     own = tokenizer.chat_template
     if isinstance(own, dict):
@@ -288,12 +329,47 @@ def choose_template(tokenizer: Any, folder: str, asked: str | None = None) -> Te
             "no chat template: the tokenizer has none and the name is of no known family; choose "
             "one with --conversation",
         )
-    known = None if begin else _as_shipped(tokenizer, own)
+    known = None if begin_text(tokenizer) else _as_shipped(tokenizer, own)
     if known is not None:
         return known
     return Template(
-        start + own, "chat template of the tokenizer (it does not mark answers: no labels from it)"
+        _started(tokenizer, own),
+        "chat template of the tokenizer (it does not mark answers: no labels from it)",
     )
+
+
+def begin_text(tokenizer: Any, text: str = "") -> str:
+    """Return what has to be written before a text for the tokens that a tokenizer puts there.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: What follows. A SentencePiece tokenizer puts a space before the first word of a text,
+            but none before a word behind a begin token that is written out.
+
+    Returns:
+        The begin token if the tokenizer adds one, and a space if it takes one.
+    """
+    begin = "".join(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
+    if not begin or not text:
+        return begin
+    wanted = tokenizer(text).input_ids
+    for start in (begin, f"{begin} "):
+        if tokenizer(start + text, add_special_tokens=False).input_ids == wanted:
+            return start
+    return begin
+
+
+def _started(tokenizer: Any, template: str) -> str:
+    """Let a template write the tokenizer's begin token, and messages of parts be plain text.
+
+    transformers leaves the tokenizer's own begin token out where a prompt starts with one.
+    """
+    if not begin_text(tokenizer):
+        return _FLATTEN + template
+    probe = tokenizer.apply_chat_template(
+        _PROBES[0], chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    return f"{_FLATTEN}{{{{- {_quoted(begin_text(tokenizer, probe))} -}}}}{template}"
 
 
 def _as_shipped(tokenizer: Any, own: str) -> Template | None:
@@ -356,7 +432,8 @@ def frame_end(tokenizer: Any, text: str, *, token_order: str) -> str:
 
     The original tokenises the end token on its own, so that a tokenizer which starts every text
     with a begin token puts one after every frame. Checkpoints older than that code (column-major
-    ones) were trained on prompts with the bare newline.
+    ones) were trained on prompts that were cut at images and tokenised in pieces, begin tokens left
+    out.
 
     Args:
         tokenizer: The tokenizer.
@@ -369,19 +446,27 @@ def frame_end(tokenizer: Any, text: str, *, token_order: str) -> str:
     Raises:
         CheckpointError: If no text gives those tokens inside a prompt.
     """
-    if not text or token_order == "column":
+    if not text:
         return text
     wanted = tokenizer(text).input_ids
     special = set(tokenizer.all_special_ids)
     begin = [i for i in wanted if i in special]
-    whole = "".join(tokenizer.convert_ids_to_tokens(begin)) + text
-    got = tokenizer(whole, add_special_tokens=False).input_ids
-    if got != wanted:
-        raise CheckpointError(
-            f"the tokens {wanted} that end a frame cannot be written in a prompt ({whole!r} gives "
-            f"{got})"
-        )
-    return whole
+    if token_order == "column":
+        begin, wanted = [], wanted[len(begin) :]
+    start = "".join(tokenizer.convert_ids_to_tokens(begin))
+    for whole in (start + text, f"{start} {text}"):
+        if _inside(tokenizer, whole) == wanted:
+            return whole
+    raise CheckpointError(
+        f"the tokens {wanted} that end a frame cannot be written in a prompt ({start + text!r} "
+        f"gives {_inside(tokenizer, start + text)})"
+    )
+
+
+def _inside(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text inside a prompt, between placeholders."""
+    ids: list[int] = tokenizer(IMAGE + text + IMAGE, add_special_tokens=False).input_ids
+    return ids[1:-1]
 
 
 def bare_frame_end(tokenizer: Any, text: str) -> str:
@@ -394,10 +479,45 @@ def bare_frame_end(tokenizer: Any, text: str) -> str:
     Returns:
         The text without the begin token that the tokenizer adds by itself.
     """
-    wanted = tokenizer(text, add_special_tokens=False).input_ids
-    begin = "".join(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
-    bare = text.removeprefix(begin)
-    return bare if tokenizer(bare).input_ids == wanted else text
+    wanted = _inside(tokenizer, text)
+    begin = tokenizer("").input_ids
+    bare = text.removeprefix(begin_text(tokenizer))
+    for each in (bare.removeprefix(" "), bare):
+        if tokenizer(each).input_ids in (wanted, begin + wanted):
+            return each
+    return text
+
+
+def _system_prompt(source: Path) -> str | None:
+    file = source / "processor_config.json"
+    prompt: str | None = read_json(file).get("system_prompt") if file.is_file() else None
+    return prompt
+
+
+def _for_the_original(tokenizer: Any, template: str, system_prompt: str | None) -> str:
+    """Return a template as the original needs it.
+
+    There a message is a text that holds the placeholders of its media, which ours takes for typed
+    ones and removes; the tokenizer writes its begin token by itself; no variable is passed.
+    """
+    from longvila.model.processing_longvila import default_chat_template
+
+    if template == default_chat_template():
+        system = _DEFAULT_SYSTEM if system_prompt is None else system_prompt
+        start = _quoted(f"<|im_start|>system\n{system}<|im_end|>\n")
+        return (
+            f"{{%- if messages[0]['role'] != 'system' -%}}{{{{- {start} -}}}}{{%- endif -%}}"
+            "{%- for message in messages if message['content'] is not none -%}"
+            "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+            "{{- message['content'] + '<|im_end|>\\n' -}}"
+            "{%- endfor -%}"
+            "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+        )
+    bare = template.removeprefix(_FLATTEN)
+    begin = begin_text(tokenizer)
+    for start in (begin, f"{begin} ") if begin and bare != template else ():
+        bare = bare.removeprefix(f"{{{{- {_quoted(start)} -}}}}")
+    return bare
 
 
 def write_tokenizer(source: Path, folder: Path, origin: Path | None) -> None:
@@ -424,7 +544,7 @@ def write_tokenizer(source: Path, folder: Path, origin: Path | None) -> None:
         raise CheckpointError(f"the tokenizer of {source} has no tokenizer.json")
     whole = read_json(path)
     model = whole["model"]
-    if model.get("type") == "BPE":
+    if model.get("type") == "BPE" and not model.get("byte_fallback"):
         # The original loads tokenizers without the fast form, from these two files.
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
         text = "\n".join(["#version: 0.2", *merges, ""])
@@ -432,7 +552,8 @@ def write_tokenizer(source: Path, folder: Path, origin: Path | None) -> None:
         vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
         (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
     settings = read_json(folder / "tokenizer_config.json")
-    if settings.get("tokenizer_class") in ("TokenizersBackend", None):
+    # Without its SentencePiece file, such a tokenizer is read from tokenizer.json alone.
+    if settings.get("tokenizer_class") in ("TokenizersBackend", None) or model.get("byte_fallback"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     for name in ("backend", "is_local", "processor_class", "local_files_only"):
         settings.pop(name, None)
@@ -443,7 +564,8 @@ def write_tokenizer(source: Path, folder: Path, origin: Path | None) -> None:
     }
     template = folder / "chat_template.jinja"
     if template.is_file():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
+        ours = template.read_text(encoding="utf-8")
+        settings["chat_template"] = _for_the_original(tokenizer, ours, _system_prompt(source))
         template.unlink()
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
