@@ -178,4 +178,5 @@ def test_the_command_starts_its_ranks_resumes_on_others_and_leaves_the_finished_
     second, third = run_ranks(twice, 1, [*given, "--ranks", "1"], timeout_s=280)[0]
     assert "saved by 2 ranks, resumed on 1" in second and "step 2, 100.0%" in second
     assert (tmp_path / "out" / "config.json").exists()
+    assert "counts" in json.loads((tmp_path / "out" / "left-out.json").read_text())
     assert "is finished; nothing to do" in third

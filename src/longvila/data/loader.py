@@ -225,7 +225,14 @@ class PackedLoader:
             yield from walk.batches()
         finally:
             walk.close()
+            self._write_report()
+
+    def _write_report(self) -> None:
+        """Write the report; a disk that is full is said, and must not hide what else went wrong."""
+        try:
             self.report.write()
+        except OSError as fault:
+            _LOG.warning("the list of what was left out cannot be written: %s", fault)
 
 
 class _Walk:
@@ -472,6 +479,8 @@ class _Walk:
         for event in ready.events:
             _LOG.warning("left out %s (%s): %s", event.id, event.cause, event.reason)
             report.add(event)
+        if ready.events:
+            self.loader._write_report()
         documents = [entry.document for entry in row if entry.document is not None]
         cut = [document.frames_cut for document in documents]
         report.used(

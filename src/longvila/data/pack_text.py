@@ -38,6 +38,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from longvila.data.records import Records, open_records
+from longvila.errors import LongVILAError
 
 Format = Literal["parquet", "jsonl", "upstream"]
 Documents = Literal["file", "line"]
@@ -417,6 +418,7 @@ def pack_text(
     Raises:
         ValueError: If the folder holds rows of other options, a field is missing, or the tokenizer
             has no end token.
+        LongVILAError: If the folder cannot be written.
     """
     options.output.mkdir(parents=True, exist_ok=True)
     progress = _resume(options)
@@ -428,13 +430,19 @@ def pack_text(
     filled = 0
 
     def flush(last: bool) -> None:
-        if rows:
-            name = f"rows-{len(progress.shards):05d}{_SUFFIX[options.format]}"
-            _write_shard(options, options.output / name, rows)
-            progress.shards.append([name, len(rows)])
-            rows.clear()
-        progress.done = last
-        _write_manifest(options, progress)
+        try:
+            if rows:
+                name = f"rows-{len(progress.shards):05d}{_SUFFIX[options.format]}"
+                _write_shard(options, options.output / name, rows)
+                progress.shards.append([name, len(rows)])
+                rows.clear()
+            progress.done = last
+            _write_manifest(options, progress)
+        except OSError as fault:
+            raise LongVILAError(
+                f"{options.output} cannot be written ({fault}); what is there is whole: make "
+                "room, and the same command goes on"
+            ) from fault
         if report is not None:
             report(progress.copy())
 

@@ -36,7 +36,7 @@ class Event:
 
 @dataclass
 class Report:
-    """Counts and lists; written again, by rename, after each change.
+    """Counts and lists; whoever adds to them writes them, by rename.
 
     Args:
         path: Where to; None only counts.
@@ -59,7 +59,6 @@ class Report:
         self.counts[event.cause] += 1
         if len(self.events) < self.keep:
             self.events.append(event)
-        self.write()
 
     def write(self) -> None:
         """Write the file, if there is one."""

@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from longvila.inference.frames import MissingFrames, TensorFrames
-from longvila.inference.prompts import Item, Medium, Message, Progress, Rendered, said
+from longvila.inference.prompts import (
+    Item,
+    Medium,
+    Message,
+    Progress,
+    Rendered,
+    said,
+    write_turns,
+)
 from longvila.inference.sight import FamilySampler
 from longvila.media.video import SampledVideo
 from longvila.parallel.families import Family
@@ -80,9 +88,7 @@ class FamilyPrompts:
 
     def render(self, messages: list[Message], media: Sequence[Medium]) -> Rendered:
         """Write a conversation with its media; see `LongVILAPrompts.render`."""
-        text = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        text = write_turns(self.processor, messages)
         images = [medium.pixels for medium in media if medium.kind == "image"]
         videos = [medium.pixels for medium in media if medium.kind == "video"]
         given: dict[str, Any] = {"text": [text], "return_tensors": "pt"}

@@ -22,9 +22,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
-from longvila.errors import VideoError
+from longvila.errors import LongVILAError, VideoError
 from longvila.inference.frames import (
     FrameSource,
     JoinedFrames,
@@ -229,6 +230,28 @@ def said(role: str, text: str, media: Sequence[Medium] = ()) -> Message:
 # ---- LongVILA --------------------------------------------------------------------------------
 
 
+def write_turns(processor: Any, messages: list[Message]) -> str:
+    """Write a conversation with the model's chat template.
+
+    Args:
+        processor: The model's.
+        messages: The turns.
+
+    Raises:
+        LongVILAError: If the template is damaged, or refuses the conversation.
+    """
+    try:
+        text: str = processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+    except (TemplateError, OverflowError) as fault:
+        raise LongVILAError(
+            f"the model's chat template cannot write this conversation: {fault}; does "
+            "chat_template.jinja belong to the model, and is it whole?"
+        ) from fault
+    return text
+
+
 class LongVILAPrompts:
     """Prompts of LongVILA's own processor; nothing is decoded for them.
 
@@ -389,9 +412,7 @@ class LongVILAPrompts:
         Returns:
             The prompt.
         """
-        text = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        text = write_turns(self.processor, messages)
         texts: dict[Kind, list[str]] = {"image": [], "video": []}
         for medium in media:
             texts[medium.kind].append(medium.text)

@@ -27,6 +27,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
@@ -183,13 +184,21 @@ def _write_tensors(path: Path, tensors: list[tuple[str, list[Tensor]]]) -> int:
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     unfinished = path.with_suffix(".part")
-    with unfinished.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)))
-        file.write(encoded)
-        for _, parts in tensors:
-            for part in parts:
-                _write_rows(file, part)
-    os.replace(unfinished, path)
+    try:
+        with unfinished.open("wb") as file:
+            file.write(struct.pack("<Q", len(encoded)))
+            file.write(encoded)
+            for _, parts in tensors:
+                for part in parts:
+                    _write_rows(file, part)
+        os.replace(unfinished, path)
+    except OSError as fault:
+        unfinished.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise StoreError(
+            f"{path.parent} cannot be written ({fault.strerror}): {offset / 2**20:,.1f} MiB are "
+            f"needed, that disk has {free / 2**20:,.1f} MiB left; make room, or choose another"
+        ) from fault
     return 8 + len(encoded) + offset
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -207,10 +207,15 @@ def read_delta_metadata(path: Path) -> dict[str, Any]:
         Its metadata, what is JSON decoded.
 
     Raises:
-        CheckpointError: If the file is no delta.
+        CheckpointError: If the file is no delta, or damaged.
     """
-    with safe_open(path, framework="pt") as file:
-        metadata: dict[str, Any] = dict(file.metadata() or {})
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, Any] = dict(file.metadata() or {})
+    except SafetensorError as fault:
+        raise CheckpointError(
+            f"{path} is damaged or cut off ({fault}); fetch or copy it again"
+        ) from fault
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} is no {FORMAT} file (format {metadata.get('format')!r}); "

@@ -9,6 +9,7 @@ import pytest
 
 from longvila.cli import ask
 from longvila.cli.main import main
+from longvila.errors import LongVILAError
 from longvila.media.synthetic import clip
 from longvila.testing.tiny import save_tiny
 
@@ -67,3 +68,9 @@ def test_index_then_ask(
     other = str(save_tiny(tmp_path / "other", seed=1))
     status, _, err = run(capsys, "ask", first, *asked, "--model", other)
     assert status == 1 and "model.weights" in err
+
+
+def test_an_index_that_was_not_written_to_the_end_is_no_folder_of_frames(tmp_path: Path) -> None:
+    (tmp_path / "cache-00000-of-00001.safetensors").write_bytes(b"")
+    with pytest.raises(LongVILAError, match="it was not written to the end"):
+        ask.find_index([str(tmp_path)])

@@ -231,6 +231,16 @@ def test_broken_files_are_left_out_counted_and_listed(
     assert other.report.path == tmp_path / "out" / "report.dp1.json"
 
 
+def test_a_report_that_cannot_be_written_is_said_and_hides_nothing(
+    processor: Any, media_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clip(tmp_path / "clip0.mp4", 24)
+    (tmp_path / "file").write_text("")
+    source = loader(processor, mixture(tmp_path), epochs=1, report=tmp_path / "file" / "a.json")
+    assert len([n for batch in source for n in batch["document_lengths"]]) == 21 - 4
+    assert "the list of what was left out cannot be written" in caplog.text
+
+
 def test_lines_that_are_no_records_are_left_out(processor: Any, tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Ada."}]
     lines = [json.dumps({"id": str(n), "conversations": turns}) for n in range(6)]

@@ -17,6 +17,7 @@ def test_counts_go_on_and_lists_are_limited(tmp_path: Path) -> None:
     report = Report(path, keep=2)
     for number in range(3):
         report.add(event(number))
+        report.write()
         assert json.loads(path.read_text())["counts"] == {"broken": number + 1}
     report.used(documents=3, tokens=40, frames_cut=5, shortened=1)
     assert [e.position for e in report.events] == [0, 1]
@@ -24,6 +25,7 @@ def test_counts_go_on_and_lists_are_limited(tmp_path: Path) -> None:
     other.load_state_dict(json.loads(json.dumps(report.state_dict())))
     assert other.counts == report.counts and other.events == report.events
     other.add(event(7))
+    other.write()
     written = json.loads(path.read_text())
     assert written["counts"]["broken"] == 4 and written["counts"]["tokens"] == 40
     assert written["events"][-1]["substitute"] == "d/9"

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from longvila.errors import LongVILAError
 from longvila.inference.engine import Engine
-from longvila.inference.prompts import LongVILAPrompts, common_prefix, said
+from longvila.inference.prompts import LongVILAPrompts, common_prefix, said, write_turns
 from longvila.media.synthetic import clip
 from longvila.testing.tiny import tiny_model, tiny_processor
 
@@ -74,3 +75,11 @@ def test_the_common_prefix_of_long_lists() -> None:
     for cut in (0, 1, 7, 500, 999):
         assert common_prefix(long, [*long[:cut], -1, *long[cut + 1 :]]) == cut
     assert common_prefix(long, long[:300]) == 300 == common_prefix(long[:300], long)
+
+
+@pytest.mark.parametrize("template", ["{{ messages", "{{ raise_exception('only one turn') }}"])
+def test_a_template_that_cannot_write_is_a_sentence(template: str) -> None:
+    processor = tiny_processor()
+    processor.chat_template = template
+    with pytest.raises(LongVILAError, match=r"chat template cannot write this .* is it whole"):
+        write_turns(processor, [said("user", "What?", [])])

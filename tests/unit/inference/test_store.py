@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from longvila.errors import VideoError
+from longvila.inference import store
 from longvila.inference.engine import Engine
 from longvila.inference.session import Session
 from longvila.inference.store import (
@@ -192,3 +194,17 @@ def test_a_damaged_one_is_refused_in_a_sentence(tmp_path: Path) -> None:
         (folder / "index.json").write_text(json.dumps(written))
         with pytest.raises(StoreError, match=r"index\.json is damaged or was changed"):
             engine.load(folder, {})
+
+
+def test_a_disk_that_is_full_is_said_with_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "_write_rows", full)
+    with Engine(language_model()) as engine:
+        cache = engine.prefill(prompt(9))
+        with pytest.raises(StoreError, match=r"index cannot be written \(No space .* are needed"):
+            engine.save(cache, tmp_path / "index", {})
+    assert not any((tmp_path / "index").iterdir())

@@ -170,3 +170,11 @@ def test_eight_bits_keep_small_components_and_vectors(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2, 2, dtype=torch.int8)}, file, metadata={"format": FORMAT})
     with pytest.raises(CheckpointError, match="has x in eight bits without its scale"):
         read_delta(file)
+
+
+def test_a_file_cut_off_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(1)}, path)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match=r"x\.safetensors is damaged or cut off"):
+        apply_delta(tiny_model(0), path)

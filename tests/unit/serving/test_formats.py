@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from longvila.errors import VideoError
 from longvila.inference.serving.errors import RequestError
 from longvila.inference.serving.formats import check_video, open_picture, video_format
 from longvila.inference.serving.settings import Limits
@@ -104,3 +105,11 @@ def test_pictures_that_are_refused() -> None:
     for data in (picture("EPS"), picture("TIFF"), picture("PNG")[:45], b"<svg/>", b""):
         with pytest.raises(RequestError, match="send JPEG, PNG"):
             open_picture(data, "it", LIMITS)
+
+
+def test_a_stream_without_a_decoder_is_refused_where_it_is_read(tmp_path: Path) -> None:
+    path = synthetic.clip(tmp_path / "a.mp4", 8)
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
+    check_video(path, "film", LIMITS)
+    with pytest.raises(VideoError, match="no decoder for its video stream"):
+        open_video(path)

@@ -80,7 +80,9 @@ def check_video(source: Path | bytes, name: str, limits: Limits) -> None:
         with open_container(
             io.BytesIO(source) if isinstance(source, bytes) else str(source)
         ) as container:
-            sizes = [(s.width, s.height) for s in container.streams.video]
+            contexts = [stream.codec_context for stream in container.streams.video]
+            # None where there is no decoder; reading says so if it is that stream.
+            sizes = [(each.width, each.height) for each in contexts if each is not None]
             seconds = (container.duration or 0) / av.time_base
     except (av.FFmpegError, OSError) as fault:
         reason = getattr(fault, "strerror", None) or type(fault).__name__
