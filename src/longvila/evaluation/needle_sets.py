@@ -45,7 +45,7 @@ from longvila.evaluation.needle_frames import FrameBook, Picture
 from longvila.evaluation.task import plain
 from longvila.inference.store import file_key
 from longvila.log import log_once
-from longvila.media.image import load_image, turn_upright
+from longvila.media.image import load_image, refuse_programs, turn_upright
 from longvila.media.sampling import timestamp_indices
 from longvila.media.sources import IMAGE_SUFFIXES, natural_key
 from longvila.media.video import open_video
@@ -238,6 +238,7 @@ def _decoder(content: bytes | None, name: str) -> Callable[[], Image.Image]:
 def _decoded(source: Any, name: str) -> Image.Image:
     try:
         with Image.open(source) as picture:
+            refuse_programs(picture, name)
             # Cameras say in a tag which side is up; sixteen bits are scaled to eight.
             upright = turn_upright(picture)
             return (load_image(upright) if upright.mode[0] in "IF" else upright).convert("RGBA")

@@ -86,14 +86,22 @@ def load_image(source: Any, *, limits: Limits | None = None) -> Image.Image:
         except _FAULTS as fault:
             raise ImageError(f"{resolved.name}: cannot be read as a picture: {fault}") from fault
         with picture:
-            if picture.format == "EPS":
-                raise ImageError(
-                    f"{resolved.name}: is PostScript, a program that would have to be run; save "
-                    "what it draws as PNG"
-                )
+            refuse_programs(picture, resolved.name)
             return _to_rgb(picture, resolved.name)
     finally:
         resolved.close()
+
+
+def refuse_programs(picture: Image.Image, name: str) -> None:
+    """Refuse a picture that PIL, on loading it, would have another program draw.
+
+    Raises:
+        ImageError: If it is PostScript.
+    """
+    if picture.format == "EPS":
+        raise ImageError(
+            f"{name}: is PostScript, a program that would have to be run; save what it draws as PNG"
+        )
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:

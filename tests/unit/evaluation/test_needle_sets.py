@@ -87,6 +87,11 @@ def test_pictures_of_other_kinds_and_files_that_nobody_sees(tmp_path: Path) -> N
     (tmp_path / "logo.svg").write_text("<svg/>")
     with pytest.raises(NeedleError, match=r"logo.svg cannot be read as a picture: save it as PNG"):
         load_needles(tmp_path)
+    (tmp_path / "logo.svg").unlink()
+    drawn = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    (tmp_path / "drawn.png").write_text(drawn)
+    with pytest.raises(NeedleError, match=r"drawn.png cannot be .* is PostScript, a program"):
+        load_needles(tmp_path)
 
 
 def test_lists(tmp_path: Path) -> None:
