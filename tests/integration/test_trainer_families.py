@@ -110,3 +110,31 @@ def test_two_ranks_take_the_steps_of_a_plain_loop(tmp_path: Path) -> None:
     for results in run_ranks(each_family, 2, str(tmp_path)):
         for family, result in results.items():
             assert_same(result, expected[family])
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+def test_a_run_goes_on_from_checkpoints_under_other_names(tmp_path: Path, family: str) -> None:
+    """These classes save their weights under older names; the best ones are found again, too."""
+
+    def trainer(resume: bool) -> LongVILATrainer:
+        args = LongVILATrainingArguments(
+            str(tmp_path), max_steps=3, per_device_train_batch_size=1, learning_rate=RATE,
+            train_sampling_strategy="sequential", save_strategy="steps", save_steps=1,
+            report_to=[], disable_tqdm=True, eval_strategy="steps", eval_steps=1, logging_steps=1,
+            load_best_model_at_end=True, metric_for_best_model="eval_loss",
+            greater_is_better=True,  # the first one is, so that it has to be read
+        )  # fmt: skip
+        rows = batches_of(family)
+        made = LongVILATrainer(
+            model_of(family), args, data_collator=take, train_dataset=rows, eval_dataset=rows[:1]
+        )
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
+        return made
+
+    def last(made: LongVILATrainer) -> float:
+        return [line["loss"] for line in made.state.log_history if "loss" in line][-1]
+
+    whole = trainer(resume=False)
+    assert str(whole.state.best_model_checkpoint).endswith("checkpoint-1")
+    assert whole.evaluate()["eval_loss"] == whole.state.best_metric
+    assert last(trainer(resume=True)) == last(whole)

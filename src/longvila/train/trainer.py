@@ -54,6 +54,7 @@ from longvila.data.collate import Collator
 from longvila.errors import CheckpointError
 from longvila.log import get_logger
 from longvila.memory.operations import Load
+from longvila.model.opening import check_whole
 from longvila.parallel.apply import parallelize, reduce_gradients
 from longvila.parallel.families import find_family
 from longvila.parallel.mmsp import plan_media
@@ -432,14 +433,21 @@ class MeshTrainer(_Base):
             lora.complete_adapter(Path(str(output_dir or self.args.output_dir)), self.model, state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._is_sharded() or hasattr(self.model, "peft_config"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            _load_whole(self.model, resume_from_checkpoint)
         if hasattr(self.model, "peft_config"):
             lora.load_in_full(self.model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        best = str(self.state.best_model_checkpoint)
+        if self._is_sharded() or hasattr(self.model, "peft_config"):
+            super()._load_best_model()
+        else:
+            _load_whole(self.model, best)
         if hasattr(self.model, "peft_config"):
-            lora.load_in_full(self.model, Path(str(self.state.best_model_checkpoint)))
+            lora.load_in_full(self.model, Path(best))
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -492,6 +500,21 @@ class LongVILATrainer(MeshTrainer, Trainer):
 
 
 # ---- helpers ---------------------------------------------------------------------------------
+
+
+def _load_whole(model: Any, folder: str) -> None:
+    """Read a checkpoint of the whole model, under whatever names its class saves it.
+
+    Trainer looks for the model's own names, which some classes change when they save, and goes on
+    from the weights at hand where it finds none.
+
+    Raises:
+        CheckpointError: If it lacks weights.
+    """
+    widest = max({p.dtype for p in model.parameters()}, key=lambda each: each.itemsize)
+    saved, found = type(model).from_pretrained(folder, dtype=widest, output_loading_info=True)
+    check_whole(found, f"checkpoint {folder}")
+    model.load_state_dict(saved.state_dict())
 
 
 def _is_loader(data: Any) -> bool:
