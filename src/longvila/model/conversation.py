@@ -42,6 +42,28 @@ def build_labels(
     return torch.as_tensor(input_ids).masked_fill(~target, -100)
 
 
+def check_targets(labels: Tensor, rows: int, *, ignore_index: int = -100) -> None:
+    """Refuse targets that a head has no row for, as placeholders beyond the vocabulary are.
+
+    On a GPU, the loss would end the process or read what is not there.
+
+    Args:
+        labels: Targets of any shape.
+        rows: Rows of the head.
+        ignore_index: What stands where there is no target.
+
+    Raises:
+        ValueError: If there are some.
+    """
+    beyond = int(((labels >= rows) & (labels != ignore_index)).sum())
+    if beyond:
+        raise ValueError(
+            f"labels ask for {beyond} ids that the model has no words for, as placeholders of "
+            f"pictures and videos: set labels to {ignore_index} there (labels[labels >= {rows}] = "
+            f"{ignore_index}), or let the processor make them (return_labels=True)"
+        )
+
+
 def move_spans(
     spans: Sequence[tuple[int, int]], moves: Sequence[dict[str, Any]]
 ) -> list[tuple[int, int]]:

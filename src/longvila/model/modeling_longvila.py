@@ -39,6 +39,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from longvila.model.configuration_longvila import LongVILAConfig
+from longvila.model.conversation import check_targets
 from longvila.model.fusion import MediaFeatures, pack_features, pool_video, scatter_rows
 from longvila.model.generation_longvila import DEFAULT_MAX_NEW_TOKENS, LongVILAGenerationMixin
 from longvila.model.projector import LongVILAProjector
@@ -493,19 +494,6 @@ class LongVILAForConditionalGeneration(LongVILAPreTrainedModel, LongVILAGenerati
         """See :meth:`LongVILAModel.get_video_features`."""
         return self.model.get_video_features(pixel_values_videos, video_num_frames, **kwargs)
 
-    def _check_targets(self, labels: Tensor) -> None:
-        """Refuse placeholders beyond the vocabulary as targets; on a GPU the loss would not."""
-        rows = self.config.text_config.vocab_size
-        if max(self.config.image_token_id, self.config.video_token_id) < rows:
-            return
-        beyond = int((labels >= rows).sum())
-        if beyond:
-            raise ValueError(
-                f"labels ask for {beyond} ids that the model has no words for, as placeholders of "
-                "pictures and videos: set labels to -100 there (labels[labels >= "
-                f"{rows}] = -100), or let the processor make them (return_labels=True)"
-            )
-
     @can_return_tuple
     def forward(
         self,
@@ -540,8 +528,10 @@ class LongVILAForConditionalGeneration(LongVILAPreTrainedModel, LongVILAGenerati
                 are targets.
         """
         loss_kwargs = {k: kwargs.pop(k) for k in _LOSS_KEYS if kwargs.get(k) is not None}
-        if labels is not None and not torch.compiler.is_compiling():
-            self._check_targets(labels)
+        rows = self.config.text_config.vocab_size
+        beyond = max(self.config.image_token_id, self.config.video_token_id) >= rows
+        if labels is not None and beyond and not torch.compiler.is_compiling():
+            check_targets(labels, rows, ignore_index=loss_kwargs.get("ignore_index", -100))
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

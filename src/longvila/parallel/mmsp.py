@@ -47,6 +47,7 @@ from transformers.utils.generic import ModelOutput
 
 from longvila.log import log_once
 from longvila.memory.cross_entropy import tiled_cross_entropy
+from longvila.model.conversation import check_targets
 from longvila.parallel.encode import encode_recomputed
 from longvila.parallel.families import Family, MediaKind
 from longvila.parallel.hf_attention import NAME, SPStep, check_calls, lowered, sentinel_mask
@@ -486,13 +487,7 @@ class TwoStageForward:
                 "cross-entropy alone: ask for output_logits=True without labels, and apply it"
             )
         if targets is not None:
-            rows = head.weight.shape[0]
-            if bool((targets >= rows).any()):
-                raise ValueError(
-                    "labels ask for ids that the model has no words for, as placeholders of "
-                    f"pictures and videos: set labels to {IGNORE_INDEX} there "
-                    f"(labels[labels >= {rows}] = {IGNORE_INDEX})"
-                )
+            check_targets(targets, head.weight.shape[0])
             on_host = layout.shard(targets, rank)
             # Known on the host, so that the device is not asked how many rows have a target.
             target_rows = (on_host != IGNORE_INDEX).nonzero().flatten()

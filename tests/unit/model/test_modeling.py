@@ -198,6 +198,10 @@ def test_placeholders_are_no_targets() -> None:
     batch = tiny_inputs(model.config)
     with pytest.raises(ValueError, match=r"labels ask for \d+ ids .* set labels to -100 there"):
         model(**batch, labels=batch["input_ids"])
+    rows = model.config.text_config.vocab_size
+    for nothing in (-100, 5000):
+        labels = batch["input_ids"].masked_fill(batch["input_ids"] >= rows, nothing)
+        assert model(**batch, labels=labels, ignore_index=nothing).loss > 0
 
 
 def test_loss_takes_shifted_labels_and_a_token_count() -> None:
