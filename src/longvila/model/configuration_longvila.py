@@ -156,6 +156,21 @@ class LongVILAConfig(PreTrainedConfig):
             )
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration of what a file holds; see transformers for the arguments.
+
+        Raises:
+            ValueError: If it says nothing of a part, which would then have the default's size.
+        """
+        for part in ("text_config", "vision_config"):
+            if config_dict.get(part) is None:
+                raise ValueError(
+                    f"a LongVILA config.json needs {part}, which says how large that part of the "
+                    "model is; this one has none"
+                )
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs: Any) -> None:
         load_models()
         self.vision_config = _sub_config(self.vision_config, "siglip_vision_model")

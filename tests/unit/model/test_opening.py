@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from longvila.errors import CheckpointError
 from longvila.model.opening import open_checkpoint
@@ -96,7 +97,9 @@ def test_a_part_without_a_size_is_not_taken_for_the_largest(folder: Path, part: 
     config = json.loads((folder / "config.json").read_text())
     config[f"{part}_"] = config.pop(part)
     (folder / "config.json").write_text(json.dumps(config))
-    assert f"its config.json has no mapping {part}" in refused(folder)
+    assert f"config.json needs {part}, which says how large" in refused(folder)
+    with pytest.raises(ValueError, match=f"needs {part}"):
+        AutoConfig.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
