@@ -314,6 +314,8 @@ class LongSFT:
                 if not faults:
                     work(*arguments)
                     self._failed_in_a_row = 0
+            except JournalError:
+                raise
             except (LongVILAError, ValueError, OSError) as fault:
                 with lock:
                     self._fail(step, name, fault)
@@ -324,13 +326,19 @@ class LongSFT:
                                 f"{fault}. What was done is kept; begin again when it answers"
                             )
                         )
+            with lock:
+                done += 1
+                if self.progress is not None:
+                    self.progress(step, done, total)
+
+        def run_and_say(*arguments: Any) -> None:
+            # What goes wrong in noting a failure or in saying how far it is must end the run, too,
+            # and nobody may wait for room that never comes.
+            try:
+                run(*arguments)
             except BaseException as fault:
                 faults.append(fault)
             finally:
-                with lock:
-                    done += 1
-                    if self.progress is not None:
-                        self.progress(step, done, total)
                 room.release()
 
         with ThreadPoolExecutor(self.options.workers, thread_name_prefix=step) as pool:
@@ -339,7 +347,7 @@ class LongSFT:
                 if faults:
                     raise faults[0]
                 room.acquire()
-                pool.submit(run, name, work, *arguments)
+                pool.submit(run_and_say, name, work, *arguments)
 
             yield submit
         if faults:
