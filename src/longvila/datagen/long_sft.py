@@ -158,7 +158,11 @@ class LongSFT:
             finally:
                 # However it ends, what is whole is there to be used and looked at.
                 written = write_dataset(
-                    self.output, self.videos, self.journals, self.options.conversation
+                    self.output,
+                    self.videos,
+                    self.journals,
+                    self.options.conversation,
+                    self.prompts.lines("ask_caption"),
                 )
                 report = self._report(written)
                 write_whole(self.output / "report.json", json.dumps(report, indent=1) + "\n")
@@ -190,6 +194,7 @@ class LongSFT:
                     f"{path.name}"
                 )
         listed = {"made_with": plain, "conversation": options.conversation,
+                  "asks": self.prompts.lines("ask_caption"),
                   "videos": [asdict(video) for video in self.videos]}  # fmt: skip
         write_whole(path, json.dumps(listed, indent=1) + "\n")
 

@@ -171,7 +171,7 @@ def save_decisions(output: Path, decisions: Mapping[str, str]) -> dict[str, int]
     Raises:
         LongVILAError: If they are no decisions, or on what the run has not.
     """
-    with opened(output) as (videos, journals, conversation):
+    with opened(output) as (videos, journals, how):
         known = {item_of(v.id, None) for v in videos}
         for video in videos:
             if video.id in journals["kept"]:
@@ -182,7 +182,7 @@ def save_decisions(output: Path, decisions: Mapping[str, str]) -> dict[str, int]
             raise LongVILAError(f"decisions on what is not there: {strange[:3]}")
         text = json.dumps(dict(sorted(decisions.items())), indent=1) + "\n"
         write_whole(output / "decisions.json", text)
-        return dict(write_dataset(output, videos, journals, conversation))
+        return dict(write_dataset(output, videos, journals, **how))
 
 
 def server(output: Path, *, port: int = 0, most_videos: int = 50) -> ThreadingHTTPServer:
