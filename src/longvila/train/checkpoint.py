@@ -304,9 +304,9 @@ def _read(state: dict[str, Any], path: Path) -> None:
     if dist.is_initialized():
         mine, found = found[0], [None] * _world()
         dist.all_gather_object(found, mine)
-    reason = next((each for each in found if each is not None), None)
-    if reason is not None:
-        raise _damaged(path, reason)
+    damage = next((each for each in found if each is not None), None)
+    if damage is not None:
+        raise _damaged(path, damage)
 
 
 def _save_frozen(folder: Path, frozen: dict[str, Any]) -> str | None:
