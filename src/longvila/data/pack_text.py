@@ -431,19 +431,28 @@ def _write_parquet(path: Path, rows: list[tuple[Ids, list[int]]]) -> None:
 
 def _resume(options: PackOptions) -> Progress:
     file = options.output / "manifest.json"
+    leftovers = [p.name for p in options.output.glob("rows-*")]
     if not file.exists():
-        leftovers = [p.name for p in options.output.glob("rows-*")]
         if leftovers:
             raise ValueError(f"{options.output} holds {leftovers[:3]} but no manifest; clear it")
         return Progress()
-    manifest = json.loads(file.read_text())
-    if manifest["fingerprint"] != options.fingerprint or manifest["version"] != _VERSION:
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        mine = (manifest["fingerprint"], manifest["version"]) == (options.fingerprint, _VERSION)
+        progress = Progress(**manifest["progress"])
+    except (ValueError, KeyError, TypeError) as fault:
+        raise ValueError(
+            f"{file} is damaged ({fault}); clear the folder and begin again"
+        ) from fault
+    if not mine and not leftovers and not progress.done:
+        file.unlink()  # a run that came to nothing
+        return Progress()
+    if not mine:
         raise ValueError(
             f"{options.output} holds rows of other sources or settings (length "
             f"{manifest['length']}, {manifest['format']}, {manifest['tokenizer']}); choose another "
             "folder or clear it"
         )
-    progress = Progress(**manifest["progress"])
     for name, _ in progress.shards:
         if not (options.output / name).exists():
             raise ValueError(
@@ -519,9 +528,11 @@ def _pack(options: PackOptions, report: Callable[[Progress], None] | None) -> Pr
                 f"{options.output} cannot be written ({fault}); what is there is whole: make "
                 "room, and the same command goes on"
             ) from fault
-        if report is not None:
+        if report is not None and (progress.rows or last):
             report(progress.copy())
 
+    if not (options.output / "manifest.json").exists():
+        flush(False)  # or a run that is killed after its first shard would not know it for its own
     skip, begun = progress.document, progress.token
     for documents in _tokenised(options, pieces[progress.piece :]):
         for ids in islice(documents, skip, None):

@@ -177,6 +177,8 @@ def save_decisions(output: Path, decisions: Mapping[str, str]) -> dict[str, int]
             if video.id in journals["kept"]:
                 kept = journals["kept"][video.id]["kept"]
                 known |= {item_of(video.id, Question.of(each)) for each in kept}
+        # What was decided on a video that this run leaves out stays decided.
+        known |= set(read_decisions(output))
         strange = sorted(set(check_decisions(decisions, "decisions")) - known)
         if strange:
             raise LongVILAError(f"decisions on what is not there: {strange[:3]}")

@@ -161,7 +161,9 @@ module.pack_text(options)
 """
 
 
-@pytest.mark.parametrize(("moment", "count"), [("before", 4), ("after", 5)])
+@pytest.mark.parametrize(
+    ("moment", "count"), [("after", 1), ("after", 2), ("before", 4), ("after", 5)]
+)
 def test_killed_at_any_moment_nothing_is_lost(
     tmp_path: Path, tokenizer: str, moment: str, count: int
 ) -> None:
@@ -277,6 +279,10 @@ def test_one_run_at_a_time_and_nothing_of_it_missing(tmp_path: Path, tokenizer: 
     (chosen.output / "rows-00001.parquet").unlink()
     with pytest.raises(ValueError, match=r"rows-00001.parquet was written and is gone"):
         pack_text(chosen)
+    for damaged in ("", "{}", '{"fingerprint": 1, "version": 1, "progress": {"no": 1}}'):
+        (chosen.output / "manifest.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"manifest.json is damaged .* begin again"):
+            pack_text(chosen)
 
 
 def test_a_process_that_is_ended_from_outside_is_said(
@@ -294,6 +300,7 @@ def test_a_process_that_is_ended_from_outside_is_said(
 def test_wrong_inputs_say_why(tmp_path: Path, tokenizer: str) -> None:
     with pytest.raises(ValueError, match=r"record 0: no field 'body', only \['text'\]"):
         pack_text(options(tmp_path, tokenizer, text_field="body"))
+    assert pack_text(options(tmp_path, tokenizer)).done  # nothing is left of the wrong settings
     with pytest.raises(ValueError, match="no token '<end>'"):
         pack_text(options(tmp_path, tokenizer, to="b", end_token="<end>"))
     with pytest.raises(ValueError, match="format must be"):

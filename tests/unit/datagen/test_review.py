@@ -137,6 +137,19 @@ def test_a_page_that_is_loaded_again_knows_what_was_decided(
     assert 'const decisions = {"first/summary": "reject"};' in page and Page(page).items
 
 
+def test_decisions_on_a_video_that_was_left_out_stay_and_stop_nothing(
+    run: Path, endpoint: Endpoint, videos: Path
+) -> None:
+    save_decisions(run, {"more/second/summary": "reject"})
+    make(endpoint, run, videos / "first.mp4")
+    counts = save_decisions(run, {"more/second/summary": "reject", "first/summary": "reject"})
+    assert counts["captions"] == 0 and counts["rejected"] == 1
+    make(endpoint, run, videos)
+    assert [each["id"] for each in lines(run / "dataset.jsonl")] == [
+        "first-questions", "more/second-questions",
+    ]  # fmt: skip
+
+
 def test_decisions_that_come_together_are_all_taken(run: Path, served: tuple[str, str]) -> None:
     address, key = served
     with ThreadPoolExecutor(4) as pool:
