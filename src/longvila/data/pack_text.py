@@ -11,7 +11,7 @@
 
 So the rows do not depend on how many processes tokenise or how often the run was killed: a killed
 run loses at most the shard it was writing, and goes on by itself when started again. Memory is a
-few pieces and one shard.
+few pieces and one shard, however long a text is (`longvila.data.stretches`).
 
 Rows know their documents (``document_lengths``), so that attention and positions can restart. The
 original's format (``text``: ids, one JSON object a line, no boundaries) is read and written too.
@@ -21,14 +21,16 @@ It does not shuffle or remove duplicates; a mixture shuffles rows, and sources c
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from multiprocessing import get_context
@@ -37,15 +39,20 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from longvila.data.records import Records, open_records
+from longvila.data.records import Record, Records, check_unpacked, open_records
+from longvila.data.stretches import AT_ONCE, encode
 from longvila.errors import LongVILAError
+from longvila.log import get_logger
 
+_LOG = get_logger(__name__)
 Format = Literal["parquet", "jsonl", "upstream"]
 Documents = Literal["file", "line"]
 Ids = np.ndarray[Any, Any]
 _SUFFIX = {"parquet": ".parquet", "jsonl": ".jsonl", "upstream": ".json"}
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 _VERSION = 1
+#: What a folder may hold beside .txt that is text, too.
+_OTHER_KINDS = frozenset({".jsonl", ".ndjson", ".parquet"})
 
 
 def parse_length(text: str | int) -> int:
@@ -178,10 +185,17 @@ def open_text(source: str, documents: Documents) -> Records:
         return open_records(source)
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(path.rglob("*.txt"))
+        check_unpacked(path)
+        files = sorted(f for f in path.rglob("*") if f.suffix.lower() == ".txt")
+        others = {f.suffix for f in path.rglob("*") if f.suffix in _OTHER_KINDS}
+        if files and others:
+            raise ValueError(
+                f"{path}: a folder of .txt and {', '.join(sorted(others))}, of which only one kind "
+                "would be read; name the files, or put each kind into a folder of its own"
+            )
         if files:
             return TextFiles(files, documents)
-    elif path.suffix in (".txt", ".md"):
+    elif path.suffix.lower() in (".txt", ".md"):
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file")
         return TextFiles([path], documents)
@@ -222,34 +236,53 @@ def _backend(text: str) -> Any:
     return backend
 
 
-def _tokenise(options: PackOptions, piece: _Piece, tokenizer: str, end: int) -> list[Ids]:
-    """Return the ids of a piece's documents, in order, end tokens included."""
+def _tokenise(options: PackOptions, piece: _Piece, tokenizer: str, end: int) -> Iterator[Ids]:
+    """Yield the ids of a piece's documents, in order, end tokens included."""
     records = open_text(piece.source, options.documents)
-    found = [records[index] for index in range(piece.start, piece.stop)]
-    missing = [i for i, record in enumerate(found) if options.text_field not in record]
-    if missing:
-        raise ValueError(
-            f"{piece.source}, record {piece.start + missing[0]}: no field {options.text_field!r}, "
-            f"only {sorted(found[missing[0]])}"
-        )
-    values = [record[options.text_field] for record in found]
-    texts = [value for value in values if isinstance(value, str)]
-    encoded = iter(_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False))
-    documents: list[Ids] = []
-    for record, value in zip(found, values, strict=True):
-        if isinstance(value, str):
-            documents.append(np.array([*next(encoded).ids, end], dtype=np.int32))
-            continue
-        ids = np.asarray(value)
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+    backend = _backend(tokenizer)
+    texts: list[str] = []
+    for index in range(piece.start, piece.stop):
+        record = records[index]
+        if options.text_field not in record:
             raise ValueError(
-                f"{piece.source}: {options.text_field!r} must be a text or a list of token ids, "
-                f"got {str(value)[:80]!r} in a record from {piece.start} to {piece.stop - 1}"
+                f"{piece.source}, record {index}: no field {options.text_field!r}, only "
+                f"{sorted(record)}"
             )
-        ids = ids.astype(np.int32)
-        lengths = record.get("document_lengths") or [len(ids)]
-        documents += np.split(ids, np.cumsum(lengths)[:-1])
-    return documents
+        value = record[options.text_field]
+        if isinstance(value, str):
+            texts.append(value)
+            if index + 1 < piece.stop and sum(map(len, texts)) < AT_ONCE:
+                continue
+        try:
+            for ids in encode(backend, texts):
+                yield np.append(ids, np.int32(end))
+        except ValueError as fault:
+            raise ValueError(f"{piece.source}, up to record {index}: {fault}") from fault
+        texts = []
+        if not isinstance(value, str):
+            yield from _token_row(record, value, f"{piece.source}, record {index}", options)
+
+
+def _token_row(record: Record, value: Any, where: str, options: PackOptions) -> list[Ids]:
+    """Documents of a row that is tokenised already."""
+    ids = np.asarray(value)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{where}: {options.text_field!r} must be a text or a list of token ids, got "
+            f"{str(value)[:80]!r}"
+        )
+    if ids.size and not 0 <= ids.min() <= ids.max() < 1 << 31:
+        raise ValueError(f"{where}: ids from {ids.min()} to {ids.max()} are no token ids")
+    found = record.get("document_lengths")
+    lengths = [len(ids)] if found is None or len(found) == 0 else [int(n) for n in found]
+    if sum(lengths) != len(ids) or min(lengths, default=0) < 0:
+        raise ValueError(f"{where}: {len(ids)} ids, but document_lengths add up to {sum(lengths)}")
+    return np.split(ids.astype(np.int32), np.cumsum(lengths)[:-1])
+
+
+def _tokenise_all(options: PackOptions, piece: _Piece, tokenizer: str, end: int) -> list[Ids]:
+    """What a worker sends back."""
+    return list(_tokenise(options, piece, tokenizer, end))
 
 
 def _pieces(options: PackOptions) -> list[_Piece]:
@@ -261,7 +294,7 @@ def _pieces(options: PackOptions) -> list[_Piece]:
     return pieces
 
 
-def _tokenised(options: PackOptions, pieces: list[_Piece]) -> Iterator[list[Ids]]:
+def _tokenised(options: PackOptions, pieces: list[_Piece]) -> Iterator[Iterable[Ids]]:
     """Documents of each piece in order, a few pieces ahead of whoever asks."""
     tokenizer, end = _load_tokenizer(options.tokenizer, options.end_token)
     if options.processes == 1:
@@ -273,14 +306,20 @@ def _tokenised(options: PackOptions, pieces: list[_Piece]) -> Iterator[list[Ids]
 
         def submit(number: int) -> list[Future[list[Ids]]]:
             return [
-                pool.submit(_tokenise, options, piece, tokenizer, end)
+                pool.submit(_tokenise_all, options, piece, tokenizer, end)
                 for piece in islice(waiting, number)
             ]
 
         ahead = submit(2 * options.processes)
         while ahead:
-            documents = ahead.pop(0).result()
-            ahead += submit(1)
+            try:
+                documents = ahead.pop(0).result()
+                ahead += submit(1)
+            except BrokenExecutor as fault:
+                raise LongVILAError(
+                    "a process that tokenises was ended from outside, perhaps for want of memory; "
+                    "begin again with fewer processes: the same command goes on"
+                ) from fault
             yield documents
 
 
@@ -392,19 +431,53 @@ def _write_parquet(path: Path, rows: list[tuple[Ids, list[int]]]) -> None:
 
 def _resume(options: PackOptions) -> Progress:
     file = options.output / "manifest.json"
+    leftovers = [p.name for p in options.output.glob("rows-*")]
     if not file.exists():
-        leftovers = [p.name for p in options.output.glob("rows-*")]
         if leftovers:
             raise ValueError(f"{options.output} holds {leftovers[:3]} but no manifest; clear it")
         return Progress()
-    manifest = json.loads(file.read_text())
-    if manifest["fingerprint"] != options.fingerprint or manifest["version"] != _VERSION:
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        mine = (manifest["fingerprint"], manifest["version"]) == (options.fingerprint, _VERSION)
+        progress = Progress(**manifest["progress"])
+    except (ValueError, KeyError, TypeError) as fault:
+        raise ValueError(
+            f"{file} is damaged ({fault}); clear the folder and begin again"
+        ) from fault
+    if not mine and not leftovers and not progress.done:
+        file.unlink()  # a run that came to nothing
+        return Progress()
+    if not mine:
         raise ValueError(
             f"{options.output} holds rows of other sources or settings (length "
             f"{manifest['length']}, {manifest['format']}, {manifest['tokenizer']}); choose another "
             "folder or clear it"
         )
-    return Progress(**manifest["progress"])
+    for name, _ in progress.shards:
+        if not (options.output / name).exists():
+            raise ValueError(
+                f"{options.output}: {name} was written and is gone; put it back, or clear the "
+                "folder and begin again"
+            )
+    return progress
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second run out of a folder, until this one ends however it does."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as fault:
+            raise LongVILAError(
+                f"another run is at work in {folder}; wait for it, or choose another folder"
+            ) from fault
+        except OSError as fault:
+            _LOG.warning("%s: no locks here (%s); nothing keeps a second run out", folder, fault)
+        yield
+    finally:
+        os.close(handle)
 
 
 def pack_text(
@@ -418,9 +491,21 @@ def pack_text(
     Raises:
         ValueError: If the folder holds rows of other options, a field is missing, or the tokenizer
             has no end token.
-        LongVILAError: If the folder cannot be written.
+        LongVILAError: If the folder cannot be written, or another run is at work in it.
     """
+    output = options.output.resolve()
+    for source in options.sources:
+        if Path(source).expanduser().resolve() in (output, *output.parents):
+            raise ValueError(
+                f"{options.output} lies in {source}: what is written there would be read as text; "
+                "choose a folder beside it"
+            )
     options.output.mkdir(parents=True, exist_ok=True)
+    with _alone(options.output):
+        return _pack(options, report)
+
+
+def _pack(options: PackOptions, report: Callable[[Progress], None] | None) -> Progress:
     progress = _resume(options)
     if progress.done:
         return progress
@@ -443,12 +528,14 @@ def pack_text(
                 f"{options.output} cannot be written ({fault}); what is there is whole: make "
                 "room, and the same command goes on"
             ) from fault
-        if report is not None:
+        if report is not None and (progress.rows or last):
             report(progress.copy())
 
+    if not (options.output / "manifest.json").exists():
+        flush(False)  # or a run that is killed after its first shard would not know it for its own
     skip, begun = progress.document, progress.token
     for documents in _tokenised(options, pieces[progress.piece :]):
-        for ids in documents[skip:]:
+        for ids in islice(documents, skip, None):
             if len(ids) < options.min_tokens:
                 progress.counts["short"] += 1
                 progress.document += 1

@@ -48,7 +48,9 @@ class RecordError(LongVILAError, ValueError):
 Record = Mapping[str, Any]
 # Strings are passed over by whole runs: one step a byte would take memory for each.
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
+_SCALAR = re.compile(rb"[^\s,]+")
 _KEPT_GROUPS = 2
+_COMPRESSED = re.compile(r"\.(txt|md|json|jsonl|ndjson|parquet)\.(gz|bz2|zst|xz|zip|lz4)$")
 
 
 class Records(Protocol):
@@ -129,6 +131,20 @@ def _by_number(name: str) -> tuple[Any, ...]:
     return tuple(natural_key(name))
 
 
+def check_unpacked(folder: Path) -> None:
+    """Refuse a folder in which compressed records would be passed over.
+
+    Raises:
+        ValueError: If it has some.
+    """
+    packed = sorted(str(f) for f in folder.rglob("*") if _COMPRESSED.search(f.name))
+    if packed:
+        raise ValueError(
+            f"{folder} holds compressed files, which have no offsets ({packed[0]}, {len(packed)} "
+            "in all); unpack them first, or move them away"
+        )
+
+
 def _open_path(path: Path, under: str | None) -> Records:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -142,6 +158,7 @@ def _open_path(path: Path, under: str | None) -> Records:
             return _encoded(_datasets(str(path)).load_from_disk(str(path)))
         if any(path.glob("*.tar")):
             return TarRecords(path)
+        check_unpacked(path)
         files = sorted(
             (f for f in path.rglob("*") if f.suffix in (".parquet", ".jsonl", ".ndjson")),
             key=lambda f: _by_number(str(f.relative_to(path))),
@@ -277,30 +294,43 @@ class JsonArray(_Offsets):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
             spans, closed = _elements(text)
         if not closed:
-            raise ValueError(f"{path}: the list is not closed; is the file cut off?")
+            raise ValueError(
+                f"{path}: the list is not closed, or something comes after it; is the file cut "
+                "off, or several lists behind one another?"
+            )
         pairs = np.array(spans, np.int64).reshape(-1, 2)
         super().__init__(path, pairs[:, 0], pairs[:, 1])
 
 
 def _elements(text: mmap.mmap) -> tuple[list[tuple[int, int]], bool]:
-    """Byte ranges of the objects of the outermost list, and whether the list ends.
+    """Byte ranges of the elements of the outermost list, and whether it is all there is.
 
-    Matches refer to the map; a function of its own lets go of them before the map is closed.
+    What is no object has a range, too, so that it is found when it is read. Matches refer to the
+    map; a function of its own lets go of them before the map is closed.
     """
     spans: list[tuple[int, int]] = []
-    depth, start = 0, -1
+    depth, start, last = 0, -1, -1
     for token in _TOKEN.finditer(text):
         sign = token.group()
+        if depth == 1:
+            for found in _SCALAR.finditer(text, last, token.start()):
+                spans.append(found.span())
+            last = token.end()
+            if sign[:1] == b'"':
+                spans.append(token.span())
         if sign in (b"[", b"{"):
             depth += 1
-            if depth == 2:
+            if depth == 1:
+                last = token.end()
+            elif depth == 2:
                 start = token.start()
         elif sign in (b"]", b"}"):
             depth -= 1
             if depth == 1:
                 spans.append((start, token.end()))
+                last = token.end()
             elif depth == 0:
-                return spans, True
+                return spans, re.compile(rb"\S").search(text, token.end()) is None
     return spans, False
 
 

@@ -155,6 +155,7 @@ def write_dataset(
     videos: Sequence[Video],
     journals: Mapping[str, Journal],
     conversation: str,
+    asks: Sequence[str],
 ) -> Counter[str]:
     """Write the samples of all videos that are whole, in their order.
 
@@ -163,13 +164,13 @@ def write_dataset(
         videos: The videos.
         journals: Results.
         conversation: ``one`` or ``each``, as in `LongSFTOptions`.
+        asks: What a caption is asked for with; a video's name decides which.
 
     Returns:
         How many samples of which kind, and how many items a reviewer rejected.
     """
     decisions = read_decisions(output)
     counts: Counter[str] = Counter(captions=0, questions=0, samples=0, rejected=0)
-    asks = Prompts().lines("ask_caption")
     records: list[dict[str, Any]] = []
     for video in videos:
         if video.id not in journals["kept"]:
@@ -207,8 +208,8 @@ def _sample(video: Video, kind: str, said: Sequence[tuple[str, str]]) -> dict[st
 
 
 @contextmanager
-def opened(output: Path) -> Iterator[tuple[list[Video], dict[str, Journal], str]]:
-    """Open a folder to look at it: its videos, its journals and how conversations are made.
+def opened(output: Path) -> Iterator[tuple[list[Video], dict[str, Journal], dict[str, Any]]]:
+    """Open a folder to look at it: its videos, its journals, and how `write_dataset` made it.
 
     Raises:
         LongVILAError: If it is none.
@@ -224,7 +225,9 @@ def opened(output: Path) -> Iterator[tuple[list[Video], dict[str, Journal], str]
         journals = {name: Journal(output / f"{name}.jsonl") for name in STEPS}
         try:
             videos = [Video(**video) for video in listed["videos"]]
-            yield videos, journals, listed["conversation"]
+            # Folders of older releases do not say how captions are asked for.
+            asks = listed.get("asks") or Prompts().lines("ask_caption")
+            yield videos, journals, {"conversation": listed["conversation"], "asks": asks}
         finally:
             for journal in journals.values():
                 journal.close()

@@ -16,11 +16,13 @@ Not done: two processes on one journal (`Lock` refuses the second).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +39,24 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is there whole, or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with _writing(path):
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say of a disk that is full what it means."""
+    try:
+        yield
+    except OSError as fault:
+        raise JournalError(
+            f"{path} cannot be written ({fault.strerror}); what is there is whole: make room, and "
+            "the same command goes on"
+        ) from fault
 
 
 def as_lines(records: Iterator[Any] | list[Any]) -> str:
@@ -131,9 +146,12 @@ class Journal:
 
     def _append(self, record: Record) -> None:
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-        with self._lock:
+        with self._lock, _writing(self.path):
+            end = os.fstat(self._file).st_size
             if os.write(self._file, line) != len(line):
-                raise JournalError(f"{self.path}: a line was written in part; is the disk full?")
+                # The next line must not stand behind half of this one.
+                os.ftruncate(self._file, end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file)
 
     def close(self) -> None:

@@ -158,7 +158,11 @@ class LongSFT:
             finally:
                 # However it ends, what is whole is there to be used and looked at.
                 written = write_dataset(
-                    self.output, self.videos, self.journals, self.options.conversation
+                    self.output,
+                    self.videos,
+                    self.journals,
+                    self.options.conversation,
+                    self.prompts.lines("ask_caption"),
                 )
                 report = self._report(written)
                 write_whole(self.output / "report.json", json.dumps(report, indent=1) + "\n")
@@ -190,6 +194,7 @@ class LongSFT:
                     f"{path.name}"
                 )
         listed = {"made_with": plain, "conversation": options.conversation,
+                  "asks": self.prompts.lines("ask_caption"),
                   "videos": [asdict(video) for video in self.videos]}  # fmt: skip
         write_whole(path, json.dumps(listed, indent=1) + "\n")
 
@@ -314,6 +319,8 @@ class LongSFT:
                 if not faults:
                     work(*arguments)
                     self._failed_in_a_row = 0
+            except JournalError:
+                raise
             except (LongVILAError, ValueError, OSError) as fault:
                 with lock:
                     self._fail(step, name, fault)
@@ -324,13 +331,19 @@ class LongSFT:
                                 f"{fault}. What was done is kept; begin again when it answers"
                             )
                         )
+            with lock:
+                done += 1
+                if self.progress is not None:
+                    self.progress(step, done, total)
+
+        def run_and_say(*arguments: Any) -> None:
+            # What goes wrong in noting a failure or in saying how far it is must end the run, too,
+            # and nobody may wait for room that never comes.
+            try:
+                run(*arguments)
             except BaseException as fault:
                 faults.append(fault)
             finally:
-                with lock:
-                    done += 1
-                    if self.progress is not None:
-                        self.progress(step, done, total)
                 room.release()
 
         with ThreadPoolExecutor(self.options.workers, thread_name_prefix=step) as pool:
@@ -339,7 +352,7 @@ class LongSFT:
                 if faults:
                     raise faults[0]
                 room.acquire()
-                pool.submit(run, name, work, *arguments)
+                pool.submit(run_and_say, name, work, *arguments)
 
             yield submit
         if faults:

@@ -137,7 +137,7 @@ def read_json_list(reply: Reply) -> list[Any]:
     fenced = _FENCE.match(text)
     try:
         found = json.loads(fenced[1] if fenced else text)
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:
         raise ValueError(f"it is not JSON and nothing else ({fault})") from fault
     if not isinstance(found, list):
         raise ValueError(f"it is a JSON {type(found).__name__}, not a list")

@@ -7,8 +7,9 @@
    ``decisions.json`` at once, and the dataset is written anew without what was rejected. Opened as
    a file, it offers the same file for download.
 
-The server listens on this machine only, writes that one file only, and takes what comes with the
-page's own key, so that no other site can write through the reader's browser.
+The server listens on this machine only, writes that one file only, answers to this machine's own
+name only, and takes what comes with the page's own key, so that no other site can read or write
+through the reader's browser.
 
 Cost: a picture of about 4 KB a segment; one pass of the decoder over each video that is shown.
 """
@@ -20,6 +21,7 @@ import html
 import json
 import re
 import secrets
+import threading
 from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
@@ -62,27 +64,33 @@ def write_page(output: Path, *, most_videos: int = 50, key: str = "") -> Path:
     Raises:
         LongVILAError: If the folder is none of a run's.
     """
+    file = output / "review.html"
+    write_whole(file, _filled(_content(output, most_videos), read_decisions(output), key))
+    return file
+
+
+def _content(output: Path, most_videos: int) -> dict[str, str]:
+    """What a page shows of a run, but decisions, which change while it is looked at."""
     with opened(output) as (videos, journals, _):
         ready = [video for video in videos if captions_of(video, journals) is not None]
         chosen = ready
         if len(ready) > most_videos:
             chosen = [ready[i] for i in uniform_indices(len(ready), most_videos)]
         parts = [_video(video, journals) for video in chosen]
-        decisions = read_decisions(output)
     facts = f"{len(chosen)} of {len(ready)} captioned videos, {len(videos)} in all"
+    return {"@FACTS@": html.escape(facts), "@VIDEOS@": "\n".join(parts)}
+
+
+def _filled(content: Mapping[str, str], decisions: Mapping[str, str], key: str) -> str:
     page = resources.files("longvila.datagen").joinpath("review.html").read_text(encoding="utf-8")
     filled = {
-        "@FACTS@": html.escape(facts),
-        "@VIDEOS@": "\n".join(parts),
+        **content,
         # No "</script>" of a caption may end the script.
         "@DECISIONS@": json.dumps(decisions).replace("<", "\\u003c"),
         "@KEY@": json.dumps(key),
     }
     # In one go: what is filled in may itself look like a place to fill in.
-    page = re.sub("|".join(filled), lambda found: filled[found[0]], page)
-    file = output / "review.html"
-    write_whole(file, page)
-    return file
+    return re.sub("|".join(filled), lambda found: filled[found[0]], page)
 
 
 def _video(video: Video, journals: Mapping[str, Journal]) -> str:
@@ -163,18 +171,20 @@ def save_decisions(output: Path, decisions: Mapping[str, str]) -> dict[str, int]
     Raises:
         LongVILAError: If they are no decisions, or on what the run has not.
     """
-    with opened(output) as (videos, journals, conversation):
+    with opened(output) as (videos, journals, how):
         known = {item_of(v.id, None) for v in videos}
         for video in videos:
             if video.id in journals["kept"]:
                 kept = journals["kept"][video.id]["kept"]
                 known |= {item_of(video.id, Question.of(each)) for each in kept}
+        # What was decided on a video that this run leaves out stays decided.
+        known |= set(read_decisions(output))
         strange = sorted(set(check_decisions(decisions, "decisions")) - known)
         if strange:
             raise LongVILAError(f"decisions on what is not there: {strange[:3]}")
         text = json.dumps(dict(sorted(decisions.items())), indent=1) + "\n"
         write_whole(output / "decisions.json", text)
-        return dict(write_dataset(output, videos, journals, conversation))
+        return dict(write_dataset(output, videos, journals, **how))
 
 
 def server(output: Path, *, port: int = 0, most_videos: int = 50) -> ThreadingHTTPServer:
@@ -189,28 +199,51 @@ def server(output: Path, *, port: int = 0, most_videos: int = 50) -> ThreadingHT
         The server; ``server_port`` says where it listens.
     """
     key = secrets.token_urlsafe(16)
-    page = write_page(output, most_videos=most_videos, key=key)
+    content = _content(output, most_videos)
+    one_at_a_time = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if not self._asked_by_name():
+                return
             if self.path not in ("/", "/review.html"):
                 self._say(404, {"fault": "there is only the page"})
                 return
-            self._send(200, "text/html; charset=utf-8", page.read_bytes())
+            # A page that is loaded again sends all decisions anew, so it must know those there are.
+            try:
+                page = _filled(content, read_decisions(output), key)
+            except LongVILAError as fault:
+                self._say(500, {"fault": str(fault)})
+                return
+            self._send(200, "text/html; charset=utf-8", page.encode())
 
         def do_POST(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
+            if not self._asked_by_name():
+                return
+            digits = self.headers.get("Content-Length") or "0"
+            length = int(digits) if digits.isdecimal() else _LARGEST_BODY + 1
             if self.path != "/decisions" or length > _LARGEST_BODY:
                 self._say(404, {"fault": "decisions are posted to /decisions"})
                 return
             body = self.rfile.read(length)
-            if not secrets.compare_digest(self.headers.get("X-Review-Key") or "", key):
+            sent = (self.headers.get("X-Review-Key") or "").encode(errors="replace")
+            if not secrets.compare_digest(sent, key.encode()):
                 self._say(403, {"fault": "the page of another server; load it again"})
                 return
             try:
-                self._say(200, save_decisions(output, json.loads(body)))
+                decisions = json.loads(body)
+                with one_at_a_time:
+                    counts = save_decisions(output, decisions)
+                self._say(200, counts)
             except (LongVILAError, ValueError) as fault:
                 self._say(400, {"fault": str(fault)})
+
+        def _asked_by_name(self) -> bool:
+            """Whether it is asked for by this machine's own name, and not as another site."""
+            name = (self.headers.get("Host") or "").rpartition(":")[0]
+            if name not in ("127.0.0.1", "localhost"):
+                self._say(403, {"fault": "the page is at 127.0.0.1 only"})
+            return name in ("127.0.0.1", "localhost")
 
         def _say(self, status: int, values: Mapping[str, Any]) -> None:
             self._send(status, "application/json", json.dumps(values).encode())

@@ -10,10 +10,12 @@ one after another. Whoever makes data or grades answers asks through here.
 
 What goes wrong at an endpoint falls in two kinds. Passing: no connection, a timeout, status 408,
 409, 429 or 5xx, an answer that is not what the protocol says. These are tried again after a pause
-that doubles (or as long as ``Retry-After`` says), and raised when the tries are used up. Lasting:
-any other status, an empty or missing key. These are raised at once, with what the endpoint said.
+that doubles (or as long as ``Retry-After`` says, up to a minute), and raised when the tries are
+used up. Lasting: any other status, an empty or missing key. These are raised at once, with what the
+endpoint said.
 
-Pictures are sent as JPEG in ``data:`` addresses. Nothing is sent anywhere but to the endpoint.
+Pictures are sent as JPEG in ``data:`` addresses. Nothing is sent anywhere but to the endpoint: one
+that sends on to another address is refused, for the key would go there, too.
 """
 
 from __future__ import annotations
@@ -144,6 +146,13 @@ def as_jpeg(picture: Picture, *, longest_side: int | None = None, quality: int =
     return out.getvalue()
 
 
+class _StayHere(urllib.request.HTTPRedirectHandler):
+    """Goes to no other address than it was told."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Let the status be the answer."""
+
+
 class EndpointCaller:
     """Asks an endpoint.
 
@@ -184,6 +193,7 @@ class EndpointCaller:
         self.temperature, self.longest_side, self._sleep = temperature, longest_side, sleep
         self.used: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self._opener = urllib.request.build_opener(_StayHere)
         self._headers = {"Content-Type": "application/json"}
         if key_variable is not None:
             key = os.environ.get(key_variable, "").strip()
@@ -235,15 +245,22 @@ class EndpointCaller:
 
     def _once(self, body: bytes) -> Reply:
         request = urllib.request.Request(self.address, body, self._headers)
+        until = time.monotonic() + self.timeout_s
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
-                data = answer.read()
+            with self._opener.open(request, timeout=self.timeout_s) as answer:
+                parts = []
+                # A timeout is of one reading; an endpoint may send a byte now and then for ever.
+                while part := answer.read1(1 << 16):
+                    parts.append(part)
+                    if time.monotonic() > until:
+                        raise _Passing(f"an answer that takes more than {self.timeout_s:g} s")
+                data = b"".join(parts)
         except urllib.error.HTTPError as fault:
-            with fault:
-                said = fault.read(500).decode(errors="replace").strip()
-            reason = f"status {fault.code}: {said}"
+            reason = f"status {fault.code}: {_said(fault)}"
             if fault.code in _PASSING:
                 raise _Passing(reason, _seconds(fault.headers.get("Retry-After"))) from fault
+            if "Location" in fault.headers:
+                reason += f"; it sends on to {fault.headers['Location']}, name that if it is meant"
             raise CallError(f"{self.name}: {reason}") from fault
         except (OSError, http.client.HTTPException) as fault:  # URLError and timeouts are OSErrors
             raise _Passing(str(fault) or type(fault).__name__) from fault
@@ -259,7 +276,9 @@ class EndpointCaller:
                 prompt_tokens=int(usage.get("prompt_tokens") or 0),
                 new_tokens=int(usage.get("completion_tokens") or 0),
             )
-        except (ValueError, LookupError, TypeError, AttributeError) as fault:
+        except (
+            ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
+        ) as fault:  # fmt: skip
             said = data[:200].decode(errors="replace")
             raise _Passing(f"an answer that is no chat completion: {said!r}") from fault
         if not isinstance(text, str) or not text.strip():
@@ -269,6 +288,15 @@ class EndpointCaller:
     def _count(self, **numbers: int) -> None:
         with self._lock:
             self.used.update(numbers)
+
+
+def _said(fault: urllib.error.HTTPError) -> str:
+    """How the body of a failure begins, if it comes."""
+    with fault:
+        try:
+            return fault.read(500).decode(errors="replace").strip()
+        except (OSError, http.client.HTTPException) as cut:
+            return f"(what it says does not come: {cut or type(cut).__name__})"
 
 
 def _seconds(text: str | None) -> float | None:

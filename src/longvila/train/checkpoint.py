@@ -14,7 +14,8 @@
 3. Weights and states are read by `torch.distributed.checkpoint`, which reshards: another number of
    ranks, or another mesh, reads the same save. On as many ranks as wrote it, a run goes on to the
    bit: data order and random generators included. On others, generators are seeded from seed, step
-   and rank, and the data go on where they stopped.
+   and rank, and the data go on where they stopped. What is read is compared with its checksums
+   (`longvila.train.intact`).
 
 Adapters, frozen parts and buffers are all in the folder, so it does not depend on the model that
 the stage began from; what is frozen is there once, however many saves there are. Saves name the
@@ -56,6 +57,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from longvila.errors import CheckpointError
 from longvila.log import get_logger
+from longvila.train.intact import find_damage
 
 _LOG = get_logger(__name__)
 _NAME = re.compile(r"step-(\d+)")
@@ -297,6 +299,14 @@ def _read(state: dict[str, Any], path: Path) -> None:
             f"{path} does not fit the model: {reason[-500:]}. Was it saved by a stage "
             "with other tuned parts or another adapter? Then begin a new output folder"
         ) from fault
+    # After reading, so that whatever shows in another way is said in that way.
+    found = [find_damage(path, rank=_rank(), ranks=_world())]
+    if dist.is_initialized():
+        mine, found = found[0], [None] * _world()
+        dist.all_gather_object(found, mine)
+    damage = next((each for each in found if each is not None), None)
+    if damage is not None:
+        raise _damaged(path, damage)
 
 
 def _save_frozen(folder: Path, frozen: dict[str, Any]) -> str | None:

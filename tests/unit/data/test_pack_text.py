@@ -7,6 +7,8 @@ import json
 import signal
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from longvila.data.datasets import open_dataset
 from longvila.data.pack_text import PackOptions, pack_text, parse_length
 from longvila.data.records import open_records
+from longvila.errors import LongVILAError
 from longvila.testing.tiny import tiny_tokenizer
 
 
@@ -158,7 +161,9 @@ module.pack_text(options)
 """
 
 
-@pytest.mark.parametrize(("moment", "count"), [("before", 4), ("after", 5)])
+@pytest.mark.parametrize(
+    ("moment", "count"), [("after", 1), ("after", 2), ("before", 4), ("after", 5)]
+)
 def test_killed_at_any_moment_nothing_is_lost(
     tmp_path: Path, tokenizer: str, moment: str, count: int
 ) -> None:
@@ -229,9 +234,73 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path, tokenizer
         pack_text(options(tmp_path, tokenizer))
 
 
+def test_a_folder_is_read_whole_or_refused(tmp_path: Path, tokenizer: str) -> None:
+    books = tmp_path / "books"
+    (books / "more").mkdir(parents=True)
+    (books / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\r\n")
+    (books / "more" / "B.TXT").write_text("three")
+    chosen = PackOptions((str(books),), tmp_path / "out", tokenizer, 5, documents="line")
+    pack_text(chosen)
+    assert read(tmp_path / "out") == expected(["one", "two", "three"], 5)
+    for name, message in (
+        ("c.jsonl", r"a folder of \.txt and \.jsonl, of which only one kind"),
+        ("more/d.txt.gz", r"compressed files, which have no offsets \(.*d\.txt\.gz, 1 in all"),
+    ):
+        (books / name).write_text("{}")
+        with pytest.raises(ValueError, match=message):
+            pack_text(PackOptions((str(books),), tmp_path / "other", tokenizer, 6))
+        (books / name).unlink()
+    with pytest.raises(ValueError, match=r"rows lies in .*books: what is written there"):
+        pack_text(PackOptions((str(books),), books / "rows", tokenizer, 5))
+
+
+def test_rows_that_do_not_add_up_are_refused(tmp_path: Path, tokenizer: str) -> None:
+    for number, (row, message) in enumerate(
+        (
+            ({"text": [1, 2, 3], "document_lengths": [1, 1]}, "3 ids, but .* add up to 2"),
+            ({"text": [1, 2], "document_lengths": [3, -1]}, "add up to 2"),
+            ({"text": [1, -5]}, "ids from -5 to 1 are no token ids"),
+            ({"text": [1, 1 << 31]}, "to 2147483648 are no token ids"),
+        )
+    ):
+        source = write_jsonl(tmp_path / f"{number}.jsonl", [{"text": "ab"}, row])
+        with pytest.raises(ValueError, match=rf"{number}\.jsonl, record 1: .*{message}"):
+            pack_text(PackOptions((str(source),), tmp_path / f"{number}", tokenizer, 5))
+
+
+def test_one_run_at_a_time_and_nothing_of_it_missing(tmp_path: Path, tokenizer: str) -> None:
+    chosen = options(tmp_path, tokenizer)
+
+    def second(progress: Any) -> None:
+        with pytest.raises(LongVILAError, match="another run is at work in"):
+            pack_text(chosen)
+
+    pack_text(chosen, report=second)
+    (chosen.output / "rows-00001.parquet").unlink()
+    with pytest.raises(ValueError, match=r"rows-00001.parquet was written and is gone"):
+        pack_text(chosen)
+    for damaged in ("", "{}", '{"fingerprint": 1, "version": 1, "progress": {"no": 1}}'):
+        (chosen.output / "manifest.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"manifest.json is damaged .* begin again"):
+            pack_text(chosen)
+
+
+def test_a_process_that_is_ended_from_outside_is_said(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed:
+        def result(self) -> None:
+            raise BrokenProcessPool("ended")
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", lambda *_: Killed())
+    with pytest.raises(LongVILAError, match=r"ended from outside.*fewer processes"):
+        pack_text(options(tmp_path, tokenizer, processes=2))
+
+
 def test_wrong_inputs_say_why(tmp_path: Path, tokenizer: str) -> None:
     with pytest.raises(ValueError, match=r"record 0: no field 'body', only \['text'\]"):
         pack_text(options(tmp_path, tokenizer, text_field="body"))
+    assert pack_text(options(tmp_path, tokenizer)).done  # nothing is left of the wrong settings
     with pytest.raises(ValueError, match="no token '<end>'"):
         pack_text(options(tmp_path, tokenizer, to="b", end_token="<end>"))
     with pytest.raises(ValueError, match="format must be"):

@@ -60,6 +60,19 @@ def test_array_offsets_hold_for_any_content(
     assert list(JsonArray(path)) == rows
 
 
+def test_nothing_of_an_array_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text('\ufeff[{"a": 1}, null, "x, y", 1.5,[2] ,{"b": "]"},true]\n', encoding="utf-8")
+    records = open_records(path)
+    assert len(records) == 7 and records[0] == {"a": 1} and records[5] == {"b": "]"}
+    for number, kind in ((1, "NoneType"), (2, "str"), (3, "float"), (4, "list"), (6, "bool")):
+        with pytest.raises(RecordError, match=f"record {number}: expected an object, got {kind}"):
+            records[number]
+    path.write_text('[{"a": 1}]\n[{"a": 2}]')
+    with pytest.raises(ValueError, match="something comes after it"):
+        open_records(path)
+
+
 def test_mappings_give_their_keys(tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     path.write_text(json.dumps({"database": {"x": {"a": 1}, "y": {"a": 2}}}))

@@ -33,6 +33,7 @@ class Says:
     body: bytes | None = None
     headers: dict[str, str] = field(default_factory=dict)
     wait_s: float = 0.0
+    trickle_s: float = 0.0
     finish: str = "stop"
 
     def bytes(self) -> bytes:
@@ -53,6 +54,10 @@ class Endpoint:
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.headers.append(dict(self.headers))
+                self.send_error(405)
+
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.bodies.append({"path": self.path, **body})
@@ -64,9 +69,13 @@ class Endpoint:
                     self.send_response(says.status)
                     for name, value in says.headers.items():
                         self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(data)))
+                    if not {"Content-Length", "Transfer-Encoding"} & set(says.headers):
+                        self.send_header("Content-Length", str(len(data)))
                     self.end_headers()
-                    self.wfile.write(data)
+                    size = 1 if says.trickle_s else len(data) or 1
+                    for start in range(0, len(data), size):
+                        self.wfile.write(data[start : start + size])
+                        time.sleep(says.trickle_s)
                 except ConnectionError:
                     self.close_connection = True  # a client that did not wait
 

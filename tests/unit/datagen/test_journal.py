@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -79,3 +80,20 @@ def test_a_file_is_written_whole(tmp_path: Path) -> None:
     write_whole(tmp_path / "deep" / "x.json", "2")
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["x.json"]
     assert (tmp_path / "deep" / "x.json").read_text() == "2"
+
+
+def test_a_line_that_does_not_fit_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, write = tmp_path / "j.jsonl", os.write
+    journal = Journal(path)
+    journal.add("a", value=1)
+    monkeypatch.setattr(os, "write", lambda file, line: write(file, line[:7]))
+    with pytest.raises(JournalError, match=r"j.jsonl cannot be written \(No space left"):
+        journal.add("b", value=2)
+    monkeypatch.undo()
+    journal.add("c", value=3)
+    journal.close()
+    again = Journal(path)
+    assert list(again.done) == ["a", "c"]
+    again.close()

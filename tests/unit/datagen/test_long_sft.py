@@ -18,9 +18,11 @@ from endpoint import Endpoint, Says, describe, kind_of, numbers_of, text_of
 from longvila.data.datasets import open_dataset
 from longvila.datagen.caption import CaptionOptions
 from longvila.datagen.dataset import Video, find_videos
-from longvila.datagen.journal import JournalError
+from longvila.datagen.journal import Journal, JournalError
 from longvila.datagen.long_sft import EndpointDown, LongSFT, LongSFTOptions
+from longvila.datagen.prompts import Prompts
 from longvila.datagen.qa import QuestionOptions
+from longvila.datagen.review import save_decisions
 from longvila.datagen.segment import SegmentOptions
 from longvila.inference.caller import EndpointCaller
 
@@ -95,6 +97,55 @@ def test_a_finished_run_asks_nothing_and_new_videos_are_added(
     assert (tmp_path / "dataset.jsonl").read_bytes() == before
     report = make(endpoint, tmp_path, videos / "more", videos / "first.mp4")
     assert report["whole"] == 2 and len(endpoint.bodies) == asked + 4 + 4
+
+
+def test_own_words_ask_for_captions_and_stay_after_a_review(
+    endpoint: Endpoint, videos: Path, tmp_path: Path
+) -> None:
+    endpoint.script = describe
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "ask_caption.txt").write_text("Tell me all.\n")
+    ask, out = EndpointCaller(endpoint.url, "m", timeout_s=120), tmp_path / "out"
+    found = find_videos([videos / "first.mp4"])
+    LongSFT(found, out, ask, ask, options=OPTIONS, prompts=Prompts(tmp_path / "own")).run()
+    for _ in range(2):
+        said = lines(out / "dataset.jsonl")[0]["conversations"][0]["value"]
+        assert said == "Tell me all.\n<video>"
+        save_decisions(out, {})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_whose_progress_cannot_be_said_ends(
+    endpoint: Endpoint, videos: Path, tmp_path: Path, workers: int
+) -> None:
+    def closed(*_: Any) -> None:
+        raise BrokenPipeError("nobody reads")
+
+    endpoint.script = describe
+    ask = EndpointCaller(endpoint.url, "m", timeout_s=120)
+    options = LongSFTOptions(
+        SegmentOptions(by="length", length_s=0.5, min_s=0),
+        workers=workers,
+        question=OPTIONS.question,
+    )
+    run = LongSFT(find_videos([videos]), tmp_path, ask, ask, options=options, progress=closed)
+    with pytest.raises(BrokenPipeError, match="nobody reads"):
+        run.run()
+
+
+def test_a_full_disk_ends_the_run_and_asks_no_more(
+    endpoint: Endpoint, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, record: Any) -> None:
+        raise JournalError(f"{self.path} cannot be written")
+
+    endpoint.script = describe
+    make(endpoint, tmp_path, videos / "more")
+    asked = len(endpoint.bodies)
+    monkeypatch.setattr(Journal, "_append", full)
+    with pytest.raises(JournalError, match=r"segments.jsonl cannot be written"):
+        make(endpoint, tmp_path, videos)
+    assert len(endpoint.bodies) == asked
 
 
 def test_other_settings_are_refused(endpoint: Endpoint, videos: Path, tmp_path: Path) -> None:

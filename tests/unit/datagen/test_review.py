@@ -8,6 +8,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,11 @@ def served(run: Path) -> Iterator[tuple[str, str]]:
     with server(run) as serving:
         thread = threading.Thread(target=serving.serve_forever, args=(0.01,))
         thread.start()
-        page = (run / "review.html").read_text()
+        address = f"http://127.0.0.1:{serving.server_port}"
+        with urllib.request.urlopen(address, timeout=120) as answer:
+            page = answer.read().decode()
         key = json.loads(page.partition("const key = ")[2].partition(";")[0])
-        yield f"http://127.0.0.1:{serving.server_port}", key
+        yield address, key
         serving.shutdown()
         thread.join()
 
@@ -122,6 +125,46 @@ def test_a_rejection_is_written_down_and_leaves_the_dataset(
     assert '": "reject"' in write_page(run).read_text()
     status, said = post(address, key, {})
     assert status == 200 and said["samples"] == 4
+
+
+def test_a_page_that_is_loaded_again_knows_what_was_decided(
+    run: Path, served: tuple[str, str]
+) -> None:
+    address, key = served
+    assert post(address, key, {"first/summary": "reject"})[0] == 200
+    with urllib.request.urlopen(f"{address}/", timeout=120) as answer:
+        page = answer.read().decode()
+    assert 'const decisions = {"first/summary": "reject"};' in page and Page(page).items
+
+
+def test_decisions_on_a_video_that_was_left_out_stay_and_stop_nothing(
+    run: Path, endpoint: Endpoint, videos: Path
+) -> None:
+    save_decisions(run, {"more/second/summary": "reject"})
+    make(endpoint, run, videos / "first.mp4")
+    counts = save_decisions(run, {"more/second/summary": "reject", "first/summary": "reject"})
+    assert counts["captions"] == 0 and counts["rejected"] == 1
+    make(endpoint, run, videos)
+    assert [each["id"] for each in lines(run / "dataset.jsonl")] == [
+        "first-questions", "more/second-questions",
+    ]  # fmt: skip
+
+
+def test_decisions_that_come_together_are_all_taken(run: Path, served: tuple[str, str]) -> None:
+    address, key = served
+    with ThreadPoolExecutor(4) as pool:
+        said = list(pool.map(lambda _: post(address, key, {"first/summary": "reject"}), range(8)))
+    assert [status for status, _ in said] == [200] * 8
+
+
+def test_another_site_cannot_read_the_page_under_its_own_name(served: tuple[str, str]) -> None:
+    address, key = served
+    for path, data in (("", None), ("decisions", b"{}")):
+        headers = {"Host": "elsewhere.example:8017", "X-Review-Key": key}
+        request = urllib.request.Request(f"{address}/{path}", data, headers)
+        with pytest.raises(urllib.error.HTTPError, match="403") as refused:
+            urllib.request.urlopen(request, timeout=120)
+        refused.value.close()
 
 
 def test_only_the_page_may_write_and_only_decisions(run: Path, served: tuple[str, str]) -> None:

@@ -80,6 +80,11 @@ RUBBISH = [
     Says(text=""),
     Says(text=None),
     Says(status=500, body=b""),
+    Says(body=b"[" * 100_000),
+    Says(body=b'{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 1e999}}'),
+    # Failures whose body never comes, or comes in a form that it does not have.
+    Says(status=500, body=b"", headers={"Content-Length": "9"}),
+    Says(status=429, body=b"zz\r\n", headers={"Transfer-Encoding": "chunked"}),
 ]
 
 
@@ -103,6 +108,25 @@ def test_a_pause_the_endpoint_asks_for_is_kept(endpoint: Endpoint) -> None:
     )
     ask(Prompt("Is it?"))
     assert 7 <= pauses[0] <= 8.75 and 2 <= pauses[1] <= 2.5 and 60 <= pauses[2] <= 75
+
+
+def test_an_answer_that_trickles_is_given_up(endpoint: Endpoint) -> None:
+    ask, _ = caller(endpoint, tries=1, timeout_s=1.5)
+    endpoint.script = lambda body: Says(trickle_s=0.4)
+    with pytest.raises(CallError, match=r"an answer that takes more than 1\.5 s"):
+        ask(Prompt("Is it?"))
+
+
+def test_a_key_goes_to_no_other_address(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "secret")
+    with Endpoint() as other:
+        endpoint.script = lambda body: Says(status=302, body=b"", headers={"Location": other.url})
+        ask, pauses = caller(endpoint, key_variable="MY_KEY")
+        with pytest.raises(CallError, match=f"status 302: ; it sends on to {other.url}"):
+            ask(Prompt("Is it?"))
+        assert not pauses and not other.headers
 
 
 def test_tries_end(endpoint: Endpoint) -> None:

@@ -62,7 +62,8 @@ def test_files_are_ordinary_safetensors(tmp_path: Path) -> None:
         keys = cache.shards[1].parts()[0][0][0]
     assert torch.equal(tensors["keys.1"], keys) and keys.dtype == torch.bfloat16
     assert tensors["input_ids"].tolist() == cache.input_ids[0].tolist()
-    assert set(tensors) == {"input_ids", "logits", "keys.0", "keys.1", "values.0", "values.1"}
+    layers = {f"{name}.{layer}" for name in ("keys", "values", "sums") for layer in (0, 1)}
+    assert set(tensors) == {"input_ids", "logits"} | layers
     assert read_index(tmp_path)["bytes"] == [file.stat().st_size]
 
 
@@ -194,6 +195,38 @@ def test_a_damaged_one_is_refused_in_a_sentence(tmp_path: Path) -> None:
         (folder / "index.json").write_text(json.dumps(written))
         with pytest.raises(StoreError, match=r"index\.json is damaged or was changed"):
             engine.load(folder, {})
+
+
+@pytest.mark.parametrize("name", ["keys.0", "values.1", "sums.1", "input_ids", "logits"])
+def test_a_bit_that_flips_is_found(tmp_path: Path, name: str) -> None:
+    with Engine(language_model().to(torch.bfloat16)) as engine:
+        engine.save(engine.prefill(prompt(30)), tmp_path)
+        (file,) = tmp_path.glob("*.safetensors")
+        whole = file.read_bytes()
+        header = 8 + int.from_bytes(whole[:8], "little")
+        first, last = json.loads(whole[8:header])[name]["data_offsets"]
+        for place, bit in ((first, 0), ((first + last) // 2, 6), (last - 1, 7)):
+            content = bytearray(whole)
+            content[header + place] ^= 1 << bit
+            file.write_bytes(content)
+            with pytest.raises(StoreError, match=r"is damaged: .*copy it again, or make it again"):
+                engine.load(tmp_path)
+
+
+def test_prompts_of_older_versions_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(language_model()) as engine:
+        cache = engine.prefill(prompt(30))
+        write = store._write_tensors
+        monkeypatch.setattr(
+            store, "_write_tensors", lambda p, t: write(p, [x for x in t if "sums" not in x[0]])
+        )
+        engine.save(cache, tmp_path)
+        index = json.loads((tmp_path / "index.json").read_text())
+        del index["digests"], index["check"]
+        (tmp_path / "index.json").write_text(json.dumps(index))
+        torch.testing.assert_close(engine.load(tmp_path).logits, cache.logits)
 
 
 def test_a_disk_that_is_full_is_said_with_what_is_needed(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 
@@ -88,6 +90,36 @@ def test_a_damaged_save_is_named_and_nothing_else_is_taken(tmp_path: Path, name:
         load(find_saves(tmp_path)[-1], model, optimizer, seed=0)
     (tmp_path / "step-2").rename(tmp_path / "away")
     load(find_saves(tmp_path)[-1], model, optimizer, seed=0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_bit_that_flips_is_found_on_all_ranks(tmp_path: Path, ranks: int) -> None:
+    assert run_ranks(saved_and_read, ranks, str(tmp_path), False) == ["whole"] * ranks
+    said = run_ranks(saved_and_read, ranks, str(tmp_path), True)
+    assert len(set(said)) == 1
+    assert re.search(
+        r"step-1 is damaged \(__0_0.distcp: .*checksum is wrong .*copy it again", said[0]
+    )
+
+
+def saved_and_read(rank: Rank, output: str, flip: bool) -> str:
+    torch.manual_seed(0)
+    model, folder = nn.Linear(8, 8), Path(output)
+    optimizer = torch.optim.AdamW(model.parameters())
+    if not find_saves(folder):
+        save(folder, 1, model, optimizer, run={}, data={}, keep=1)
+    if flip and rank.rank == 0:
+        file = folder / "step-1" / "__0_0.distcp"
+        content = bytearray(file.read_bytes())
+        content[content.index(model.weight.detach().numpy().tobytes()) + 30] ^= 4
+        file.write_bytes(content)
+    if dist.is_initialized():
+        dist.barrier()
+    try:
+        load(find_saves(folder)[0], model, optimizer, seed=0)
+    except CheckpointError as fault:
+        return str(fault)
+    return "whole"
 
 
 def test_a_save_of_another_model_is_told_from_a_damaged_one(tmp_path: Path) -> None:
