@@ -100,6 +100,38 @@ def test_an_error_while_encoding_reaches_every_rank(rank: Rank) -> None:
     assert_same_gradients(model, trained(batch))
 
 
+class _StoppedError(Exception):
+    """What a loop might catch."""
+
+
+@ranks(2)
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_step_after_a_backward_pass_that_raised(rank: Rank, fsdp: bool) -> None:
+    """FSDP leaves it half reduced, and the next gradients would be wrong: refused. Else exact."""
+    batch = one_frame()
+    model = tiny_model(dtype=torch.float64).train()
+    exact = {"parameter_dtype": None, "compute_dtype": None, "reduce_dtype": None}
+    parallelize(model, build_mesh(2), ParallelPlan(fsdp=fsdp, **exact))
+
+    def stop(*_: Any) -> None:
+        raise _StoppedError
+
+    handle = model.model.language_model.layers[0].mlp.register_full_backward_hook(stop)
+    with pytest.raises(_StoppedError):
+        model(**batch).loss.backward()
+    handle.remove()
+    model.zero_grad()
+    if fsdp:
+        with pytest.raises(RuntimeError, match="did not come to its end"):
+            model(**batch)
+        return
+    for _ in range(2):
+        model.zero_grad()
+        model(**batch).loss.backward()
+    reduce_gradients(model)
+    assert_same_gradients(model, trained(batch))
+
+
 @ranks(2)
 def test_all_that_ranks_must_share_is_compared(rank: Rank) -> None:
     """Other labels would train on a mixture unnoticed, another mask would exchange other sizes."""

@@ -146,6 +146,7 @@ class TwoStageForward:
         self.signature = inspect.signature(original)
         self.steps = 0
         self.encodes = False
+        self.in_backward = False
         self.last_plan: StepPlan | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -243,9 +244,38 @@ class TwoStageForward:
     # ---- stages
 
     def _run(self, given: dict[str, Any], own: dict[str, Any]) -> SPCausalLMOutput:
+        self._check_backward_ended()
         batch = self._read(given, own)
         plan, hidden = self.hidden_states(batch)
-        return self._finish(plan, batch, hidden)
+        output = self._finish(plan, batch, hidden)
+        for result in (output.loss, output.logits):
+            if result is not None and result.requires_grad:
+                result.register_hook(self._backward_begins)
+        return output
+
+    def _backward_begins(self, gradient: Tensor) -> None:
+        self.in_backward = True
+        # Called at the end of a backward pass, but not of one that raises.
+        torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
+
+    def _backward_ended(self) -> None:
+        self.in_backward = False
+
+    def _check_backward_ended(self) -> None:
+        """Refuse to go on where a backward pass was cut off and FSDP has not tidied up.
+
+        It then leaves the root group gathered, beside the shards that the optimiser has, and its
+        gradients unreduced: later steps would run, on every rank its own.
+        """
+        if not self.in_backward or torch._C._current_graph_task_id() != -1:
+            return
+        if any(isinstance(module, FSDPModule) for module in self.model.modules()):
+            raise RuntimeError(
+                "the backward pass of an earlier step did not come to its end, and FSDP keeps "
+                "parameters and gradients of it that later steps would add to: do not catch what "
+                "it raised, but begin again from the last save"
+            )
+        self.in_backward = False
 
     def hidden_states(
         self, batch: dict[str, Any], *, open_cache: Callable[[StepPlan], Any] | None = None
