@@ -27,7 +27,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -363,6 +363,19 @@ def _ranks_per_node(world_size: int, device_type: str) -> int:
     return world_size
 
 
+def _check_same(plan: MeshPlan) -> None:
+    """Refuse ranks that planned different meshes: they would wait for each other for ever."""
+    plans: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(plans, plan)
+    for rank, theirs in enumerate(plans):
+        if theirs != plans[0]:
+            raise ValueError(
+                f"ranks planned different meshes.\nrank 0: {plans[0].explain()}\n"
+                f"rank {rank}: {theirs.explain()}\nGive build_mesh the same arguments on every "
+                "rank; ranks_per_node too, where nodes differ"
+            )
+
+
 def build_mesh(
     seq_parallel_size: int = -1,
     ring_size: int = -1,
@@ -389,11 +402,12 @@ def build_mesh(
         device_type: ``cuda`` or ``cpu``; None for what the process group suggests.
 
     Raises:
-        ValueError: If the sizes do not multiply up.
+        ValueError: If the sizes do not multiply up, or ranks come to different meshes.
         RuntimeError: If a degree above one is asked for before ``torch.distributed`` runs.
 
-    Comm: Creates the process groups; on NCCL one all-reduce of one element on each axis, since the
-        first point-to-point batch of a communicator must otherwise have all ranks in it.
+    Comm: One all-gather of objects; creates the process groups; on NCCL one all-reduce of one
+        element on each axis, since the first point-to-point batch of a communicator must otherwise
+        have all ranks in it.
     """
     distributed = dist.is_initialized()
     if seq_parallel_size > 1 and not distributed:
@@ -419,6 +433,7 @@ def build_mesh(
     )
     if not distributed:
         return SPMesh(plan=plan)
+    _check_same(plan)
     device_mesh = init_device_mesh(
         device_type,
         (plan.dp_size, plan.ring_size, plan.ulysses_size),

@@ -157,3 +157,10 @@ def test_off_in_a_distributed_job_is_data_parallel(rank: Rank) -> None:
     mesh = build_mesh()
     assert (mesh.dp_size, mesh.sp_size, mesh.dp_rank, mesh.sp_rank) == (2, 1, rank.rank, 0)
     assert dist.get_process_group_ranks(mesh.sp_group) == [rank.rank]
+
+
+@ranks(2)
+def test_ranks_that_ask_for_different_meshes_are_refused(rank: Rank) -> None:
+    """As where nodes have different numbers of GPUs: each would wait in groups of its own."""
+    with pytest.raises(ValueError, match="rank 1: 2 ranks = dp 1 x ring 2 x ulysses 1"):
+        build_mesh(2, rank.rank + 1)
