@@ -150,6 +150,7 @@ class TowerSize:
         projector_matrices: Weights of the projector's linear layers.
         projector_parameters: All parameters of the projector.
         frames_per_call: Frames in the tower at once; None for all.
+        adjustable: Whether the model's configuration says how many.
     """
 
     layers: int
@@ -168,6 +169,7 @@ class TowerSize:
     projector_matrices: int = 0
     projector_parameters: int = 0
     frames_per_call: int | None = 32
+    adjustable: bool = True
 
     @classmethod
     def siglip(

@@ -158,6 +158,7 @@ def _tower_size(base: PreTrainedModel, family: Family, frame_side: int) -> Tower
         projector_matrices=projector_matrices,
         projector_parameters=_count(projector),
         frames_per_call=calls,
+        adjustable=hasattr(config, "vision_batch_size"),
     )
 
 
