@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,6 +99,16 @@ def test_an_error_while_encoding_reaches_every_rank(rank: Rank) -> None:
     model(**batch).loss.backward()
     reduce_gradients(model)
     assert_same_gradients(model, trained(batch))
+
+
+@ranks(2)
+def test_targets_counted_by_each_group_alone_are_refused(rank: Rank) -> None:
+    """Data parallelism: a group that passes its own count would weigh its sample by it."""
+    batch = one_frame(seed=rank.rank)
+    model = parallelize(tiny_model().double().train(), build_mesh(), replace(PLAN, two_stage=True))
+    with pytest.raises(ValueError, match="num_items_in_batch must be the same on all ranks"):
+        model(**batch, num_items_in_batch=19 + rank.rank)
+    model(**batch, num_items_in_batch=39)
 
 
 class _StoppedError(Exception):

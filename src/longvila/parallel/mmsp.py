@@ -53,7 +53,13 @@ from longvila.parallel.families import Family, MediaKind
 from longvila.parallel.hf_attention import NAME, SPStep, check_calls, lowered, sentinel_mask
 from longvila.parallel.plan import StepPlan, plan_step
 from longvila.parallel.plan import plan_media as plan_media
-from longvila.sp.loss import IGNORE_INDEX, GradientReduction, count_targets, global_mean
+from longvila.sp.loss import (
+    IGNORE_INDEX,
+    GradientReduction,
+    check_num_items,
+    count_targets,
+    global_mean,
+)
 from longvila.sp.mesh import SPMesh
 from longvila.sp.tokens import shift_labels
 from longvila.sp.vision import exchange_rows, place_rows
@@ -147,6 +153,7 @@ class TwoStageForward:
         self.steps = 0
         self.encodes = False
         self.in_backward = False
+        self.losses = 0
         self.last_plan: StepPlan | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -256,24 +263,17 @@ class TwoStageForward:
     def _backward_begins(self, gradient: Tensor) -> None:
         self.in_backward = True
         # Called at the end of a backward pass, but not of one that raises.
-        torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
-
-    def _backward_ended(self) -> None:
-        self.in_backward = False
+        ended = functools.partial(setattr, self, "in_backward", False)
+        torch.autograd.Variable._execution_engine.queue_callback(ended)
 
     def _check_backward_ended(self) -> None:
-        """Refuse to go on where a backward pass was cut off and FSDP has not tidied up.
-
-        It then leaves the root group gathered, beside the shards that the optimiser has, and its
-        gradients unreduced: later steps would run, on every rank its own.
-        """
+        # FSDP's root group is then gathered, beside the optimiser's shards, and never reduced.
         if not self.in_backward or torch._C._current_graph_task_id() != -1:
             return
         if any(isinstance(module, FSDPModule) for module in self.model.modules()):
             raise RuntimeError(
                 "the backward pass of an earlier step did not come to its end, and FSDP keeps "
-                "parameters and gradients of it that later steps would add to: do not catch what "
-                "it raised, but begin again from the last save"
+                "parts of it that would spoil later steps: begin again from the last save"
             )
         self.in_backward = False
 
@@ -518,6 +518,10 @@ class TwoStageForward:
             )
         if targets is not None:
             check_targets(targets, head.weight.shape[0])
+            items, everyone = batch.get("num_items_in_batch"), self.mesh.dp_sp_group
+            self.losses += 1
+            if self.losses <= self.options.checked_steps:
+                check_num_items(items, group=everyone, device=hidden.device)
             on_host = layout.shard(targets, rank)
             # Known on the host, so that the device is not asked how many rows have a target.
             target_rows = (on_host != IGNORE_INDEX).nonzero().flatten()
@@ -533,9 +537,9 @@ class TwoStageForward:
             loss = global_mean(
                 local_sum,
                 count_targets(local),
-                group=self.mesh.dp_sp_group,
+                group=everyone,
                 gradient_reduction=self.options.gradient_reduction,
-                num_items=batch.get("num_items_in_batch"),
+                num_items=items,
             )
         if batch.get("output_logits"):
             logits = head(hidden[None])  # no view: hooks on a view would be lost in place
