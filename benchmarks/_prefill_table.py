@@ -18,16 +18,19 @@ HEADER = [
 ]  # fmt: skip
 
 
-def prefill_summary(folder: Path) -> tuple[list[str], list[list[str]], list[str]]:
-    """Return header, lines, and remarks.
+def prefill_summary(
+    folder: Path,
+) -> tuple[list[str], list[list[str]], list[str], list[str]]:
+    """Return header, lines, remarks, and the names of the files they come from.
 
     Args:
         folder: Of the results.
     """
-    found = [(path.name, json.loads(path.read_text())) for path in folder.glob("*_prefill_*.json")]
+    found = [(path.stem, json.loads(path.read_text())) for path in folder.glob("*_prefill_*.json")]
     ours: dict[tuple[int, int], dict[str, Any]] = {}
     peers: dict[tuple[int, int], dict[str, Any]] = {}
-    for _, result in sorted(found, key=lambda each: (each[1]["date"], each[0])):
+    files: dict[tuple[int, int, str], str] = {}
+    for name, result in sorted(found, key=lambda each: (each[1]["date"], each[0])):
         count = int(result["hardware"]["count"])
         # Older runs timed the first prompt of their process.
         warm = "first_prompt" in result.get("notes", {})
@@ -35,10 +38,12 @@ def prefill_summary(folder: Path) -> tuple[list[str], list[list[str]], list[str]
             place, metrics = (row["tokens"], count), row["metrics"]
             if row["kind"] == "peer" and warm:
                 peers[place] = metrics
+                files[(*place, "peer")] = name
             elif row["kind"] == "ours" and (warm or metrics["sampled"]):
                 before = ours.get(place)
                 if before is None or _rank(metrics) >= _rank(before):
                     ours[place] = metrics
+                    files[(*place, "ours")] = name
     lines, sampled = [], False
     for tokens, count in sorted(ours.keys() | peers.keys()):
         own, peer = (each.get((tokens, count), {}) for each in (ours, peers))
@@ -55,7 +60,7 @@ def prefill_summary(folder: Path) -> tuple[list[str], list[list[str]], list[str]
             _figure(own.get("planned_peak_gib"), 1),
         ])  # fmt: skip
     remark = "\\* added up from a sample of the prompt's chunks, not read whole."
-    return HEADER, lines, ["", remark] if sampled else []
+    return HEADER, lines, ["", remark] if sampled else [], sorted(set(files.values()))
 
 
 def _rank(metrics: dict[str, Any]) -> tuple[bool, bool]:

@@ -32,6 +32,7 @@ from benchmarks import smol
 from benchmarks._family_table import family_step
 from benchmarks._prefill_table import prefill_summary
 from benchmarks._results import slug
+from benchmarks._train_table import train_step_lines
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -359,21 +360,23 @@ def step(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def train_step_summary(result: dict[str, Any]) -> list[str]:
-    """One line a length and method: rate, MFU, and what the file says of how they compare."""
+def train_step_summary(folder: Path) -> list[str]:
+    """One line a number of GPUs, length and method: rate, MFU, and how they compare."""
     names = ["step_s", "tokens_per_s_per_gpu", "mfu_percent", "peak_gib"]
-    compared = {
-        (each["tokens"], each["peer"]): each["speedup"]
-        for each in result.get("notes", {}).get("comparisons", [])
-    }
-    ordered = sorted(result["rows"], key=lambda r: (r["tokens"], r["metrics"]["step_s"]))
-    cells = []
-    for row in ordered:
-        speedup = compared.get((row["tokens"], row["method"]))
-        figures = [_figure(row, name) for name in names]
-        name = tokens_name(row["tokens"])
-        cells.append([_method(row), name, *figures, f"{speedup:.2f}" if speedup else ""])
-    return table(["method", "tokens", *map(_heading, names), "ours is faster by"], cells)
+    lines, files = train_step_lines(folder)
+    cells = [
+        [_method(row), str(count), tokens_name(row["tokens"])]
+        + [_figure(row, name) for name in names]
+        + [f"{faster:.2f}" if faster else ""]
+        for count, row, faster in lines
+    ]
+    header = ["method", "GPUs", "tokens", *map(_heading, names), "ours is faster by"]
+    return [*table(header, cells), "", sources(files)]
+
+
+def sources(files: Sequence[str]) -> str:
+    """What stands above the caption of a table that several files fill."""
+    return f"From {', '.join(f'`{name}`' for name in files)}; one of them is:"
 
 
 def ask(result: dict[str, Any]) -> list[str]:
@@ -632,14 +635,14 @@ VIEWS: dict[str, tuple[list[str], Callable[[dict[str, Any], Path], list[str]]]] 
         lambda result, folder: _prefill_summary(folder),
     ),
     "attention_summary": (["attention"], lambda result, folder: attention_summary(result)),
-    "train_step_summary": (["train_step"], lambda result, folder: train_step_summary(result)),
+    "train_step_summary": (["train_step"], lambda result, folder: train_step_summary(folder)),
     "attention_hosts": (["attention", "link=sockets"], hosts),
 }
 
 
 def _prefill_summary(folder: Path) -> list[str]:
-    header, lines, remarks = prefill_summary(folder)
-    return [*table(header, lines), *remarks]
+    header, lines, remarks, files = prefill_summary(folder)
+    return [*table(header, lines), *remarks, "", sources(files)]
 
 
 def _method(row: dict[str, Any]) -> str:

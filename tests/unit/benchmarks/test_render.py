@@ -310,3 +310,39 @@ def test_prompts_of_all_runs_in_one_table(tmp_path: Path) -> None:
         ["9,999", "2", "30.0", "1.10", r"1.90\*", "", "", "20.0", "21.0"],
     ]
     assert block[8].startswith(r"\* added up from a sample")
+
+
+def test_train_step_summary(tmp_path: Path) -> None:
+    def row(kind: str, tokens: int, seconds: float, plain: int = 0, **metrics: float) -> dict:
+        figures = {
+            "step_s": seconds,
+            "tokens_per_s_per_gpu": 1.0,
+            "mfu_percent": 1.0,
+            "peak_gib": 1.0,
+        }
+        return {
+            "method": kind, "kind": kind, "tokens": tokens, "metrics": figures | metrics,
+            "shape": {"layers": 4}, "about": {"plain_layers": plain},
+        }  # fmt: skip
+
+    def write(name: str, count: int, *rows: dict, speedup: float | None = None) -> None:
+        whole = result("train_step", "2026-01-01", 1.0)
+        whole["hardware"] = {"gpu": "GPU", "count": count, "link": ""}
+        compared = [{"tokens": 65536, "peer": "peer", "speedup": speedup}] if speedup else []
+        whole |= {"rows": list(rows), "notes": {"comparisons": compared}}
+        (tmp_path / f"2026-01-01_train_step_{name}.json").write_text(json.dumps(whole))
+
+    write("2xgpu_peers", 2, row("ours", 65536, 3.0), row("peer", 65536, 6.0), speedup=2.0)
+    write("2xgpu_then", 2, row("ours", 65536, 2.0), row("ours", 131072, 9.0))  # had no peer
+    write("2xgpu_video", 2, row("ours", 262144, 5.0, vision_forward_s=1.0))
+    write("2xgpu_whole", 2, row("ours", 40960, 1.0, plain=4))  # recomputes nothing
+    write("4xgpu", 4, row("ours", 131072, 4.5))
+    block = render.render_block("train_step_summary", tmp_path).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block[2:6]]
+    assert [(line[0].strip("*`"), *line[1:4], line[-1]) for line in cells] == [
+        ("ours", "2", "64K", "3.000", ""),
+        ("peer", "2", "64K", "6.000", "2.00"),
+        ("ours", "2", "128K", "9.000", ""),
+        ("ours", "4", "128K", "4.500", ""),
+    ]
+    assert "_peers`" in block[7] and "_4xgpu`" in block[7] and "video" not in block[7]

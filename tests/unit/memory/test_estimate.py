@@ -212,14 +212,15 @@ def test_peaks_on_a_gpu_are_within_one_percent() -> None:
         assert 0.99 * measured - freed <= peak.bytes <= 1.01 * measured, row["method"]
 
 
-def test_peaks_of_full_steps_on_two_gpus_are_near() -> None:
+def test_peaks_of_full_steps_are_near() -> None:
     """Compiled layers, some of them not recomputed, AdamW included.
 
     Where layers that are not recomputed wait on the host, the plan says more than there was.
     """
     checked = 0
-    for path in sorted(RESULTS.glob("*_train_step_2xh200*.json")):
+    for path in sorted(RESULTS.glob("*_train_step_[24]xh200*.json")):
         content = json.loads(path.read_text())
+        count = content["hardware"]["count"]
         for row in content["rows"]:
             about = row["about"]
             if row["kind"] != "ours" or not row["metrics"] or row["shape"].get("frames"):
@@ -227,7 +228,7 @@ def test_peaks_of_full_steps_on_two_gpus_are_near() -> None:
             peak = training_peak(
                 SEVEN,
                 Load(tokens=row["tokens"], targets=row["tokens"]),
-                ranks=Ranks(ulysses=2),
+                ranks=Ranks(ulysses=count),
                 settings=Settings(
                     plain_layers=about["plain_layers"], mlp_tile_rows=about["mlp_tile_rows"],
                     compiled=about["compiled_norms_and_mlps"],
@@ -235,16 +236,12 @@ def test_peaks_of_full_steps_on_two_gpus_are_near() -> None:
                     optimizer="adamw-host" if about["moments_on_host"] else "adamw",
                 ),
             )  # fmt: skip
-            planned = peak.bytes
-            if content["commit"] == "887ba0c118dc":
-                # Compiled MLPs kept their gated product then.
-                planned += about["plain_layers"] * 2.0 * 18944 * row["tokens"] // 2
             measured = row["metrics"]["peak_gib"] * GIB
             waiting = about["plain_layers"] > 0 and about["offload_gib"] > 0
             limit = 0.1 if waiting else 0.035
-            assert planned == pytest.approx(measured, rel=limit), (path.name, row["tokens"])
+            assert peak.bytes == pytest.approx(measured, rel=limit), (path.name, row["tokens"])
             checked += 1
-    assert checked >= 3
+    assert checked >= 10
 
 
 # ---- the original paper's lengths ----------------------------------------------------------------

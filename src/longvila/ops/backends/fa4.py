@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -42,9 +43,15 @@ def _load() -> ModuleType | str:
     if not any((Path(folder) / "cute").is_dir() for folder in folders):
         return "flash_attn.cute is not installed (pip install 'longvila[hopper]')"
     try:
-        return importlib.import_module("flash_attn.cute.interface")
+        with warnings.catch_warnings():
+            # It names things by their older names; under -W error that would end the process.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            module = importlib.import_module("flash_attn.cute.interface")
     except ImportError as error:
         return f"flash_attn.cute is installed but does not import: {error}"
+    # Each compilation says of an optional argument that it was passed as it is.
+    warnings.filterwarnings("ignore", "Argument .* cannot be converted to a JitArgument")
+    return module
 
 
 class Fa4Backend:
