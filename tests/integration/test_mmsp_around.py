@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,6 +97,48 @@ def test_an_error_while_encoding_reaches_every_rank(rank: Rank) -> None:
     with pytest.raises(error, match=message):
         model(**wrong)
     model(**batch).loss.backward()
+    reduce_gradients(model)
+    assert_same_gradients(model, trained(batch))
+
+
+@ranks(2)
+def test_targets_counted_by_each_group_alone_are_refused(rank: Rank) -> None:
+    """Data parallelism: a group that passes its own count would weigh its sample by it."""
+    batch = one_frame(seed=rank.rank)
+    model = parallelize(tiny_model().double().train(), build_mesh(), replace(PLAN, two_stage=True))
+    with pytest.raises(ValueError, match="num_items_in_batch must be the same on all ranks"):
+        model(**batch, num_items_in_batch=19 + rank.rank)
+    model(**batch, num_items_in_batch=39)
+
+
+class _StoppedError(Exception):
+    """What a loop might catch."""
+
+
+@ranks(2)
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_step_after_a_backward_pass_that_raised(rank: Rank, fsdp: bool) -> None:
+    """FSDP leaves it half reduced, and the next gradients would be wrong: refused. Else exact."""
+    batch = one_frame()
+    model = tiny_model(dtype=torch.float64).train()
+    exact = {"parameter_dtype": None, "compute_dtype": None, "reduce_dtype": None}
+    parallelize(model, build_mesh(2), ParallelPlan(fsdp=fsdp, **exact))
+
+    def stop(*_: Any) -> None:
+        raise _StoppedError
+
+    handle = model.model.language_model.layers[0].mlp.register_full_backward_hook(stop)
+    with pytest.raises(_StoppedError):
+        model(**batch).loss.backward()
+    handle.remove()
+    model.zero_grad()
+    if fsdp:
+        with pytest.raises(RuntimeError, match="did not come to its end"):
+            model(**batch)
+        return
+    for _ in range(2):
+        model.zero_grad()
+        model(**batch).loss.backward()
     reduce_gradients(model)
     assert_same_gradients(model, trained(batch))
 

@@ -96,7 +96,8 @@ def _tuned(options: Options, size: Any) -> Any:
             extra += text.layers * adapter.rank * (text.width + other)
         beside = ("embeddings" in adapter.also_tune) * text.embedding_parameters
         beside += ("head" in adapter.also_tune) * text.head_parameters
-        beside += ("norms" in adapter.also_tune) * text.width * (2 * text.layers + 1)
+        norms = text.width * (2 * text.layers + 1) + text.qk_norm * 2 * text.head_dim * text.layers
+        beside += ("norms" in adapter.also_tune) * norms
     return Tuned(
         tower=media and rates.vision_tower is not None,
         projector=media and rates.projector is not None,

@@ -468,7 +468,7 @@ class _Step:
         assert tower is not None
         c = self.c
         layer = 8.0 * c * tower.width + 2.0 * c * tower.mlp_width + 4 * tower.heads + 16
-        rows = tower.rows * (c * tower.joined_width * 2 + 4.0 * c * self.text.width)
+        rows = tower.projector_rows * (c * tower.joined_width * 2 + 4.0 * c * self.text.width)
         widest = tower.patches * c * (tower.mlp_width + 2.0 * tower.width)
         return tower.patches * tower.layers * layer + max(rows, widest)
 
@@ -504,7 +504,7 @@ class _Step:
             parts["tower"] = frames * self._tower_saved()
         else:
             width = 2 * tower.joined_width + 4 * self.text.width
-            parts["tower"] = float(c * self._tower_call() * tower.rows * width)
+            parts["tower"] = float(c * self._tower_call() * tower.projector_rows * width)
         if self.settings.checkpointing and frames < self.frames:
             parts["sums of the tower's gradients"] = 4.0 * parameters
         if self.settings.fsdp:

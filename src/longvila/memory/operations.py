@@ -9,7 +9,8 @@ An operation is an addition or a multiplication; softmax, norms and activations 
                     10 * H * D * pairs        backward: scores again, dv, dp, dq, dk
     head            2 * V * M * targets       rows without a target never reach it; two more
                                               products behind
-    tower           2 * weights * patches, 4 * C * patches ** 2 a layer and frame, as above
+    tower           2 * weights * patches, 4 * C * patches ** 2 a layer and frame (or frames whose
+                    patches attend to each other), as above
     projector       2 * weights * rows
 
 Recomputed: with checkpoints the layers' matrices once more, attention once more unless its output
@@ -165,8 +166,9 @@ def forward_operations(size: ModelSize, load: Load, *, head_rows: int) -> dict[s
     if tower is not None and load.frames:
         patches = load.frames * tower.patches
         counts["tower"] = 2.0 * tower.matrices * patches
-        counts["tower"] += 4.0 * tower.layers * tower.width * tower.patches * patches
-        counts["projector"] = 2.0 * tower.projector_matrices * load.frames * tower.rows
+        seen = tower.together * tower.patches
+        counts["tower"] += 4.0 * tower.layers * tower.width * seen * patches
+        counts["projector"] = 2.0 * tower.projector_matrices * load.frames * tower.projector_rows
     counts["text_matrices"] = 2.0 * text.layers * text.layer_matrices * load.tokens
     counts["attention"] = 4.0 * text.layers * text.heads * text.head_dim * load.pairs
     counts["head"] = 2.0 * text.embedding_parameters * head_rows

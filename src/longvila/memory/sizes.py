@@ -144,10 +144,13 @@ class TowerSize:
         parameters: All parameters of the tower.
         rows: N, tokens that a frame gives the language model.
         separators: Text tokens after each frame.
+        together: Frames whose patches attend to each other.
+        projected: Rows of a frame in the projector, where they are pooled behind it; else N.
         joined_width: Width of what the projector's first linear layer reads.
         projector_matrices: Weights of the projector's linear layers.
         projector_parameters: All parameters of the projector.
         frames_per_call: Frames in the tower at once; None for all.
+        adjustable: Whether the model's configuration says how many.
     """
 
     layers: int
@@ -160,10 +163,13 @@ class TowerSize:
     parameters: int
     rows: int
     separators: int = 1
+    together: int = 1
+    projected: int | None = None
     joined_width: int = 0
     projector_matrices: int = 0
     projector_parameters: int = 0
     frames_per_call: int | None = 32
+    adjustable: bool = True
 
     @classmethod
     def siglip(
@@ -219,6 +225,11 @@ class TowerSize:
             projector_parameters=linear + 2 * text_width + 2 * joined,
             frames_per_call=frames_per_call,
         )
+
+    @property
+    def projector_rows(self) -> int:
+        """Rows of a frame that go through the projector."""
+        return self.rows if self.projected is None else self.projected
 
     @property
     def tokens(self) -> int:

@@ -53,7 +53,13 @@ from longvila.parallel.families import Family, MediaKind
 from longvila.parallel.hf_attention import NAME, SPStep, check_calls, lowered, sentinel_mask
 from longvila.parallel.plan import StepPlan, plan_step
 from longvila.parallel.plan import plan_media as plan_media
-from longvila.sp.loss import IGNORE_INDEX, GradientReduction, count_targets, global_mean
+from longvila.sp.loss import (
+    IGNORE_INDEX,
+    GradientReduction,
+    check_num_items,
+    count_targets,
+    global_mean,
+)
 from longvila.sp.mesh import SPMesh
 from longvila.sp.tokens import shift_labels
 from longvila.sp.vision import exchange_rows, place_rows
@@ -146,6 +152,8 @@ class TwoStageForward:
         self.signature = inspect.signature(original)
         self.steps = 0
         self.encodes = False
+        self.in_backward = False
+        self.losses = 0
         self.last_plan: StepPlan | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -243,9 +251,31 @@ class TwoStageForward:
     # ---- stages
 
     def _run(self, given: dict[str, Any], own: dict[str, Any]) -> SPCausalLMOutput:
+        self._check_backward_ended()
         batch = self._read(given, own)
         plan, hidden = self.hidden_states(batch)
-        return self._finish(plan, batch, hidden)
+        output = self._finish(plan, batch, hidden)
+        for result in (output.loss, output.logits):
+            if result is not None and result.requires_grad:
+                result.register_hook(self._backward_begins)
+        return output
+
+    def _backward_begins(self, gradient: Tensor) -> None:
+        self.in_backward = True
+        # Called at the end of a backward pass, but not of one that raises.
+        ended = functools.partial(setattr, self, "in_backward", False)
+        torch.autograd.Variable._execution_engine.queue_callback(ended)
+
+    def _check_backward_ended(self) -> None:
+        # FSDP's root group is then gathered, beside the optimiser's shards, and never reduced.
+        if not self.in_backward or torch._C._current_graph_task_id() != -1:
+            return
+        if any(isinstance(module, FSDPModule) for module in self.model.modules()):
+            raise RuntimeError(
+                "the backward pass of an earlier step did not come to its end, and FSDP keeps "
+                "parts of it that would spoil later steps: begin again from the last save"
+            )
+        self.in_backward = False
 
     def hidden_states(
         self, batch: dict[str, Any], *, open_cache: Callable[[StepPlan], Any] | None = None
@@ -488,6 +518,10 @@ class TwoStageForward:
             )
         if targets is not None:
             check_targets(targets, head.weight.shape[0])
+            items, everyone = batch.get("num_items_in_batch"), self.mesh.dp_sp_group
+            self.losses += 1
+            if self.losses <= self.options.checked_steps:
+                check_num_items(items, group=everyone, device=hidden.device)
             on_host = layout.shard(targets, rank)
             # Known on the host, so that the device is not asked how many rows have a target.
             target_rows = (on_host != IGNORE_INDEX).nonzero().flatten()
@@ -503,9 +537,9 @@ class TwoStageForward:
             loss = global_mean(
                 local_sum,
                 count_targets(local),
-                group=self.mesh.dp_sp_group,
+                group=everyone,
                 gradient_reduction=self.options.gradient_reduction,
-                num_items=batch.get("num_items_in_batch"),
+                num_items=items,
             )
         if batch.get("output_logits"):
             logits = head(hidden[None])  # no view: hooks on a view would be lost in place

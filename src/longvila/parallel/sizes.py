@@ -32,12 +32,13 @@ def _count(parameters: Any) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _matrices(module: nn.Module) -> int:
-    return sum(
-        each.weight.numel()
+def _matrices(module: nn.Module) -> dict[int, int]:
+    """Weights of each linear layer and convolution, by the identity of their tensor."""
+    return {
+        id(each.weight): each.weight.numel()
         for each in module.modules()
         if isinstance(each, nn.Linear | nn.Conv2d | nn.Conv3d)
-    )
+    }
 
 
 def size_of(model: nn.Module, *, frame_side: int = FRAME_SIDE) -> ModelSize:
@@ -107,11 +108,11 @@ def _tower_size(base: PreTrainedModel, family: Family, frame_side: int) -> Tower
     vision: Any = config.vision_config
     modules = family.vision_modules(base)
     # The projector of some families is a part of the tower's module.
-    shared = {id(p) for module in modules[1:] for p in module.parameters()}
+    projector = family.projector_parameters(base)
+    shared = {id(p) for p in projector}
     tower = [p for p in modules[0].parameters() if id(p) not in shared]
-    projector = [p for module in modules[1:] for p in module.parameters()]
-    projector += family.extra_parameters(base)
-    projector_matrices = sum(_matrices(module) for module in modules[1:])
+    matrices = {key: n for module in modules for key, n in _matrices(module).items()}
+    projector_matrices = sum(n for key, n in matrices.items() if key in shared)
     width = vision.hidden_size
     merge = getattr(vision, "spatial_merge_size", None)
     if merge is not None and hasattr(vision, "temporal_patch_size"):
@@ -122,8 +123,9 @@ def _tower_size(base: PreTrainedModel, family: Family, frame_side: int) -> Tower
         pixels, joined, layers = 3 * (side * vision.patch_size) ** 2, merge**2 * width, vision.depth
         per_call = family.media[-1].frames_per_call(config)
         calls = None if per_call is None else max(per_call // max(patches, 1), 1)
-        separators = 0
+        separators, projected = 0, None
     else:
+        every = 1
         layers = getattr(config, "num_vision_layers", None) or vision.num_hidden_layers
         patches = patches_per_tile(vision)
         size = vision.image_size
@@ -133,6 +135,11 @@ def _tower_size(base: PreTrainedModel, family: Family, frame_side: int) -> Tower
         separators = 1 if getattr(config, "frame_separator", "") else 0
         linear = [each for part in modules[1:] for each in part.modules()]
         joined = next((e.in_features for e in linear if isinstance(e, nn.Linear)), width)
+        projected = getattr(config, "tokens_per_frame", None)  # ours, pooled behind
+        features = getattr(config, "vision_feature_layer", -1)
+        read = len(features) if isinstance(features, list | tuple) else 1
+        if projected is None and joined == read * width:  # it reads patches one by one
+            projected = patches
     heads: int = getattr(vision, "num_attention_heads", None) or vision.num_heads
     return TowerSize(
         layers=layers,
@@ -141,14 +148,17 @@ def _tower_size(base: PreTrainedModel, family: Family, frame_side: int) -> Tower
         heads=heads,
         patches=patches,
         pixels=pixels,
-        matrices=_matrices(modules[0]),
+        matrices=sum(n for key, n in matrices.items() if key not in shared),
         parameters=_count(tower),
         rows=rows,
         separators=separators,
+        together=every,
+        projected=projected,
         joined_width=joined,
         projector_matrices=projector_matrices,
         projector_parameters=_count(projector),
         frames_per_call=calls,
+        adjustable=hasattr(config, "vision_batch_size"),
     )
 
 

@@ -70,6 +70,35 @@ def count_targets(targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tenso
     return (targets != ignore_index).sum()
 
 
+def check_num_items(
+    num_items: float | Tensor | None, *, group: dist.ProcessGroup | None, device: torch.device
+) -> None:
+    """Refuse ranks that divide one sum by different numbers, as where each counts its own targets.
+
+    Args:
+        num_items: As for `global_mean`.
+        group: As for `global_mean`.
+        device: Where to communicate.
+
+    Raises:
+        ValueError: On every rank, with the lowest and the highest number.
+
+    Comm: One all-reduce of 2 float64, and the host waits for it.
+    """
+    if group is None:
+        return
+    mine = -1.0 if num_items is None else float(num_items)
+    ends = torch.tensor([mine, -mine], dtype=torch.float64, device=device)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)
+    highest, lowest = ends[0].item(), -ends[1].item()
+    if highest != lowest:
+        found = [f"{n:.0f}" if n >= 0 else "none" for n in (lowest, highest)]
+        raise ValueError(
+            f"num_items_in_batch must be the same on all ranks, the targets of the whole step over "
+            f"all groups; got {found[0]} to {found[1]}"
+        )
+
+
 def global_mean(
     local_sum: Tensor,
     local_count: Tensor,

@@ -24,10 +24,13 @@ Every choice can be overruled. What it does not do: measure links; it knows only
 
 from __future__ import annotations
 
+import math
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from itertools import groupby
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -358,9 +361,25 @@ def _ranks_per_node(world_size: int, device_type: str) -> int:
     launched = os.environ.get("LOCAL_WORLD_SIZE")
     if launched is not None:
         return int(launched)
-    if device_type == "cuda":
-        return min(world_size, torch.cuda.device_count())
-    return world_size
+    if device_type != "cuda":
+        return world_size
+    # A rank of Slurm may see its own GPU alone, or more GPUs than its node has ranks.
+    hosts: list[Any] = [None] * world_size
+    dist.all_gather_object(hosts, socket.gethostname())
+    return math.gcd(*(len(list(ranks)) for _, ranks in groupby(hosts)))
+
+
+def _check_same(plan: MeshPlan) -> None:
+    """Refuse ranks that planned different meshes: they would wait for each other for ever."""
+    plans: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(plans, plan)
+    for rank, theirs in enumerate(plans):
+        if theirs != plans[0]:
+            raise ValueError(
+                f"ranks planned different meshes.\nrank 0: {plans[0].explain()}\n"
+                f"rank {rank}: {theirs.explain()}\nGive build_mesh the same arguments on every "
+                "rank; ranks_per_node too, where nodes differ"
+            )
 
 
 def build_mesh(
@@ -385,15 +404,17 @@ def build_mesh(
         kv_exchange: Overrules how K and V travel.
         num_heads: Query heads of the model, if known.
         num_kv_heads: Its kv heads, if known.
-        ranks_per_node: Ranks joined by fast links; None for what the launcher says.
+        ranks_per_node: Ranks joined by fast links; None for what torchrun says, or on GPUs the
+            names of the ranks' hosts.
         device_type: ``cuda`` or ``cpu``; None for what the process group suggests.
 
     Raises:
-        ValueError: If the sizes do not multiply up.
+        ValueError: If the sizes do not multiply up, or ranks come to different meshes.
         RuntimeError: If a degree above one is asked for before ``torch.distributed`` runs.
 
-    Comm: Creates the process groups; on NCCL one all-reduce of one element on each axis, since the
-        first point-to-point batch of a communicator must otherwise have all ranks in it.
+    Comm: One or two all-gathers of objects; creates the process groups; on NCCL one all-reduce of
+        one element on each axis, since the first point-to-point batch of a communicator must
+        otherwise have all ranks in it.
     """
     distributed = dist.is_initialized()
     if seq_parallel_size > 1 and not distributed:
@@ -419,6 +440,7 @@ def build_mesh(
     )
     if not distributed:
         return SPMesh(plan=plan)
+    _check_same(plan)
     device_mesh = init_device_mesh(
         device_type,
         (plan.dp_size, plan.ring_size, plan.ulysses_size),

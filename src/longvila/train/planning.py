@@ -302,7 +302,11 @@ class Planner:
             if attempt("checkpoints that keep attention", _as_setting(settings)):
                 return tried
         tower = size.tower
-        many = tower is not None and (tower.frames_per_call or load.frames) > FRAMES_AT_ONCE
+        many = (
+            tower is not None
+            and tower.adjustable
+            and (tower.frames_per_call or load.frames) > FRAMES_AT_ONCE
+        )
         if many and load.frames and "tower" in tried[-1].peak.moment:
             size = size.with_frames_per_call(FRAMES_AT_ONCE)
             how = f"vision_batch_size={FRAMES_AT_ONCE} in the model's configuration"

@@ -41,7 +41,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from longvila.data.agreement import Agreement
 from longvila.data.families import coders
 from longvila.data.loader import PackedLoader
-from longvila.errors import CheckpointError, ContextLengthError
+from longvila.errors import CheckpointError, ContextLengthError, LongVILAError
 from longvila.log import get_logger
 from longvila.memory.offload import Offload
 from longvila.model.configuration_longvila import LongVILAConfig
@@ -54,7 +54,7 @@ from longvila.sp.mesh import SPMesh, build_mesh
 from longvila.train.checkpoint import held, seed_everything, writing
 from longvila.train.loop import Progress, run_stage
 from longvila.train.parts import export_state, named_parts, save_plain, set_context, tune
-from longvila.train.settings import read_yaml, to_yaml
+from longvila.train.settings import read_yaml, to_plain, to_yaml
 from longvila.train.stages import Stage, StageError, choose_seq_parallel_size, open_mixture
 
 _LOG = get_logger(__name__)
@@ -88,7 +88,7 @@ def joined() -> Iterator[torch.device]:
         The device of this rank: a GPU where there is one, else the CPU.
     """
     on_gpu = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = _local_rank()
     if on_gpu and torch.cuda.device_count() == 1:
         local = 0  # launchers that show each rank its own GPU alone call all of them the first
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
@@ -97,7 +97,14 @@ def joined() -> Iterator[torch.device]:
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     mine = not dist.is_initialized()
     if mine and "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(hours=1))
+        except dist.DistError as fault:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise LongVILAError(
+                f"rank {os.environ['RANK']} cannot meet the others at {where} (MASTER_ADDR and "
+                f"MASTER_PORT): {str(fault).splitlines()[0]}"
+            ) from fault
     elif mine:
         # One process alone shards over itself, so that it takes the very same path.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -106,6 +113,60 @@ def joined() -> Iterator[torch.device]:
     finally:
         if mine:
             dist.destroy_process_group()
+
+
+def _local_rank() -> int:
+    """Check what the launcher says of this process, and return its number on the machine.
+
+    Raises:
+        LongVILAError: If a word is missing or wrong, on which the ranks would wait for each other.
+    """
+    numbers = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0")}
+    if "RANK" in os.environ:
+        needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in needed if not os.environ.get(name)]:
+            raise LongVILAError(
+                f"RANK is set, {', '.join(missing)} not: a launcher sets RANK, LOCAL_RANK, "
+                "WORLD_SIZE, MASTER_ADDR and MASTER_PORT; without one, unset RANK"
+            )
+        numbers |= {name: os.environ[name] for name in ("RANK", "WORLD_SIZE")}
+    if wrong := [f"{name}={value}" for name, value in numbers.items() if not value.isdecimal()]:
+        raise LongVILAError(f"the launcher's {', '.join(wrong)}: expected a number")
+    rank, world, local = (int(value) for value in numbers.values())
+    if rank >= world:
+        raise LongVILAError(f"RANK is {rank}, but WORLD_SIZE {world}: ranks count from 0")
+    return local
+
+
+def _check_same_job(job: Job) -> None:
+    """Refuse ranks that were given different settings: each would train its shards by its own.
+
+    Raises:
+        StageError: On every rank, naming what differs.
+
+    Comm: One all-gather of objects.
+    """
+    mine = {"--output": str(job.output), "--stop-after": job.stop_after, **_flat(job.stage)}
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    first = everyones[0]
+    for rank, theirs in enumerate(everyones):
+        names = [name for name in {**first, **theirs} if first.get(name) != theirs.get(name)]
+        if names:
+            told = (f"{name} is {first.get(name)} on rank 0, {theirs.get(name)}" for name in names)
+            raise StageError(
+                f"ranks were started with different settings: {'; '.join(told)} on rank {rank}. "
+                "Give every process the same command and files"
+            )
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by their paths."""
+    found: dict[str, Any] = {}
+    for name, value in to_plain(settings).items():
+        nested = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return found
 
 
 def is_finished(output: Path) -> bool:
@@ -128,6 +189,7 @@ def train(job: Job) -> Progress | None:
         How far it came; None if the output was finished before.
     """
     with joined() as device:
+        _check_same_job(job)
         finished = [is_finished(job.output), _stage_of(job.output)]
         dist.broadcast_object_list(finished, src=0)
         if finished[0]:

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from longvila.cli.main import main as command
 from longvila.cli.plan import main
 from longvila.testing.tiny import save_tiny
+from longvila.train.parts import tune
+from longvila.train.stages import get_stage
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
@@ -50,6 +53,22 @@ def test_a_stage_says_what_is_tuned(capsys: pytest.CaptureFixture[str]) -> None:
     assert align["tuned_parameters"] == 29376512
     long = values(capsys, "--model", "7B", "--stage", "long-sft-256", "--gpus", "4")
     assert long["load"]["frames"] == 256 and long["load"]["tokens"] == 2**17
+
+
+def test_norms_of_queries_and_keys_are_tuned_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Qwen3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    pytest.importorskip("peft")
+    planned = values(capsys, "--model", str(tmp_path), "--stage", "extend-64k", "--gpus", "1")
+    stage = get_stage("extend-64k")
+    model = tune(Qwen3ForCausalLM(config), stage.rates, stage.adapter)
+    tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert planned["tuned_parameters"] == tuned
 
 
 def test_compiled(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+)
 
+from longvila.memory.operations import Load, forward_operations
 from longvila.memory.sizes import PlanError, TextSize
 from longvila.parallel.families import find_family
 from longvila.parallel.sizes import load_size, size_of
@@ -57,8 +64,8 @@ def test_a_text_model_with_a_tied_head() -> None:
     assert size.tower is None and size.text.tied and size.text.head_parameters == 0
 
 
-def qwen_vl(kind: str) -> Any:
-    """A small Qwen VL on the meta device."""
+def qwen_vl(kind: str, *, device: str = "meta") -> Any:
+    """A small Qwen VL."""
     import transformers
 
     name = {"qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[kind]
@@ -76,7 +83,7 @@ def qwen_vl(kind: str) -> Any:
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
     }  # fmt: skip
     config = getattr(transformers, f"{name}Config")(vision_config=vision, text_config=text)
-    with torch.device("meta"):
+    with torch.device(device):
         return getattr(transformers, f"{name}ForConditionalGeneration")(config)
 
 
@@ -91,6 +98,53 @@ def test_qwen_vl(kind: str) -> None:
     # 280 pixels are 20 patches; two frames are one step, 2 x 2 patches one row
     assert (tower.patches, tower.rows) == (200, 50)
     assert size.text.qk_norm == (kind == "qwen3_vl")
+
+
+def planned_and_counted(model: Any, frames: int, side: int, encode: Any) -> tuple[float, float]:
+    """Operations of tower and projector by the plan, and by torch's own counter."""
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encode()
+    load = Load(tokens=1, frames=frames)
+    counts = forward_operations(size_of(model, frame_side=side), load, head_rows=0)
+    return counts["tower"] + counts["projector"], counter.get_total_flops()
+
+
+def test_operations_of_a_tower_that_joins_frames() -> None:
+    """Mergers see a row for four patches; the patches of two frames see each other."""
+    model = qwen_vl("qwen3_vl", device="cpu")
+    steps, across = 3, 8
+    pixels = torch.randn(steps * across**2, 3 * 2 * 14 * 14)
+    grid = torch.tensor([[steps, across, across]])
+    planned, counted = planned_and_counted(
+        model, 2 * steps, 14 * across, lambda: model.model.get_video_features(pixels, grid)
+    )
+    assert planned == counted
+    tower = size_of(model).tower
+    assert tower is not None
+    projector = sum(p.numel() for p in find_family(model).projector_parameters(model))
+    assert tower.projector_parameters == projector > 0
+
+
+def test_operations_of_a_projector_before_the_pooling() -> None:
+    vision = {
+        "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 12, "patch_size": 4,
+        "vision_use_head": False,
+    }  # fmt: skip
+    text = {
+        "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 40, "vocab_size": 99,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    config = LlavaOnevisionConfig(vision_config=vision, text_config=text)
+    model = LlavaOnevisionForConditionalGeneration(config)
+    pixels = torch.randn(1, 3, 3, 12, 12)
+    planned, counted = planned_and_counted(
+        model, 3, 12, lambda: model.model.get_video_features(pixels)
+    )
+    assert planned == counted
+    tower = size_of(model).tower
+    assert tower is not None and (tower.rows, tower.projector_rows) == (4, 9)
 
 
 def test_layers_of_different_sizes_are_refused() -> None:

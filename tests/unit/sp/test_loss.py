@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from longvila.sp.loss import count_targets, global_mean
+from longvila.sp.loss import check_num_items, count_targets, global_mean
 from longvila.testing import Rank, ranks
 from longvila.testing.asserts import assert_close
 
@@ -141,3 +141,14 @@ def test_wrong_options_are_refused(options: dict, message: str) -> None:
 def test_a_vector_of_losses_is_refused() -> None:
     with pytest.raises(ValueError, match=r"must be scalars, got shapes \(2,\)"):
         global_mean(torch.ones(2), torch.tensor(1), group=None, gradient_reduction="sum")
+
+
+@ranks(2)
+def test_ranks_that_divide_by_different_numbers_are_refused(rank: Rank) -> None:
+    """Each would weigh its targets by its own count, and nothing else would show it."""
+    options: dict = {"group": dist.group.WORLD, "device": torch.device("cpu")}
+    for mine in (12 + rank.rank, None if rank.rank else 12):
+        with pytest.raises(ValueError, match=r"the same on all ranks.* got (12 to 13|none to 12)"):
+            check_num_items(mine, **options)
+    check_num_items(torch.tensor(12) if rank.rank else 12.0, **options)
+    check_num_items(None, **options)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longvila.sp.mesh import SPMesh, build_mesh, head_balance, plan_mesh
+from longvila.sp.mesh import SPMesh, _ranks_per_node, build_mesh, head_balance, plan_mesh
 from longvila.testing import Rank, ranks
 
 
@@ -157,3 +157,23 @@ def test_off_in_a_distributed_job_is_data_parallel(rank: Rank) -> None:
     mesh = build_mesh()
     assert (mesh.dp_size, mesh.sp_size, mesh.dp_rank, mesh.sp_rank) == (2, 1, rank.rank, 0)
     assert dist.get_process_group_ranks(mesh.sp_group) == [rank.rank]
+
+
+@ranks(2)
+def test_ranks_that_ask_for_different_meshes_are_refused(rank: Rank) -> None:
+    """As where nodes have different numbers of GPUs: each would wait in groups of its own."""
+    with pytest.raises(ValueError, match="rank 1: 2 ranks = dp 1 x ring 2 x ulysses 1"):
+        build_mesh(2, rank.rank + 1)
+
+
+@ranks(4)
+def test_nodes_where_the_launcher_does_not_say(rank: Rank) -> None:
+    """Slurm may show each rank its own GPU alone; a node is what has one name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        for hosts, expected in (("aabb", 2), ("aaaa", 4), ("aaab", 1), ("abcd", 1)):
+            patch.setattr("socket.gethostname", lambda hosts=hosts: hosts[rank.rank])
+            assert _ranks_per_node(4, "cuda") == expected
+        assert _ranks_per_node(4, "cpu") == 4
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        assert _ranks_per_node(4, "cuda") == 2

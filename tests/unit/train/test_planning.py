@@ -81,6 +81,10 @@ def test_fewer_frames_where_the_tower_is_the_peak() -> None:
     assert "fewer frames at once" in [each.name for each in plan.attempts]
     assert plan.size.tower is not None and plan.size.tower.frames_per_call == 8
     assert plan.fits
+    # Other families have no such setting.
+    fixed = replace(size, tower=replace(size.tower, adjustable=False))
+    other = Planner(fixed, GPUS["h200"], limit_bytes=175 * GIB).plan(load, 1)
+    assert "fewer frames at once" not in [each.name for each in other.attempts]
 
 
 def test_the_cluster_of_the_paper() -> None:
