@@ -364,15 +364,23 @@ def _ranks_per_node(world_size: int, device_type: str) -> int:
     if device_type != "cuda":
         return world_size
     # A rank of Slurm may see its own GPU alone, or more GPUs than its node has ranks.
-    hosts: list[Any] = [None] * world_size
-    dist.all_gather_object(hosts, socket.gethostname())
+    hosts = _everyones(socket.gethostname(), device_type)
     return math.gcd(*(len(list(ranks)) for _, ranks in groupby(hosts)))
 
 
-def _check_same(plan: MeshPlan) -> None:
+def _everyones(value: Any, device_type: str) -> list[Any]:
+    if device_type == "cuda" and not torch.cuda.is_initialized():
+        # NCCL takes objects through the current GPU; DeviceMesh would choose one later, like this.
+        local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def _check_same(plan: MeshPlan, device_type: str) -> None:
     """Refuse ranks that planned different meshes: they would wait for each other for ever."""
-    plans: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(plans, plan)
+    plans = _everyones(plan, device_type)
     for rank, theirs in enumerate(plans):
         if theirs != plans[0]:
             raise ValueError(
@@ -440,7 +448,7 @@ def build_mesh(
     )
     if not distributed:
         return SPMesh(plan=plan)
-    _check_same(plan)
+    _check_same(plan, device_type)
     device_mesh = init_device_mesh(
         device_type,
         (plan.dp_size, plan.ring_size, plan.ulysses_size),

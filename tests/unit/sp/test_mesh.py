@@ -171,9 +171,13 @@ def test_nodes_where_the_launcher_does_not_say(rank: Rank) -> None:
     """Slurm may show each rank its own GPU alone; a node is what has one name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        chosen: list[int] = []
+        patch.setattr("torch.cuda.device_count", lambda: 2)
+        patch.setattr("torch.cuda.set_device", chosen.append)
         for hosts, expected in (("aabb", 2), ("aaaa", 4), ("aaab", 1), ("abcd", 1)):
             patch.setattr("socket.gethostname", lambda hosts=hosts: hosts[rank.rank])
             assert _ranks_per_node(4, "cuda") == expected
+        assert set(chosen) == {rank.rank % 2}
         assert _ranks_per_node(4, "cpu") == 4
         patch.setenv("LOCAL_WORLD_SIZE", "2")
         assert _ranks_per_node(4, "cuda") == 2
