@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -372,13 +373,9 @@ def _write_shard(options: PackOptions, path: Path, rows: list[tuple[Ids, list[in
 
 
 def _write_parquet(path: Path, rows: list[tuple[Ids, list[int]]]) -> None:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as parquet
-    except ImportError as fault:
-        raise ImportError(
-            "writing parquet needs pyarrow: pip install 'longvila[train]', or format='jsonl'"
-        ) from fault
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
     kind = pa.list_(pa.int32())
     table = pa.table(
         {
@@ -416,10 +413,16 @@ def pack_text(
         Counts and shards of the whole.
 
     Raises:
+        ImportError: If parquet is to be written and pyarrow is not installed.
         ValueError: If the folder holds rows of other options, a field is missing, or the tokenizer
             has no end token.
         LongVILAError: If the folder cannot be written.
     """
+    # Now, not when the first shard is full.
+    if options.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ImportError(
+            "writing parquet needs pyarrow: pip install 'longvila[train]', or take the format jsonl"
+        )
     options.output.mkdir(parents=True, exist_ok=True)
     progress = _resume(options)
     if progress.done:
