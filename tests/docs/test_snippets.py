@@ -158,6 +158,16 @@ def test_a_block_that_fails_is_found(run: Runner, tmp_path: Path) -> None:
     assert status == 2 and "there is no verb" in output
 
 
+@pytest.mark.parametrize("page", RUNNABLE, ids=[str(p.relative_to(ROOT)) for p in RUNNABLE])
+def test_what_is_trained_is_loaded_in_float32(page: Path) -> None:
+    # Checkpoints are bfloat16 mostly, and come so: on one process small updates would be lost.
+    for block in blocks(page):
+        trains = re.search(r"AdamW\(|build_optimizer\(|[^.]LongVILATrainer\(", block.body)
+        if block.language == "python" and trains:
+            loaded = re.findall(r"ImageTextToText\.from_pretrained\((.*)\)", block.body)
+            assert loaded and re.search(r"dtype=\S*float32", loaded[0]), loaded
+
+
 def test_blocks_that_are_not_run_say_why() -> None:
     skipped = [(page.name, b.why_not) for page in PAGES for b in blocks(page) if b.why_not]
     for name, why in skipped:

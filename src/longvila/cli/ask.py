@@ -90,7 +90,9 @@ def main(argv: list[str]) -> int:
         raise LongVILAError(f"--temperature must be 0 or more, got {options.temperature}")
     if not 0 < options.top_p <= 1:
         raise LongVILAError(f"--top-p must be above 0 and at most 1, got {options.top_p}")
-    return run_over_ranks(run, options, size=options.gpus, device=find_device(options.device))
+    return run_over_ranks(
+        run, options, size=options.gpus, device=find_device(options.device, gpus=options.gpus)
+    )
 
 
 def check_numbers(options: Any) -> None:
@@ -112,16 +114,28 @@ def check_numbers(options: Any) -> None:
         raise LongVILAError(f"--kv-offload must be 0 GiB or more, got {options.kv_offload}")
 
 
-def find_device(name: str) -> str:
+def find_device(name: str, *, gpus: int = 1) -> str:
     """Return the device that ``--device`` names.
 
+    Args:
+        name: As on the command line.
+        gpus: How many of it share the work.
+
     Raises:
-        LongVILAError: If torch knows no such device or has none here.
+        LongVILAError: If torch knows no such device or has none here, or if several GPUs are asked
+            for and there are none.
     """
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.cuda.is_available():
+            return "cuda"
+        if gpus > 1:
+            raise LongVILAError(
+                f"--gpus {gpus}: torch sees no GPU on this machine; --device cpu takes as many "
+                "processes instead"
+            )
+        return "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as fault:

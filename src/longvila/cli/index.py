@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     if not options.inputs:
         raise LongVILAError("there is nothing to read: longvila index VIDEO --output DIR")
     ask.check_numbers(options)
-    device = ask.find_device(options.device)
+    device = ask.find_device(options.device, gpus=options.gpus)
     return ask.run_over_ranks(run, options, size=options.gpus, device=device)
 
 

@@ -155,7 +155,7 @@ def serve(options: Options, *, page: bool, ready: Callable[[str], None] = _say_n
         ) from fault
     check_numbers(options)
     settings = to_settings(options, page=page)  # what does not do is said before loading
-    device = find_device(options.device)
+    device = find_device(options.device, gpus=options.gpus)
     return run_over_ranks(run, (options, settings, ready), size=options.gpus, device=device)
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -411,13 +412,9 @@ def _write_shard(options: PackOptions, path: Path, rows: list[tuple[Ids, list[in
 
 
 def _write_parquet(path: Path, rows: list[tuple[Ids, list[int]]]) -> None:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as parquet
-    except ImportError as fault:
-        raise ImportError(
-            "writing parquet needs pyarrow: pip install 'longvila[train]', or format='jsonl'"
-        ) from fault
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
     kind = pa.list_(pa.int32())
     table = pa.table(
         {
@@ -489,10 +486,16 @@ def pack_text(
         Counts and shards of the whole.
 
     Raises:
+        ImportError: If parquet is to be written and pyarrow is not installed.
         ValueError: If the folder holds rows of other options, a field is missing, or the tokenizer
             has no end token.
         LongVILAError: If the folder cannot be written, or another run is at work in it.
     """
+    # Now, not when the first shard is full.
+    if options.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ImportError(
+            "writing parquet needs pyarrow: pip install 'longvila[train]', or take the format jsonl"
+        )
     output = options.output.resolve()
     for source in options.sources:
         if Path(source).expanduser().resolve() in (output, *output.parents):

@@ -159,12 +159,13 @@ def _open_path(path: Path, under: str | None) -> Records:
         if any(path.glob("*.tar")):
             return TarRecords(path)
         check_unpacked(path)
-        files = sorted(
-            (f for f in path.rglob("*") if f.suffix in (".parquet", ".jsonl", ".ndjson")),
-            key=lambda f: _by_number(str(f.relative_to(path))),
-        )
+        found = list(path.rglob("*"))
+        files = [f for f in found if f.suffix in (".parquet", ".jsonl", ".ndjson")]
+        # Beside those, .json is what somebody notes about them, as pack_text does beside its own.
+        files = files or [f for f in found if f.suffix == ".json" and f.name != "manifest.json"]
         if not files:
-            raise ValueError(f"{path}: a folder without .tar, .parquet or .jsonl files")
+            raise ValueError(f"{path}: a folder without .tar, .parquet, .jsonl or .json files")
+        files.sort(key=lambda f: _by_number(str(f.relative_to(path))))
         return Joined([_open_path(file, under) for file in files])
     if path.suffix in (".jsonl", ".ndjson"):
         return JsonLines(path)

@@ -380,7 +380,7 @@ PRESETS: tuple[Preset, ...] = (
         kind="submission",
         aliases=("egoschema_test-32", "egoschema-test"),
         official=False,
-        note="writes submission.csv",
+        note="writes egoschema_test_submission.csv",
     ),
     Preset(
         name="egoschema",

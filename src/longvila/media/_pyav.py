@@ -66,12 +66,18 @@ _REFERRING = frozenset(
 )
 #: How the texts among them begin, to say what they are.
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"v=0")
-#: A file must not make the decoder open another.
+#: FFmpeg draws any long enough text on a screen of 80 columns and calls that a video.
+_DRAWN = frozenset(("tty",))
+#: A file must not make the decoder open another, and a text is no video.
 _OPTIONS = {
     "protocol_whitelist": "file,crypto,data,subfile",
     "pattern_type": "none",  # of pictures: a "%d" in a name is no number
     "format_whitelist": ",".join(
-        sorted(name for name in av.formats_available if _REFERRING.isdisjoint(name.split(",")))
+        sorted(
+            name
+            for name in av.formats_available
+            if (_REFERRING | _DRAWN).isdisjoint(name.split(","))
+        )
     ),
 }
 

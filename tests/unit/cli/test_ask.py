@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from longvila.cli import ask
+from longvila.cli import ask, index, serve
 from longvila.cli.main import main
+from longvila.errors import LongVILAError
 from longvila.media.synthetic import clip, numbered_frame
 from longvila.model.convert_vila import convert_to_vila
 from longvila.model.processing_longvila import LongVILAProcessor
@@ -336,6 +338,18 @@ def test_numbers_that_mean_nothing_are_refused_before_loading(
     status, _, err = run(capsys, media["film"], "What?", "--model", "no/model", *given.split())
     assert status == 1
     assert said in err
+
+
+def test_gpus_that_are_not_there_are_not_processes(
+    media: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, _, err = run(capsys, media["film"], "What?", "--model", "no/model", "--gpus", "2")
+    assert status == 1 and "--gpus 2: torch sees no GPU on this machine; --device cpu" in err
+    with pytest.raises(LongVILAError, match="--gpus 3: torch sees no GPU"):
+        serve.main(["--gpus", "3"])
+    with pytest.raises(LongVILAError, match="--gpus 4: torch sees no GPU"):
+        index.main([media["film"], "--output", "out", "--gpus", "4"])
 
 
 def test_a_file_that_is_not_there_is_no_question(capsys: pytest.CaptureFixture[str]) -> None:

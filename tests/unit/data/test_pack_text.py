@@ -205,8 +205,7 @@ def test_the_originals_rows_are_packed_again_at_another_length(
 ) -> None:
     pack_text(options(tmp_path, tokenizer, format="upstream", rows_per_shard=100))
     rows = read(tmp_path / "out")[0]
-    source = str(tmp_path / "out" / "rows-00000.json")
-    pack_text(PackOptions((source,), tmp_path / "longer", tokenizer, 250))
+    pack_text(PackOptions((str(tmp_path / "out"),), tmp_path / "longer", tokenizer, 250))
     longer, lengths = read(tmp_path / "longer")
     flat = [i for row in rows for i in row]
     assert [i for row in longer for i in row] == flat[: len(flat) // 250 * 250]
@@ -216,6 +215,15 @@ def test_the_originals_rows_are_packed_again_at_another_length(
     source = str(tmp_path / "ours" / "rows-00000.parquet")
     pack_text(PackOptions((source,), again, tokenizer, 50, text_field="input_ids"))
     assert [i for row in read(again)[0] for i in row] == flat
+
+
+def test_a_format_that_cannot_be_written_is_told_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"longvila\[train\]"):
+        pack_text(PackOptions(("nothing",), tmp_path / "out", "none", 100))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_last_row_may_be_kept(tmp_path: Path, tokenizer: str) -> None:

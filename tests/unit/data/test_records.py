@@ -175,6 +175,15 @@ def test_several_files_and_folders_are_joined(tmp_path: Path) -> None:
             records[4]
 
 
+def test_a_folder_of_json_is_read_where_there_is_nothing_else(tmp_path: Path) -> None:
+    for n in (10, 9):
+        (tmp_path / f"p{n}.json").write_text(json.dumps([{"id": n}]))
+    (tmp_path / "manifest.json").write_text("{}")
+    assert [r["id"] for r in open_records(tmp_path)] == [9, 10]
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    assert len(open_records(tmp_path)) == len(ROWS)
+
+
 def test_readers_go_to_other_processes_and_threads(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ROWS)
     tar(tmp_path / "t.tar", {f"{i}.txt": str(i).encode() for i in range(9)})

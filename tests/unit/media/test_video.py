@@ -215,6 +215,12 @@ def test_a_list_of_files_is_not_followed(tmp_path: Path, name: str, text: str) -
         open_video(tmp_path / name)
 
 
+def test_a_text_is_no_video(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("What happens in the film, line by line.\n" * 300)
+    with pytest.raises(VideoError, match=r"notes\.txt: cannot be opened as a video"):
+        open_video(tmp_path / "notes.txt")
+
+
 @pytest.mark.skipif(not hasattr(av.Packet, "has_sidedata"), reason="PyAV 15 cannot tell")
 def test_an_encrypted_video_is_called_so(tmp_path: Path) -> None:
     key = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "76" * 16}
