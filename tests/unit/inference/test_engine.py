@@ -90,6 +90,16 @@ def test_frames_are_encoded_as_the_prompt_is_read() -> None:
     assert events.index("read") < events.index("decoded 3")
 
 
+def test_a_rank_s_own_frames_are_all_frames_on_one_process() -> None:
+    model = video_model()
+    inputs = video_prompt(model, videos=(3,))
+    expected = greedy(model, inputs, 4)
+    inputs["local_pixel_values_videos"] = inputs.pop("pixel_values_videos")
+    with Engine(model) as engine:
+        out = engine.generate(inputs, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert said(out) == expected
+
+
 def test_forks_share_the_prefix_and_do_not_see_each_other() -> None:
     model, inputs = language_model(), prompt(50)
     questions = [prompt(n, seed=n)["input_ids"] for n in (1, 4, 9)]
