@@ -422,7 +422,8 @@ class Engine:
             seen[:, -mask.shape[1] :] = mask
         if options.get("attention_mask") is None:
             options["attention_mask"] = seen
-        check_mask(options["attention_mask"], seen, cache.get_seq_length())
+        else:
+            check_mask(options["attention_mask"], seen, cache.get_seq_length())
         restore = cache.remember()
         working = cache.fork() if many else cache
         if whole.shape[1] == cache.get_seq_length():

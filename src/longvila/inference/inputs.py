@@ -122,7 +122,7 @@ def check_mask(given: Tensor, seen: Tensor, prefix: int) -> None:
     Raises:
         ValueError: If it hides tokens of the prefix, or all of a row's own, or shows filler.
     """
-    shown = given != 0
+    shown = given.to(seen.device) != 0
     fits = given.shape == seen.shape and bool(shown[:, :prefix].all() & shown[:, -1].all())
     if not fits or bool(shown[seen == 0].any()):
         raise ValueError(_HIDDEN)
