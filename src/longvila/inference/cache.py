@@ -527,7 +527,7 @@ class ShardedCache(Cache):
 
         Comm: None.
         """
-        remove = -tokens_to_remove
+        remove = -int(tokens_to_remove)  # older generation counts matches in tensors
         if not 0 <= remove <= sum(self.held):
             raise ValueError(
                 f"crop takes minus the tokens to forget, of {sum(self.held)}; got "

@@ -401,6 +401,8 @@ class LocalCaller:
     def _say(self, prompt: Prompt) -> Reply:
         import torch
 
+        from longvila.inference.serving.sampling import stop_tokens
+
         inputs = self.processor.apply_chat_template(
             prompt.messages(prompt.text),
             add_generation_prompt=True,
@@ -422,7 +424,7 @@ class LocalCaller:
         new = out[0, read:]
         self.used.update(calls=1, prompt_tokens=read, new_tokens=new.numel())
         text = self.processor.decode(new, skip_special_tokens=True).strip()
-        return Reply(text, new.numel() < prompt.max_new_tokens)
+        return Reply(text, int(new[-1]) in stop_tokens(self.model, self.processor))
 
 
 def ask_until(

@@ -472,7 +472,11 @@ def shared_logits(logits: Tensor, cache: ShardedCache, source: int = 0) -> Tenso
 # ---- the model's forward ---------------------------------------------------------------------
 
 _TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
-_IGNORED = {"use_cache", "return_dict", "logits_to_keep", "cache_position", "mm_token_type_ids"}
+#: `generate` hands on the tokenizer that it finds ``stop_strings`` with.
+_IGNORED = {
+    "use_cache", "return_dict", "logits_to_keep", "cache_position", "mm_token_type_ids",
+    "tokenizer",
+}  # fmt: skip
 
 
 class CacheForward:

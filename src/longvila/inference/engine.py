@@ -42,7 +42,7 @@ from longvila.inference.cache import ShardedCache
 from longvila.inference.decode import CacheForward, FirstRankDecides, set_attention
 from longvila.inference.forks import fork_first
 from longvila.inference.frames import FrameSource
-from longvila.inference.inputs import append_ids, pad_rows, whole_row
+from longvila.inference.inputs import append_ids, check_mask, pad_rows, whole_row
 from longvila.inference.paging import Pager
 from longvila.inference.positions import TextRuns
 from longvila.inference.prefill import ReadTimes, media_mask, prefill_chunks, prefill_ranks
@@ -396,8 +396,8 @@ class Engine:
             error the cache is what it was.
 
         Raises:
-            ValueError: If ``max_time`` is given on several ranks, whose clocks differ, or the cache
-                was filled without ids.
+            ValueError: If ``max_time`` is given on several ranks, whose clocks differ, the cache
+                was filled without ids, or an ``attention_mask`` hides tokens of the prefix.
 
         Comm: As a step of `longvila.inference.decode`, a token; one broadcast of a seed to sample,
             and of a flag a token with criteria of the caller's.
@@ -414,22 +414,25 @@ class Engine:
             raise ValueError("generate needs a cache of one row from prefill, or a fork of it")
         if self.num_ranks > 1 and option("max_time") is not None:
             raise ValueError("max_time would stop ranks at different tokens; use a criterion")
-        restore = cache.remember()
-        working = cache.fork() if many else cache
         whole = cache.input_ids
         if ids is not None and ids.shape[1]:
             whole = torch.cat([whole.expand(rows, -1), ids.to(whole.device)], dim=1)
+        seen = torch.ones_like(whole)
+        if mask is not None:
+            seen[:, -mask.shape[1] :] = mask
+        if options.get("attention_mask") is None:
+            options["attention_mask"] = seen
         else:
+            check_mask(options["attention_mask"], seen, cache.get_seq_length())
+        restore = cache.remember()
+        working = cache.fork() if many else cache
+        if whole.shape[1] == cache.get_seq_length():
             working.crop(-1)  # generate needs a token to read
         if self.num_ranks > 1:
             given = options.get("stopping_criteria") or []
             options["stopping_criteria"] = StoppingCriteriaList(
                 [FirstRankDecides(each, cache) for each in given]
             )
-        seen = torch.ones_like(whole)
-        if mask is not None:
-            seen[:, -mask.shape[1] :] = mask
-        options.setdefault("attention_mask", seen)
         if option("use_cache") is False:  # as many models say that were trained with checkpointing
             options["use_cache"] = True
         try:

@@ -36,6 +36,8 @@ def whole_row(input_ids: Tensor, mask: Tensor | None) -> Tensor:
 def pad_rows(ids: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """Return rows of one length, filler in front, and which tokens are not filler.
 
+    Filler is a row's own first token: a penalty on what was said before finds nothing new in it.
+
     Args:
         ids: ``(B, T)``, or B rows ``(T_b,)``.
 
@@ -56,6 +58,7 @@ def pad_rows(ids: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     padded = rows[0].new_zeros(len(rows), longest)
     mask = torch.zeros_like(padded)
     for number, row in enumerate(rows):
+        padded[number] = row[0]
         padded[number, longest - row.numel() :] = row
         mask[number, longest - row.numel() :] = 1
     return padded, None if bool(mask.all()) else mask
@@ -102,6 +105,29 @@ def new_ids(given: Mapping[str, Any], cache: ShardedCache) -> Tensor:
     return ids[:, past:]
 
 
+_HIDDEN = (
+    "attention_mask hides tokens; a ShardedCache holds whole rows, which may differ in length at "
+    "one place: filler before the first tokens of their own"
+)
+
+
+def check_mask(given: Tensor, seen: Tensor, prefix: int) -> None:
+    """Refuse a mask for ``generate`` that steps of one token, as most are, would not look at.
+
+    Args:
+        given: The caller's.
+        seen: ``(B, S)`` which tokens are not filler.
+        prefix: How many of them the cache holds.
+
+    Raises:
+        ValueError: If it hides tokens of the prefix, or all of a row's own, or shows filler.
+    """
+    shown = given.to(seen.device) != 0
+    fits = given.shape == seen.shape and bool(shown[:, :prefix].all() & shown[:, -1].all())
+    if not fits or bool(shown[seen == 0].any()):
+        raise ValueError(_HIDDEN)
+
+
 def new_pads(mask: Tensor | None, cache: ShardedCache, tokens: int) -> tuple[int, ...] | None:
     """Return the filler before each row's own tokens.
 
@@ -129,9 +155,6 @@ def new_pads(mask: Tensor | None, cache: ShardedCache, tokens: int) -> tuple[int
     else:  # filler that was read before: in its place, and nowhere else
         whole = int((before == 0).sum()) == sum(known) and not bool(hidden.any())
     if mask.shape[1] != past + tokens or not whole or not torch.equal(new, expected):
-        raise ValueError(
-            "attention_mask hides tokens; a ShardedCache holds whole rows, which may differ in "
-            "length at one place: filler before the first tokens of their own"
-        )
+        raise ValueError(_HIDDEN)
     pads = tuple(hidden.tolist())
     return pads if any(pads) else None

@@ -3,7 +3,8 @@
 Rotary embeddings over time, height and width give the patches of a frame positions that advance by
 far less than their number, so behind media position and index differ. Between media they advance
 together: a stretch of text is told by where it starts and by how much position exceeds index. These
-stretches are all that is needed to go on behind a prefix, or behind a cut of it::
+stretches are all that is needed to go on behind a prefix, or behind a cut of it. Text goes on
+behind the height and width of a medium, whatever its time, which counts seconds and runs ahead::
 
     index     0 1 2 | 3 ... 98 | 99 100 101 ...
     position  0 1 2 | media    | 11  12  13 ...       runs (0, 3, 0), (99, open, -88)
@@ -57,8 +58,8 @@ class TextRuns:
                 else:
                     runs.append((start + a, start + b, offset))
         end = start + len(index)
-        if runs[-1][1] < end:  # ends with media: text goes on behind the largest position
-            runs.append((end, end, int(positions.max()) + 1 - end))
+        if runs[-1][1] < end:  # ends with media
+            runs.append((end, end, int(positions[1:].max()) + 1 - end))
         return TextRuns(tuple(runs))
 
     def count(self, tokens: int) -> TextRuns:
@@ -75,7 +76,9 @@ class TextRuns:
         Raises:
             ValueError: If the cut is inside media.
         """
-        for number, (first, stop, offset) in enumerate(self.runs):
+        # Where two of them meet, text that was read is the later one.
+        for number in reversed(range(len(self.runs))):
+            first, stop, offset = self.runs[number]
             if first <= length <= stop:
                 return TextRuns((*self.runs[:number], (first, length, offset)))
         raise ValueError(

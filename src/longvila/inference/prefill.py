@@ -212,7 +212,7 @@ def open_streams(
         model: The model.
         family: Its family.
         input_ids: ``(S,)`` on the host.
-        inputs: Pixels and counts under the names of the model's forward.
+        inputs: Pixels, perhaps under ``local_...``, and counts.
         times: Where to count.
 
     Returns:
@@ -221,10 +221,13 @@ def open_streams(
     Raises:
         ValueError: If placeholders and rows differ in number, or counts are missing.
     """
-    return [
-        (where, RowStream(model, kind, inputs[kind.pixels], items, times))
-        for kind, where, items in describe_items(model, family, input_ids, inputs)
-    ]
+    found = []
+    for kind, where, items in describe_items(model, family, input_ids, inputs):
+        pixels = inputs.get(kind.pixels)
+        if pixels is None:  # alone, a rank's own are all there are
+            pixels = inputs[f"local_{kind.pixels}"]
+        found.append((where, RowStream(model, kind, pixels, items, times)))
+    return found
 
 
 def describe_items(

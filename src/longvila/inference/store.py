@@ -12,7 +12,7 @@ straight to its device.
 thousand of its weights), the precision, the tokens, and for media of which the caller says so their
 files and frames. `load_cache` compares it with what the caller has now and names every difference.
 A file is told by its size and a digest of its beginning, middle and end, so that a copy is the same
-file and a re-encoded one is not.
+file and a re-encoded one is not; a folder by those of its files, and their names.
 
 **Sums.** Beside the keys and values of each token lies the sum of their bits, eight bytes at a
 time, and the index has digests of the rest: a bit that flips on a disk or in a copy is found when
@@ -60,6 +60,7 @@ _DTYPES = {
 }  # fmt: skip
 _SAMPLED_WEIGHTS = 8
 _DIGEST_BYTES = 1 << 20
+_PICTURE_BYTES = 1 << 14
 _WRITE_TOKENS = 65536
 #: What an index holds beside its format.
 _ENTRIES = ("tokens", "layers", "bytes", "intervals", "text_runs", "key", "extra")
@@ -128,19 +129,33 @@ def file_key(source: Any) -> dict[str, Any] | None:
     try:
         path = Path(str(source).removeprefix("file://")).expanduser()
         if path.is_dir():
-            names = sorted((p.name, p.stat().st_size) for p in path.iterdir() if p.is_file())
-            return {"bytes": sum(n for _, n in names), "digest": _digest(repr(names).encode())}
+            files = sorted(p for p in path.iterdir() if p.is_file())
+            names = [(p.name, p.stat().st_size) for p in files]
+            # Pictures that are not compressed have one size, whatever they show.
+            parts = b"".join(
+                _samples(p, n, _PICTURE_BYTES) for p, (_, n) in zip(files, names, strict=True)
+            )
+            return {
+                "bytes": sum(n for _, n in names),
+                "digest": _digest(repr(names).encode()),
+                "content": _digest(parts),
+            }
         if not path.is_file():
             return None
     except OSError:  # a data: address is longer than a path may be
         return None
     size = path.stat().st_size
+    return {"bytes": size, "digest": _digest(_samples(path, size, _DIGEST_BYTES))}
+
+
+def _samples(path: Path, size: int, each: int) -> bytes:
+    """Read so many bytes from the beginning, the middle and the end of a file."""
     with path.open("rb") as file:
         parts = []
-        for start in (0, size // 2, max(0, size - _DIGEST_BYTES)):
+        for start in (0, size // 2, max(0, size - each)):
             file.seek(start)
-            parts.append(file.read(_DIGEST_BYTES))
-    return {"bytes": size, "digest": _digest(b"".join(parts))}
+            parts.append(file.read(each))
+    return b"".join(parts)
 
 
 def differences(stored: Any, now: Any, where: str = "") -> Iterator[str]:

@@ -223,6 +223,11 @@ def test_a_local_language_model_answers(tmp_path: Any) -> None:
     ask = LocalCaller.load(str(tmp_path))
     reply = ask(Prompt("Why?", system="Be short.", max_new_tokens=8))
     assert reply.text and not reply.complete and ask.used["new_tokens"] == 8
+    # One that ends with the last token that it may have has ended.
+    words, asked = ask.processor, Prompt("Why?", system="Be short.", max_new_tokens=2)
+    second = words.encode(reply.text)[1]
+    ask.model.generation_config.eos_token_id = second
+    assert ask(asked).complete and not ask(replace(asked, max_new_tokens=1)).complete
     with pytest.raises(CallError, match="sees no pictures"):
         ask(Prompt("Why?", (np.zeros((4, 4, 3), np.uint8),)))
     with pytest.raises(CallError, match="do not fit its context of 4096"):

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from longvila.errors import ContextLengthError
 from longvila.inference.engine import Engine
+from longvila.testing.tiny import tiny_tokenizer
 
 from .cases import greedy, language_model, prompt, video_model, video_prompt
 
@@ -88,6 +89,16 @@ def test_frames_are_encoded_as_the_prompt_is_read() -> None:
     assert max(seen) <= 2 and sum(seen) == 8
     # The first chunk is read before the film has been decoded to its end.
     assert events.index("read") < events.index("decoded 3")
+
+
+def test_a_rank_s_own_frames_are_all_frames_on_one_process() -> None:
+    model = video_model()
+    inputs = video_prompt(model, videos=(3,))
+    expected = greedy(model, inputs, 4)
+    inputs["local_pixel_values_videos"] = inputs.pop("pixel_values_videos")
+    with Engine(model) as engine:
+        out = engine.generate(inputs, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert said(out) == expected
 
 
 def test_forks_share_the_prefix_and_do_not_see_each_other() -> None:
@@ -417,6 +428,48 @@ def test_questions_of_different_lengths_are_answered_together(lengths: tuple[int
             whole, max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0
         )
         assert beams[row].tolist() == alone[0, whole.shape[1] :].tolist()
+
+
+def test_filler_is_nothing_that_was_said() -> None:
+    model, inputs = language_model(), prompt(20)
+    with torch.no_grad():
+        model.lm_head.weight[0] *= 3  # the id that filler would have
+    questions = [prompt(n, seed=n)["input_ids"][0] for n in (1, 6, 3, 2)]
+    wholes = [torch.cat([inputs["input_ids"], q[None]], 1) for q in questions]
+    options = {"repetition_penalty": 3.0}
+    expected = [greedy(model, {"input_ids": w}, 8, **options)[w.shape[1] :] for w in wholes]
+    assert any(0 in answer for answer in expected)
+    with Engine(model) as engine:
+        answers = engine.generate_many(
+            engine.prefill(inputs), questions, max_new_tokens=8, do_sample=False, **options
+        )
+    assert [a.tolist() for a in answers] == expected
+
+
+def test_texts_that_stop_an_answer_and_masks_that_cannot_be_kept() -> None:
+    model, inputs = video_model(), video_prompt(video_model())
+    tokenizer, ids = tiny_tokenizer(), inputs["input_ids"]
+    expected = greedy(model, inputs, 12)
+    stop = tokenizer.decode(expected[ids.shape[1] + 2 : ids.shape[1] + 3])
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    stops = {"stop_strings": [stop], "tokenizer": tokenizer}
+    until = greedy(model, inputs, 12, **stops)
+    assert len(until) < len(expected)
+    with Engine(model) as engine:
+        film = engine.prefill(inputs)
+        assert said(engine.generate(engine.fork(film), **options, **stops)) == until
+        assert said(engine.generate(engine.fork(film), attention_mask=None, **options)) == expected
+        hidden = torch.ones(1, ids.shape[1] + 1, dtype=torch.long)
+        hidden[0, 4] = 0
+        for question, mask in ((None, hidden[:, :-1]), (ids[:, :1], hidden), (ids[:, :1], None)):
+            mask = torch.ones(1, 3) if mask is None else mask
+            with pytest.raises(ValueError, match="attention_mask hides tokens"):
+                engine.generate(film, question, attention_mask=mask, **options)
+        rows = [ids[0, :3], ids[0, :1]]
+        shown = torch.ones(2, ids.shape[1] + 3, dtype=torch.long)
+        with pytest.raises(ValueError, match="attention_mask hides tokens"):
+            engine.generate(film, rows, attention_mask=shown, **options)
+        assert film.get_seq_length() == ids.shape[1]
 
 
 def greedy_behind(engine: Engine, cache: Any) -> list[int]:

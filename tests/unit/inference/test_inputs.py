@@ -11,7 +11,7 @@ from longvila.inference.inputs import pad_rows, whole_row
 def test_rows_of_different_lengths_end_together() -> None:
     rows = [torch.tensor([1, 2, 3]), torch.tensor([[4]]), torch.tensor([5, 6])]
     ids, mask = pad_rows(rows)
-    assert ids.tolist() == [[1, 2, 3], [0, 0, 4], [0, 5, 6]]
+    assert ids.tolist() == [[1, 2, 3], [4, 4, 4], [5, 5, 6]]
     assert mask is not None and mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
     ids, mask = pad_rows(rows[:1] * 2)
     assert ids.shape == (2, 3) and mask is None

@@ -1,4 +1,4 @@
-"""Text behind media goes on from the largest position, wherever the sequence is cut."""
+"""Text behind media goes on from their height and width, wherever the sequence is cut."""
 
 from __future__ import annotations
 
@@ -39,3 +39,22 @@ def test_a_cut_inside_media_is_refused_and_media_may_come_last() -> None:
     assert 7 + runs.offset == 5
     with pytest.raises(ValueError, match="inside a medium"):
         runs.cut(5)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 10])
+def test_seconds_of_a_video_do_not_move_the_text_behind_it(chunk: int) -> None:
+    # 1 of text, two steps of 2 x 2 that are 20 apart, 1 of text.
+    where = torch.tensor(
+        [
+            [0, 1, 1, 1, 1, 21, 21, 21, 21, 3],
+            [0, 1, 1, 2, 2, 1, 1, 2, 2, 3],
+            [0, 1, 2, 1, 2, 1, 2, 1, 2, 3],
+        ]
+    )
+    is_media = torch.tensor([False, *[True] * 8, False])
+    runs = TextRuns()
+    for start in range(0, 10, chunk):
+        runs = runs.read(where[:, start : start + chunk], is_media[start : start + chunk])
+    for length, expected in ((1, 1), (9, 3), (10, 4)):
+        assert length + runs.cut(length).offset == expected
+    assert 9 + TextRuns().read(where[:, :9], is_media[:9]).offset == 3

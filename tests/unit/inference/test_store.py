@@ -134,6 +134,15 @@ def test_a_model_is_told_by_its_weights_and_a_file_by_its_content(
     assert file_key("https://host/film.mp4") is None
 
 
+def test_a_folder_is_told_by_what_its_pictures_show(tmp_path: Path) -> None:
+    for name in ("1.bmp", "2.bmp"):
+        (tmp_path / name).write_bytes(bytes(100_000))
+    before = file_key(tmp_path)
+    assert before == file_key(str(tmp_path))
+    (tmp_path / "2.bmp").write_bytes(bytes(50_000) + b"1" + bytes(49_999))
+    assert list(differences(before, file_key(tmp_path), "film")) != []
+
+
 def test_a_session_recalls_what_another_watched(film: Path, tmp_path: Path) -> None:
     model = tiny_model(2)
     processor = tiny_processor(model.config)

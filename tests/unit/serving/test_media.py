@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -44,6 +45,17 @@ def test_a_file_is_decoded_once_until_it_changes(
     changed = load.load(Wanted("video", "a.mp4"))
     assert changed is not first and (changed.digests != first.digests).any()
     assert load.kept.weight <= 20_000
+
+
+def test_a_file_copied_over_another_is_noticed_whatever_its_time(tmp_path: Path) -> None:
+    path, load = tmp_path / "a.bmp", loader(tmp_path)
+    found = []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (20, 20), colour).save(path)
+        os.utime(path, ns=(10**18, 10**18))
+        found.append(load.load(Wanted("image", "a.bmp")).whole)
+        time.sleep(0.02)  # file systems keep time in ticks
+    assert found[0] != found[1]
 
 
 def test_digests_are_of_pixels_and_secret(tmp_path: Path) -> None:

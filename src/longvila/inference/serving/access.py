@@ -50,12 +50,12 @@ class Opened:
     Attributes:
         name: What messages call it.
         source: A path or bytes.
-        identity: Device, number, size and time of a file that stays; None for what does not.
+        identity: Device, number, size and times of a file that stays; None for what does not.
     """
 
     name: str
     source: Path | bytes
-    identity: tuple[int, int, int, int] | None = None
+    identity: tuple[int, ...] | None = None
 
     def check(self) -> None:
         """Make sure that the file is the one that was checked.
@@ -245,8 +245,10 @@ def shorten(text: str) -> str:
     return text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 3] + "..."
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    # Whoever copies a file over another may set its time of change, but not the time of doing so.
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, *times
 
 
 def _outside(url: str) -> RequestError:
