@@ -396,17 +396,16 @@ class Engine:
             error the cache is what it was.
 
         Raises:
-            ValueError: If ``max_time`` is given on several ranks, whose clocks differ, the cache
-                was filled without ids, or an ``attention_mask`` hides tokens of the prefix.
+            ValueError: If ``max_time`` is given on several ranks, the cache was filled without
+                ids, or an ``attention_mask`` hides tokens of the prefix.
 
         Comm: As a step of `longvila.inference.decode`, a token; one broadcast of a seed to sample,
             and of a flag a token with criteria of the caller's.
         """
         cache = prompt if isinstance(prompt, ShardedCache) else self.prefill(prompt)
         option = functools.partial(self._option, options)
-        mask: Tensor | None = None
+        ids, mask = (None, None) if ids is None else pad_rows(ids)
         if ids is not None:
-            ids, mask = pad_rows(ids)
             self._refuse_media(ids)
         rows = 1 if ids is None else ids.shape[0]
         many = max(rows, option("num_beams") or 1, option("num_return_sequences") or 1) > 1
