@@ -221,9 +221,11 @@ def _loading(presets: Sequence[Preset]) -> Iterator[None]:
         cause = fault.last_attempt.exception()
         if type(cause).__name__ == "DatasetGenerationError":  # says no more than that
             cause = getattr(cause, "__cause__", None) or cause
+        named = " ".join(f"--data {preset.name}=FOLDER" for preset in presets if preset.data)
         raise LongVILAError(
             f"lmms-eval cannot get the questions of {names}: {cause}; it needs whole files, the "
             f"Hugging Face Hub, or what an earlier run left under HF_HOME ({os.environ['HF_HOME']})"
+            + (f"; what you have yourself is named by {named}" if named else "")
         ) from fault
     except KeyError as fault:
         place = traceback.extract_tb(fault.__traceback__)[-1]

@@ -48,7 +48,8 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
         LongVILAError: If it holds a run with other settings.
     """
     file = out / "run.json"
-    if not file.exists():
+    # A run that ended before its first answer leaves nothing to mix with.
+    if not file.exists() or not any(f.stat().st_size for f in (out / "answers").glob("*.jsonl")):
         return
     before, now = json.loads(file.read_text()), dict(settings)
     changed = [name for name in now if before.get(name) != now[name]]

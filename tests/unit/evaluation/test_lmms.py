@@ -154,3 +154,20 @@ def test_questions_in_a_folder_and_pictures_in_a_haystack(run: Any) -> None:
     assert places == [0, 2, 4, 6]
     assert all(len(ours["longvila_needle", i]["media"][0]["frames"]) == 9 for i in range(4))
     assert "all rotations right" in (folder / "ours" / "report.txt").read_text()
+
+
+def test_questions_that_cannot_be_fetched_may_be_named(run: Any) -> None:
+    folder, *_ = run
+    (folder / "empty").mkdir()
+    command = [sys.executable, "-m", "longvila", "eval", "--tasks", "vnbench", "--out", "out"]
+    done = subprocess.run(
+        [*command, "--model", str(folder / "model")],
+        env={**os.environ, "PYTHONPATH": str(SRC), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        cwd=folder / "empty",
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 1
+    assert "cannot get the questions of vnbench" in done.stderr, done.stderr
+    assert done.stderr.endswith("is named by --data vnbench=FOLDER\n")

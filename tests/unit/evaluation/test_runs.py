@@ -38,6 +38,11 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_a_folder_keeps_its_settings(tmp_path: Path) -> None:
     check_settings(tmp_path, SETTINGS)
     begin(tmp_path, SETTINGS, {})
+    answers = tmp_path / "answers" / "group-0.jsonl"
+    answers.parent.mkdir()
+    answers.touch()
+    check_settings(tmp_path, {**SETTINGS, "frames": 8})  # it ended before it asked anything
+    answers.write_text("{}\n")
     check_settings(tmp_path, SETTINGS)
     with pytest.raises(LongVILAError, match=r"\(frames was 'paper', is 8; seed was 0, is 2\)"):
         check_settings(tmp_path, {**SETTINGS, "frames": 8, "seed": 2})
