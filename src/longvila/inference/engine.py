@@ -42,7 +42,7 @@ from longvila.inference.cache import ShardedCache
 from longvila.inference.decode import CacheForward, FirstRankDecides, set_attention
 from longvila.inference.forks import fork_first
 from longvila.inference.frames import FrameSource
-from longvila.inference.inputs import append_ids, check_mask, pad_rows, whole_row
+from longvila.inference.inputs import append_ids, pad_rows, whole_mask, whole_row
 from longvila.inference.paging import Pager
 from longvila.inference.positions import TextRuns
 from longvila.inference.prefill import ReadTimes, media_mask, prefill_chunks, prefill_ranks
@@ -416,13 +416,8 @@ class Engine:
         whole = cache.input_ids
         if ids is not None and ids.shape[1]:
             whole = torch.cat([whole.expand(rows, -1), ids.to(whole.device)], dim=1)
-        seen = torch.ones_like(whole)
-        if mask is not None:
-            seen[:, -mask.shape[1] :] = mask
-        if options.get("attention_mask") is None:
-            options["attention_mask"] = seen
-        else:
-            check_mask(options["attention_mask"], seen, cache.get_seq_length())
+        given = options.get("attention_mask")
+        options["attention_mask"] = whole_mask(given, mask, whole, cache.get_seq_length())
         restore = cache.remember()
         working = cache.fork() if many else cache
         if whole.shape[1] == cache.get_seq_length():

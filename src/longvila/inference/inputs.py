@@ -111,21 +111,31 @@ _HIDDEN = (
 )
 
 
-def check_mask(given: Tensor, seen: Tensor, prefix: int) -> None:
-    """Refuse a mask for ``generate`` that steps of one token, as most are, would not look at.
+def whole_mask(given: Tensor | None, own: Tensor | None, whole: Tensor, prefix: int) -> Tensor:
+    """Return the mask for ``generate``.
 
     Args:
-        given: The caller's.
-        seen: ``(B, S)`` which tokens are not filler.
+        given: The caller's. Steps of one token, as most are, do not look at it, so it is done here.
+        own: ``(B, T)`` which of the tokens behind the prefix are not filler; None for all.
+        whole: ``(B, S)`` all tokens.
         prefix: How many of them the cache holds.
+
+    Returns:
+        ``(B, S)``.
 
     Raises:
         ValueError: If it hides tokens of the prefix, or all of a row's own, or shows filler.
     """
+    seen = torch.ones_like(whole)
+    if own is not None:
+        seen[:, -own.shape[1] :] = own
+    if given is None:
+        return seen
     shown = given.to(seen.device) != 0
     fits = given.shape == seen.shape and bool(shown[:, :prefix].all() & shown[:, -1].all())
     if not fits or bool(shown[seen == 0].any()):
         raise ValueError(_HIDDEN)
+    return given
 
 
 def new_pads(mask: Tensor | None, cache: ShardedCache, tokens: int) -> tuple[int, ...] | None:
