@@ -6,6 +6,7 @@ chunks and ranks; rows that a later chunk needs wait on the rank that encoded th
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from longvila.inference.frames import MissingFrames, TensorFrames, VideoFrames
 from longvila.inference.paging import Pager
 from longvila.inference.prompts import LongVILAPrompts
 from longvila.inference.session import Session
+from longvila.inference.store import StoreError
 from longvila.media.synthetic import clip
 from longvila.sp.mesh import build_mesh
 from longvila.testing import Rank
@@ -154,6 +156,17 @@ def check_stored(rank: Rank, folder: str) -> None:
     dist.barrier()
     with Engine(model, mesh) as engine:
         assert engine.generate(engine.load(folder), question, **GREEDY).tolist() == expected
+        dist.barrier()
+        if rank.rank == 0:  # the last token's sums, which the last rank alone reads
+            (file,) = Path(folder).glob("*.safetensors")
+            header = int.from_bytes(file.read_bytes()[:8], "little")
+            names = json.loads(file.read_bytes()[8 : 8 + header])
+            content = bytearray(file.read_bytes())
+            content[8 + header + names["sums.0"]["data_offsets"][1] - 1] ^= 1
+            file.write_bytes(content)
+        dist.barrier()
+        with pytest.raises(StoreError, match="is damaged: 1 of its"):
+            engine.load(folder)
 
 
 def test_stored_and_paged_over_ranks(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ file and a re-encoded one is not; a folder by those of its files, and their name
 
 **Sums.** Beside the keys and values of each token lies the sum of their bits, eight bytes at a
 time, and the index has digests of the rest: a bit that flips on a disk or in a copy is found when
-it is read, by whichever rank reads it. It costs eight bytes a token and layer, and one more pass
+it is read, and told to all ranks. It costs eight bytes a token and layer, and one more pass
 over what was read where it is then: some 10 GB a second of a CPU core, far more of a GPU.
 
 Files are written one tensor after the other, never a shard at a time in memory; ``index.json``
@@ -416,9 +416,10 @@ def load_cache(
         The cache.
 
     Raises:
-        StoreError: If it is not there, not whole, or of something else; every difference is named.
+        StoreError: If it is not there, not whole, damaged, or of something else; every difference
+            is named.
 
-    Comm: None.
+    Comm: One all-reduce of an integer.
 
     Memory: The rank's share, on the device.
     """
@@ -467,11 +468,13 @@ def _read_cache(
                     there = _read_rows(pieces, f"sums.{layer}", high - low, device)
                     flipped |= there != _sums(*(x[0].transpose(0, 1) for x in both))
                 cache.update(both[0], both[1], layer)
-    if bool(flipped.any()):
-        first = low + int(flipped.nonzero()[0])
+    damaged = flipped.sum()[None]
+    if cache.num_ranks > 1:  # or the others would wait for the one that found it
+        dist.all_reduce(damaged, group=cache.group)
+    if int(damaged):
         raise StoreError(
-            f"{folder} is damaged: {int(flipped.sum())} tokens from number {first} on are not what "
-            "was written; copy it again, or make it again"
+            f"{folder} is damaged: {int(damaged)} of its {tokens} tokens are not what was written; "
+            "copy it again, or make it again"
         )
     assert files[0] is not None
     cache.input_ids = files[0].get_tensor("input_ids")[None].to(device)
