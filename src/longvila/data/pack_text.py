@@ -242,6 +242,7 @@ def _tokenise(options: PackOptions, piece: _Piece, tokenizer: str, end: int) -> 
     records = open_text(piece.source, options.documents)
     backend = _backend(tokenizer)
     texts: list[str] = []
+    size = 0
     for index in range(piece.start, piece.stop):
         record = records[index]
         if options.text_field not in record:
@@ -252,14 +253,15 @@ def _tokenise(options: PackOptions, piece: _Piece, tokenizer: str, end: int) -> 
         value = record[options.text_field]
         if isinstance(value, str):
             texts.append(value)
-            if index + 1 < piece.stop and sum(map(len, texts)) < AT_ONCE:
+            size += len(value)
+            if index + 1 < piece.stop and size < AT_ONCE:
                 continue
         try:
             for ids in encode(backend, texts):
                 yield np.append(ids, np.int32(end))
         except ValueError as fault:
             raise ValueError(f"{piece.source}, up to record {index}: {fault}") from fault
-        texts = []
+        texts, size = [], 0
         if not isinstance(value, str):
             yield from _token_row(record, value, f"{piece.source}, record {index}", options)
 
