@@ -14,7 +14,8 @@ Ranks are numbered so that Ulysses neighbours are neighbours in the machine::
 1. Ulysses moves every head of every token, so it stays inside a node: its degree divides both the
    sequence-parallel degree and the ranks of a node.
 2. Of those degrees the largest is taken that keeps the query heads balanced (the busiest rank has
-   at most ``1 / MIN_HEAD_BALANCE`` of the mean). Heads that do not divide are legal, only slower.
+   at most ``1 / MIN_HEAD_BALANCE`` of the mean), or, where the length is given, leaves ranks idle
+   for less than a ring costs. Heads that do not divide are legal, only slower.
 3. The rest is the ring axis, which moves only K and V. Inside a node all blocks are fetched at once
    (``gather``: fewest kernel calls); across nodes one block is fetched while another is computed
    (``p2p``: two blocks of memory).
@@ -27,7 +28,7 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Literal, get_args
@@ -43,6 +44,9 @@ KVExchange = Literal["p2p", "gather"]
 
 #: Mean over maximum of query heads a rank, below which a Ulysses degree is not chosen by default.
 MIN_HEAD_BALANCE = 0.95
+#: What a ring inside a node costs a rank in a layer, forward and backward, in the operations that
+#: its kernel does meanwhile: about 2.5 ms of an H200, at 32K tokens as at 128K.
+RING_OPERATIONS = 1.5e12
 
 _LAYOUT_OF: dict[str, LayoutKind] = {
     "ring_varlen": "contiguous",
@@ -130,6 +134,21 @@ def head_balance(num_heads: int, ulysses_size: int) -> float:
     return num_heads / (ulysses_size * -(-num_heads // ulysses_size))
 
 
+def idle_operations(num_tokens: int, width: int, balance: float, sp_size: int) -> float:
+    """Return what the busiest rank's attention does more than the mean, in a layer.
+
+    Args:
+        num_tokens: Tokens of a row, taken as one causal document.
+        width: Query heads times head dim.
+        balance: As of `head_balance`.
+        sp_size: Ranks that share the row.
+
+    Returns:
+        Operations, forward (2 S² M) and backward (5 S² M).
+    """
+    return 7.0 * num_tokens**2 * width / sp_size * (1 / balance - 1)
+
+
 def plan_mesh(
     world_size: int,
     seq_parallel_size: int = -1,
@@ -140,6 +159,8 @@ def plan_mesh(
     kv_exchange: KVExchange | None = None,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
+    num_tokens: int | None = None,
+    head_dim: int = 128,
     ranks_per_node: int | None = None,
 ) -> MeshPlan:
     """Return the sizes of the mesh; host-only.
@@ -154,6 +175,9 @@ def plan_mesh(
         kv_exchange: Overrules how K and V travel; None for what the links suggest.
         num_heads: Query heads of the model, if known.
         num_kv_heads: Its kv heads, if known.
+        num_tokens: Tokens of a row, if known: where it is short, heads that do not divide cost
+            less than a ring.
+        head_dim: Width of a head.
         ranks_per_node: Ranks joined by fast links; None for all.
 
     Raises:
@@ -165,7 +189,8 @@ def plan_mesh(
         raise ValueError(
             f"unknown kv_exchange {kv_exchange!r}; known: {', '.join(get_args(KVExchange))}"
         )
-    for name, number in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+    numbers = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "num_tokens": num_tokens}
+    for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
     if num_heads is not None and num_kv_heads is not None and num_heads % num_kv_heads:
@@ -184,7 +209,14 @@ def plan_mesh(
     if node < 1:
         raise ValueError(f"ranks_per_node must be at least 1, got {node}")
     reasons: list[str] = []
-    ring, ulysses = _factors(sp, ring_size, ulysses_size, node, num_heads, reasons)
+
+    def idle(degree: int) -> float:
+        if num_tokens is None or num_heads is None:
+            return math.inf
+        balance = head_balance(num_heads, degree)
+        return idle_operations(num_tokens, num_heads * head_dim, balance, sp)
+
+    ring, ulysses = _factors(sp, ring_size, ulysses_size, node, num_heads, idle, reasons)
     plan = MeshPlan(
         dp_size=world_size // sp,
         ring_size=ring,
@@ -216,7 +248,13 @@ def plan_mesh(
 
 
 def _factors(
-    sp: int, ring: int, ulysses: int, node: int, heads: int | None, reasons: list[str]
+    sp: int,
+    ring: int,
+    ulysses: int,
+    node: int,
+    heads: int | None,
+    idle: Callable[[int], float],
+    reasons: list[str],
 ) -> tuple[int, int]:
     """Split the sequence-parallel degree into ring x ulysses."""
     for name, size in (("ring_size", ring), ("ulysses_size", ulysses)):
@@ -241,11 +279,12 @@ def _factors(
         best = max(near)
         reasons.append(f"ulysses {best}: the largest degree inside a node (heads unknown)")
         return sp // best, best
-    best = max(u for u in near if u == 1 or head_balance(heads, u) >= MIN_HEAD_BALANCE)
-    reasons.append(
-        f"ulysses {best}: the largest degree inside a node that keeps {heads} heads balanced "
-        f"({head_balance(heads, best):.0%})"
-    )
+    even = [u for u in near if u == 1 or head_balance(heads, u) >= MIN_HEAD_BALANCE]
+    best = max({*even, *(u for u in near if idle(u) < RING_OPERATIONS)})
+    why = f"that keeps {heads} heads balanced ({head_balance(heads, best):.0%})"
+    if best not in even:
+        why = f"at which {heads} heads idle for less than a ring would cost in so short a row"
+    reasons.append(f"ulysses {best}: the largest degree inside a node {why}")
     if best < max(near):
         reasons.append(
             f"ulysses {max(near)} would balance them to {head_balance(heads, max(near)):.0%}"
@@ -399,6 +438,8 @@ def build_mesh(
     kv_exchange: KVExchange | None = None,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
+    num_tokens: int | None = None,
+    head_dim: int = 128,
     ranks_per_node: int | None = None,
     device_type: str | None = None,
 ) -> SPMesh:
@@ -412,6 +453,8 @@ def build_mesh(
         kv_exchange: Overrules how K and V travel.
         num_heads: Query heads of the model, if known.
         num_kv_heads: Its kv heads, if known.
+        num_tokens: Tokens of a row, if known.
+        head_dim: Width of a head.
         ranks_per_node: Ranks joined by fast links; None for what torchrun says, or on GPUs the
             names of the ranks' hosts.
         device_type: ``cuda`` or ``cpu``; None for what the process group suggests.
@@ -444,6 +487,8 @@ def build_mesh(
         kv_exchange=kv_exchange,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
+        num_tokens=num_tokens,
+        head_dim=head_dim,
         ranks_per_node=ranks_per_node,
     )
     if not distributed:

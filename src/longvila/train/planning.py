@@ -214,7 +214,7 @@ class Planner:
 
     # ---- meshes
 
-    def mesh(self, gpus: int, sp: int, *, ring: int = -1) -> MeshPlan:
+    def mesh(self, gpus: int, sp: int, *, ring: int = -1, tokens: int | None = None) -> MeshPlan:
         """Return the library's own mesh."""
         text = self.size.text
         return plan_mesh(
@@ -223,6 +223,8 @@ class Planner:
             ring,
             num_heads=text.heads,
             num_kv_heads=text.kv_heads,
+            num_tokens=tokens,
+            head_dim=text.head_dim,
             ranks_per_node=min(self.per_node, gpus),
         )
 
@@ -230,7 +232,7 @@ class Planner:
         self, load: Load, gpus: int, sp: int, settings: Settings
     ) -> tuple[MeshChoice, tuple[MeshChoice, ...]]:
         """Time every ring x ulysses and return the chosen one, and all, the fastest first."""
-        own = self.mesh(gpus, sp)
+        own = self.mesh(gpus, sp, tokens=load.tokens)
         found: list[MeshChoice] = []
         for ring in (r for r in range(1, sp + 1) if sp % r == 0):
             plan = self.mesh(gpus, sp, ring=ring)
@@ -379,7 +381,7 @@ class Planner:
 
     def plan_if_simple(self, load: Load, gpus: int, sp: int) -> Plan | None:
         """Return the plan if it needs neither the host nor tiles."""
-        ranks = ranks_of(self.mesh(gpus, sp))
+        ranks = ranks_of(self.mesh(gpus, sp, tokens=load.tokens))
         settings = replace(self.base, checkpointing=True, keep_attention=True)
         peak = training_peak(self.size, load, ranks=ranks, settings=settings, tuned=self.tuned)
         return self._plan(load, gpus, sp) if peak.bytes <= self.limit else None

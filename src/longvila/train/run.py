@@ -224,6 +224,8 @@ def _train(job: Job, device: torch.device) -> Progress:
         stage.parallel.seq_parallel_ring_type,
         num_heads=text.num_attention_heads,
         num_kv_heads=text.num_key_value_heads,
+        num_tokens=stage.data.max_tokens,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         device_type=device.type,
     )
     # New weights (adapters) must be the same on every rank.
