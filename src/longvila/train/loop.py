@@ -38,7 +38,7 @@ from longvila.sp.mesh import SPMesh
 from longvila.train import budget, checkpoint
 from longvila.train.metrics import Clock, Metrics, Operations
 from longvila.train.schedule import rate_at
-from longvila.train.settings import from_plain, to_plain
+from longvila.train.settings import from_plain, leaves, to_plain
 from longvila.train.stages import Stage
 from longvila.train.step import Counts, build_optimizer, count_batch, over_data_parallel, train_step
 
@@ -290,7 +290,7 @@ def _resume(
             f"{newest.path} is a save of the stage {was.name}, this is {stage.name}; give each "
             "stage an output folder of its own"
         )
-    before, now = _leaves(to_plain(was)), _leaves(to_plain(stage))
+    before, now = leaves(was), leaves(stage)
     for name in before | now:
         group = name.partition(".")[0]
         differs = before.get(name) != now.get(name)
@@ -303,17 +303,6 @@ def _resume(
     if rank == 0:
         _LOG.info("resumed from %s", newest.path)
     return Progress(newest.step, Counts(*newest.run["seen"]))
-
-
-def _leaves(values: Any, path: str = "") -> dict[str, Any]:
-    """Settings by path."""
-    if not isinstance(values, dict):
-        return {path: values}
-    return {
-        name: leaf
-        for key, value in values.items()
-        for name, leaf in _leaves(value, f"{path}.{key}".lstrip(".")).items()
-    }
 
 
 def _micro_batches(

@@ -54,7 +54,7 @@ from longvila.sp.mesh import SPMesh, build_mesh
 from longvila.train.checkpoint import held, seed_everything, writing
 from longvila.train.loop import Progress, run_stage
 from longvila.train.parts import export_state, named_parts, save_plain, set_context, tune
-from longvila.train.settings import read_yaml, to_plain, to_yaml
+from longvila.train.settings import leaves, read_yaml, to_yaml
 from longvila.train.stages import Stage, StageError, choose_seq_parallel_size, open_mixture
 
 _LOG = get_logger(__name__)
@@ -146,7 +146,7 @@ def _check_same_job(job: Job) -> None:
 
     Comm: One all-gather of objects.
     """
-    mine = {"--output": str(job.output), "--stop-after": job.stop_after, **_flat(job.stage)}
+    mine = {"--output": str(job.output), "--stop-after": job.stop_after, **leaves(job.stage)}
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, mine)
     first = everyones[0]
@@ -158,15 +158,6 @@ def _check_same_job(job: Job) -> None:
                 f"ranks were started with different settings: {'; '.join(told)} on rank {rank}. "
                 "Give every process the same command and files"
             )
-
-
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Settings by their paths."""
-    found: dict[str, Any] = {}
-    for name, value in to_plain(settings).items():
-        nested = isinstance(value, dict)
-        found |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return found
 
 
 def is_finished(output: Path) -> bool:

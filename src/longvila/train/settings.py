@@ -150,6 +150,15 @@ def paths(cls: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def leaves(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Map the path of every setting, groups of settings left out, to its plain value."""
+    found: dict[str, Any] = {}
+    for name, value in to_plain(settings).items():
+        nested = isinstance(value, dict)
+        found |= leaves(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return found
+
+
 def override(settings: Settings, assignments: Sequence[str]) -> Settings:
     """Return settings with assignments ``path=value`` applied in order.
 

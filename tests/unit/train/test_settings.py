@@ -11,6 +11,7 @@ import yaml
 from longvila.train.settings import (
     SettingsError,
     from_plain,
+    leaves,
     overlay,
     override,
     paths,
@@ -110,6 +111,9 @@ def test_an_ambiguous_name_is_refused() -> None:
     assert override(Outer(), ["right.size=2"]) == Outer(right=Inner(2))
     # A whole path always wins over a last name.
     assert {"seed", "data.seed"} <= set(paths(Stage))
+    values = leaves(get_stage("sft"))
+    assert values["data.max_tokens"] == get_stage("sft").data.max_tokens
+    assert set(values) < set(paths(Stage)) and "data" not in values
     assert override(get_stage("sft"), ["seed=3"]).data.seed == 0
 
 
