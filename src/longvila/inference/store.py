@@ -17,7 +17,7 @@ file and a re-encoded one is not; a folder by those of its files, and their name
 **Sums.** Beside the keys and values of each token lies the sum of their bits, eight bytes at a
 time, and the index has digests of the rest: a bit that flips on a disk or in a copy is found when
 it is read, and told to all ranks. It costs eight bytes a token and layer, and one more pass
-over what was read where it is then: some 10 GB a second of a CPU core, far more of a GPU.
+over what was read where it is then, on a CPU core some 10 GB a second.
 
 Files are written one tensor after the other, never a shard at a time in memory; ``index.json``
 comes last, so that a folder without it is known to be unfinished.
@@ -480,7 +480,7 @@ def _read_cache(
     cache.input_ids = files[0].get_tensor("input_ids")[None].to(device)
     if "logits" in files[0].keys():  # noqa: SIM118  # a file, not a mapping
         cache.logits = files[0].get_tensor("logits")[None].to(device)
-    if _digests(cache) != index.get("digests", _digests(cache)):
+    if "digests" in index and _digests(cache) != index["digests"]:
         raise StoreError(
             f"{folder} is damaged: its ids or logits are not what was written; copy it again, or "
             "make it again"
