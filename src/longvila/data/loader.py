@@ -106,7 +106,7 @@ class PackedLoader:
         window: Documents that wait to be packed; more pack tighter and are looked at further ahead.
         max_documents: Most documents of a row.
         row_tokens: Most tokens of a row, at least those of a document; None for those.
-        epochs: Epochs of an iteration; None never ends.
+        epochs: Epochs of an iteration, counted from the one in which it goes on; None never ends.
         prefetch: Rows built ahead.
         threads: Samples looked at at once.
         workers: Processes that look at samples and decode media in place of threads; zero for none.
