@@ -230,12 +230,19 @@ def fetch(
 
 
 def _build_once(target: Path, build: Callable[[Path], object]) -> Path:
-    """Make a folder in one step: an interrupted run leaves nothing at ``target``."""
+    """Make a folder in one step: an interrupted run leaves nothing at ``target``.
+
+    Of several processes that make it at once the first to end wins; the others take what it made.
+    """
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
             build(Path(temporary) / "new")
-            (Path(temporary) / "new").replace(target)
+            try:
+                (Path(temporary) / "new").replace(target)
+            except OSError:
+                if not target.is_dir():
+                    raise
     return target
 
 

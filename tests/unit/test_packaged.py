@@ -135,6 +135,21 @@ def test_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_two_that_build_at_once_the_second_takes_what_the_first_made(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+
+    def build(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("second")
+        # Meanwhile another process is through with the same.
+        target.mkdir()
+        (target / "config.json").write_text("first")
+
+    assert packaged._build_once(target, build) == target
+    assert (target / "config.json").read_text() == "first"
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
+
+
 def test_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert packaged.cache_dir() == tmp_path / "longvila"
