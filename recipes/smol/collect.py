@@ -35,6 +35,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
 STAGE_OF = {
     "align": 1, "pretrain": 2, "sft": 3, "extend": 4, "long": 5, "longer": 5, "longest": 5,
+    "again": 5, "final": 5,
     "half-extend": 4, "half-long": 5, "direct-long": 5, "last-extend": 4,
 }  # fmt: skip
 #: A folder of answers: a part, a tier, and another way of asking than the usual.

@@ -51,7 +51,7 @@ SIZES = {
     "log": (2400, 120),
     "text": (400, 10),
     "long": (900, 6),
-    "longest": (90, 1),
+    "longest": (160, 1),
 }
 #: Tokens that a long video and all that is asked about it must fit, as their stages say; and no
 #: more than so many of a frame and of a turn.

@@ -4,15 +4,16 @@
     python recipes/smol/run.py --prepared PREPARED --work WORK --parts base draw-images align
 
 1. **base** assembles the untrained model; **draw-...** draws a stage's data (``draw.py``).
-2. **align, pretrain, sft, long, longer, longest** each run ``longvila train`` with the settings in
-   ``stages/``, on the model of the part before (``WORK/stages/PART``), all in this process: what is
-   imported, and the fork server of the workers, serve them all. **extend**, stage 4, is run where
-   it is named, with ``--pages``; it goes on from **sft**, and stage 5 does not go on from it.
-   Updates are low-rank, and their ranks add up to those of ``RANKS``, so that the delta of
-   ``--deltas`` (``WORK/deltas/PART.safetensors``: what changed altogether, from the base on, in
-   eight bits) leaves nothing out but rounding. Where a part has a delta, base plus delta is what is
+2. **align, pretrain, sft, long, longer, longest, again, final** each run ``longvila train`` with
+   the settings in ``stages/``, on the model of the part before (``WORK/stages/PART``), all in this
+   process: what is imported, and the fork server of the workers, serve them all. **extend**, stage
+   4, is run where it is named, with ``--pages``; it goes on from **sft**, and stage 5 does not go
+   on from it.
+   Updates are low-rank; the delta of ``--deltas`` (``WORK/deltas/PART.safetensors``: what changed
+   altogether, from the base on, in eight bits) has at most the ranks of ``RANKS``, and says what
+   share of a matrix's change that left out. Where a part has a delta, base plus delta is what is
    measured, and what another machine goes on from.
-3. **eval-sft, eval-longest** (and **eval-PART** of any other part) run ``longvila needle`` for the
+3. **eval-sft, eval-final** (and **eval-PART** of any other part) run ``longvila needle`` for the
    tiers a, b and c.
 4. **ablations** are half the steps of stages 4 and 5 up to 2,048 frames: in order, without stage 4,
    and stage 5 before stage 4.
@@ -49,8 +50,9 @@ INIT = {
     "image_size": 224,
     "vision_feature_layer": -3,
 }
-#: Rank of the shipped update of each matrix of the language model and of the tower: the sum of the
-#: ranks of all stages. In eight bits 31 and 4 MB, and the whole projector 4 MB.
+#: Most ranks of the shipped update of each matrix of the language model and of the tower. In eight
+#: bits 31 and 4 MB, and the whole projector 4 MB. What ships needed no more: its parts went on from
+#: a delta of rank 40 after stage 3, with five times 12.
 RANKS = {"model.language_model.": 100, "model.vision_tower.": 64}
 LENGTHS = (32, 256, 1024, 2048, 6000)
 
@@ -90,6 +92,8 @@ TRAINING = (
     Part("long", "long-sft-2048", "long", "sft", _LONG),
     Part("longer", "long-sft-2048", "longer", "long", (*_LONG, "longest")),
     Part("longest", "long-sft-2048", "longest", "longer", (*_LONG, "longest")),
+    Part("again", "long-sft-2048", "again", "longest", _LONG),
+    Part("final", "long-sft-2048", "final", "again", (*_LONG, "longest")),
     # Half the steps: the order of the paper, without stage 4, and stage 4 last.
     Part("half-extend", "extend-64k", "extend", "sft", _TEXT, half=True),
     Part("half-long", "long-sft-2048", "long", "half-extend", _LONG, _CONTEXT_IS_THERE, half=True),
@@ -101,7 +105,7 @@ TRAINING = (
 ABLATED = ("half-long", "direct-long", "last-extend")
 MAIN = (
     "base", "draw-images", "align", "pretrain", "draw-short", "sft", "draw-needles", "eval-sft",
-    "draw-long", "long", "draw-longest", "longer", "longest", "eval-longest",
+    "draw-long", "long", "draw-longest", "longer", "longest", "again", "final", "eval-final",
 )  # fmt: skip
 ABLATIONS = (
     *(part.name for part in TRAINING if part.half),
@@ -439,7 +443,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--steps", nargs="+", default=[], metavar="PART=N", help="steps instead of a stage's own"
     )
     parser.add_argument(
-        "--deltas", nargs="*", default=["longest"], metavar="PART",
+        "--deltas", nargs="*", default=["final"], metavar="PART",
         help="parts whose change is written, for shipping or for another machine",
     )  # fmt: skip
     parser.add_argument("--no-controls", dest="controls", action="store_false")
