@@ -38,6 +38,7 @@ PARTS = {
     "long": "in stage 5: videos of up to 2,048 frames",
     "longer": "in stage 5: first steps with videos of up to 6,000 frames",
     "longest": "after stage 5: videos of up to 6,000 frames",
+    "final": "after a second pass of stage 5: videos of up to 6,000 frames",
     "shipped": "as shipped: stored in eight bits",
 }
 ABLATIONS = {
@@ -55,11 +56,16 @@ STAGES = {
     "align": "stage 1, align", "pretrain": "stage 2, pretrain", "sft": "stage 3, short videos",
     "extend": "stage 4, context", "long": "stage 5, to 2,048 frames",
     "longer": "stage 5, first to 6,000 frames", "longest": "stage 5, to 6,000 frames",
+    "again": "second pass, to 2,048 frames", "final": "second pass, to 6,000 frames",
 }  # fmt: skip
 #: Whose drawings there are: the first of these that was run.
-STORY = ("smol-third", "smol")
+STORY = ("smol-fourth", "smol-third", "smol")
 #: Recipes that went on from another's parts.
-SHARED = {"smol-third": ("smol", ("align", "pretrain", "sft", "shipped"))}
+_FIRST = ("align", "pretrain", "sft", "shipped")
+SHARED = {
+    "smol-third": ("smol", _FIRST),
+    "smol-fourth": ("smol-third", (*_FIRST, "long", "longer", "longest")),
+}
 WAYS = {
     ("retrieval", "free"): "what is shown at mm:ss, own words",
     ("retrieval", "choice"): "the same, likeliest of the offered names",

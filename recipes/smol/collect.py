@@ -210,6 +210,7 @@ def collect(
             "rows": alone + shared,
         }
     written = []
+    out.mkdir(parents=True, exist_ok=True)
     for name, result in found.items():
         path = out / name
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

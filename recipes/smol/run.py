@@ -102,14 +102,13 @@ TRAINING = (
         "last-extend", "extend-64k", "extend", "direct-long", _TEXT, _CONTEXT_IS_THERE, half=True,
     ),
 )  # fmt: skip
-ABLATED = ("half-long", "direct-long", "last-extend")
 MAIN = (
     "base", "draw-images", "align", "pretrain", "draw-short", "sft", "draw-needles", "eval-sft",
     "draw-long", "long", "draw-longest", "longer", "longest", "again", "final", "eval-final",
 )  # fmt: skip
 ABLATIONS = (
     *(part.name for part in TRAINING if part.half),
-    *(f"eval-{name}" for name in ABLATED),
+    *(f"eval-{part.name}" for part in TRAINING if part.half),
 )
 
 

@@ -78,7 +78,7 @@ def test_shipped_delta_is_small_and_says_its_base() -> None:
     from longvila.model.delta import read_delta_metadata
 
     delta = asset(DELTA)
-    assert delta is not None and delta.stat().st_size < 35_000_000
+    assert delta is not None and delta.stat().st_size < 40_000_000
     assert read_delta_metadata(delta)["init"]["llm"] == "smollm2-135m"
 
 
