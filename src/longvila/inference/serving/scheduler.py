@@ -429,7 +429,10 @@ class Scheduler:
             self._fail(
                 job,
                 RequestError(
-                    "out of memory; ask for fewer frames, or later", status=503, code="memory"
+                    "out of memory; ask for fewer frames, or later",
+                    status=503,
+                    code="memory",
+                    retry_after_s=5,
                 ),
             )
         except Exception:
