@@ -7,13 +7,14 @@ input, output, signals. Under ``torchrun`` the ranks are there already.
 A rank that fails would leave the others waiting in a collective for ever. So the first process
 watches the ones it started: when one dies, the others are ended, its message is printed, and the
 command ends. When all fail alike (a prompt that is too long), the first one's own error is the one
-that is seen.
+that is seen. The others end with the first one, however it ends and whatever they wait for.
 
 It starts processes of this machine only; several machines are `torchrun`'s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -205,6 +206,7 @@ def _worker(
 ) -> None:
     # Progress and streams are the first rank's.
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    threading.Thread(target=_end_with_first, name="longvila-first", daemon=True).start()
     try:
         store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
         place = _device(kind, rank)
@@ -213,10 +215,23 @@ def _worker(
         leave_ranks()
     except BaseException as error:
         known = isinstance(error, LongVILAError)
-        pipe.send(str(error) if known else traceback.format_exc())
-        pipe.close()
+        with contextlib.suppress(BrokenPipeError):  # the first has ended; nobody is to be told
+            pipe.send(str(error) if known else traceback.format_exc())
+            pipe.close()
         # Not through the interpreter's exit, which may wait for a collective.
         os._exit(1)
+
+
+def _end_with_first() -> None:
+    """End this process as soon as the one that started it has ended.
+
+    A signal may end it at any time; whoever then waits for it in a store or a collective would do
+    so for minutes.
+    """
+    first = multiprocessing.parent_process()
+    assert first is not None
+    first.join()
+    os._exit(1)
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +36,10 @@ def work(ranks, case):
         os.kill(os.getpid(), signal.SIGKILL)
     if case == "all":
         raise LongVILAError("too long everywhere")
+    if case == "alone":
+        if ranks.is_first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(100)  # holds the pipes that the test reads to their end
     if case in ("one", "killed"):
         time.sleep(60)  # as in a collective that nobody else joins
     total = torch.tensor(ranks.rank + 1)
@@ -71,6 +78,17 @@ def test_two_ranks_of_a_command(tmp_path: Any, case: str, status: int, said: str
     assert said in done.stdout + done.stderr
     if case == "all":
         assert "rank 1" not in done.stderr
+
+
+def test_the_other_ranks_end_with_the_first(tmp_path: Path) -> None:
+    script = tmp_path / "command.py"
+    script.write_text(SCRIPT)
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(script), "alone"], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == -signal.SIGKILL and time.monotonic() - start < 90
+    assert "Traceback" not in done.stderr
 
 
 def alone(ranks: Ranks, argument: str) -> int:

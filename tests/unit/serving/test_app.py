@@ -10,6 +10,7 @@ import json
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -437,6 +438,38 @@ def test_the_frames_that_the_model_sees(served: Running) -> None:
     ):
         body = json.dumps(wrong).encode()
         assert call(served, "POST", "/v1/frames", body, Content_Type="application/json")[0] == 400
+    for body, says in (
+        (b'{"url": "b.mp4", "frames": 5}', b"frames: there is no such field"),
+        (b'{"url":' * 100_000, b"recursion limit"),
+    ):
+        status, _, answer = call(
+            served, "POST", "/v1/frames", body, Content_Type="application/json"
+        )
+        assert status == 400 and says in answer
+
+
+@pytest.mark.parametrize(
+    ("part", "where"),
+    [
+        ({"type": "text"}, "messages.0.content.0.text"),
+        (
+            {"type": "video_url", "video_url": {"url": "a.mp4", "fps": -1}},
+            "messages.0.content.0.video_url.fps",
+        ),
+        ({"type": "video_url", "video_url": "a.mp4", "fps": -1}, "messages.0.content.0.fps"),
+        ({"type": "sound"}, "messages.0.content.0"),
+    ],
+    ids=str,
+)
+def test_the_field_that_is_wrong_is_named_as_it_is_sent(
+    served: Running, part: dict[str, Any], where: str
+) -> None:
+    body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": [part]}]})
+    answer = call(
+        served, "POST", "/v1/chat/completions", body.encode(), Content_Type="application/json"
+    )
+    error = json.loads(answer[2])["error"]
+    assert answer[0] == 400 and error["param"] == where and error["message"].startswith(where)
 
 
 # ---- clients that leave, and keys
@@ -465,6 +498,35 @@ def test_a_client_that_leaves_is_not_served_on(
     wait_until(lambda: not any(scheduler.counts().values()), scheduler.counts)
     assert served.server.metrics.value("new_tokens_total") - before < 200
     assert served.server.metrics.value("requests_total", outcome="cancelled") >= 1
+
+
+def test_a_server_that_ends_tells_whoever_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = {
+        "model": "tiny", "messages": [{"role": "user", "content": "Go on."}], "max_tokens": 256,
+    }  # fmt: skip
+    with ThreadPoolExecutor(2) as pool, running(tmp_path) as server:
+        scheduler, decode = server.server.scheduler, server.engine.decode
+        monkeypatch.setattr(server.engine, "decode", lambda *a: (time.sleep(0.2), decode(*a))[1])
+        answers = [
+            pool.submit(
+                call, server, "POST", "/v1/chat/completions",
+                json.dumps({**body, "stream": stream}).encode(), Content_Type="application/json",
+            )
+            for stream in (False, True)
+        ]  # fmt: skip
+        wait_until(lambda: scheduler.counts()["active"] == 2, scheduler.counts)
+        begun = {"path": "/v1/chat/completions", "status": "200"}
+        wait_until(
+            lambda: server.server.metrics.value("http_responses_total", **begun) == 1,
+            "the stream has begun",
+        )
+    (status, headers, whole), (_, _, stream) = (answer.result() for answer in answers)
+    assert status == 503 and b"going down" in whole and headers["retry-after"]
+    *_, last = stream.decode().split("\n\n")[:-1]
+    assert "going down" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_keys_are_asked_for(tmp_path: Path) -> None:

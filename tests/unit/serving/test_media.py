@@ -66,6 +66,19 @@ def test_digests_are_of_pixels_and_secret(tmp_path: Path) -> None:
     assert not np.array_equal(ours.digests, theirs.digests)
 
 
+def test_frames_of_other_shapes_are_others_whatever_their_bytes(tmp_path: Path) -> None:
+    processor = tiny.tiny_processor(tiny.tiny_config(image_aspect_ratio="pad"))
+    load = MediaLoader(processor, loader(tmp_path).gate, LIMITS, frames=2, cache_bytes=0)
+    found = []
+    for name, size in (("lies.gif", (40, 20)), ("stands.gif", (20, 40))):
+        dark = Image.new("RGB", size)
+        dark.save(tmp_path / name, save_all=True, append_images=[dark, dark])
+        found.append(load.load(Wanted("video", name)))
+    lies, stands = (medium.video.frames for medium in found)  # type: ignore[union-attr]
+    assert lies.tobytes() == stands.tobytes() and lies.shape != stands.shape
+    assert not set(found[0].digests) & set(found[1].digests)
+
+
 def test_frames_are_counted_before_any_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -438,7 +438,7 @@ def test_out_of_memory_empties_what_is_kept(make: Make, monkeypatch: pytest.Monk
     monkeypatch.setattr(bench.engine, "prefill", full)
     with pytest.raises(RequestError, match="fewer frames") as caught:
         bench.ask("x", "more", new=2).wait()
-    assert caught.value.status == 503
+    assert caught.value.status == 503 and caught.value.headers()["Retry-After"]
     assert bench.ask("x", "again", new=2).wait()[1].new_tokens == 2
 
 

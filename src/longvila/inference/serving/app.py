@@ -48,13 +48,13 @@ from longvila.inference.serving.jobs import Done, Event, Failed, Job, Piece, Sta
 from longvila.inference.serving.media import MediaLoader, Wanted
 from longvila.inference.serving.metrics import Metrics
 from longvila.inference.serving.protocol import (
-    MOST_FPS,
     Answer,
     ChatRequest,
+    parse_frames,
     parse_request,
     to_question,
 )
-from longvila.inference.serving.scheduler import Scheduler
+from longvila.inference.serving.scheduler import GOING_DOWN, Scheduler
 from longvila.inference.serving.settings import Settings
 from longvila.inference.serving.uploads import Budget, Uploads
 
@@ -166,6 +166,10 @@ class Server:
             except Cancelled:
                 # Nobody reads it; a number for the figures, as other servers have it.
                 response = Response(status_code=499)
+            except asyncio.CancelledError:
+                # The HTTP server ends, and has waited for answers for as long as it does.
+                gone = RequestError.unavailable(GOING_DOWN)
+                response = JSONResponse(gone.body(), gone.status, gone.headers())
             except Exception:
                 log.exception("a request failed")
                 response = JSONResponse(RequestError.internal().body(), 500)
@@ -374,7 +378,7 @@ class Server:
                 return await loop.run_in_executor(None, self._draw, wanted, progress)
 
         try:
-            wanted = _frames_fields(await self._body(request, hold))
+            wanted = await run_in_threadpool(parse_frames, await self._body(request, hold))
             found = await unless_left(draw(wanted), request.receive)
         finally:
             left.set()
@@ -402,23 +406,6 @@ class Server:
             "num_frames": medium.count,
             "frames": frames,
         }
-
-
-def _frames_fields(body: bytes) -> Wanted:
-    """Read what ``/v1/frames`` takes."""
-    try:
-        given = json.loads(body)
-        url, num_frames, fps = given["url"], given.get("num_frames"), given.get("fps")
-        right = (
-            isinstance(url, str)
-            and (num_frames is None or (type(num_frames) is int and num_frames >= 1))
-            and (fps is None or (type(fps) in (int, float) and 0 < fps <= MOST_FPS))
-        )
-    except (ValueError, TypeError, KeyError, AttributeError):
-        right = False
-    if not right:
-        raise RequestError('send {"url": ..., "num_frames": at least 1, "fps": above 0}')
-    return Wanted("video", url, num_frames, None if fps is None else float(fps))
 
 
 class Hold:
@@ -500,6 +487,10 @@ class EventStream(Response):
             await unless_left(pump(), receive)
         except Cancelled:
             log.debug("a client left before its answer ended")
+        except asyncio.CancelledError:
+            # As in `Server._guarded`; by now the answer has begun.
+            gone = _sse(RequestError.unavailable(GOING_DOWN).body())
+            await send({"type": "http.response.body", "body": gone.encode()})
         finally:
             self.finish()
 

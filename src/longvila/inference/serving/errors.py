@@ -39,6 +39,11 @@ class RequestError(Exception):
         why = "the server failed on this request; its log says why"
         return cls(why, status=500, code="internal")
 
+    @classmethod
+    def unavailable(cls, why: str) -> RequestError:
+        """Return what is told while a server ends."""
+        return cls(why, status=503, code="unavailable", retry_after_s=5)
+
     def body(self) -> dict[str, Any]:
         """Return the body of the answer."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"

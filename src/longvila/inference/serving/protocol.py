@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -73,6 +73,9 @@ class _Strict(BaseModel):
         if isinstance(values, dict):
             return {key: value for key, value in values.items() if value is not None}
         return values
+
+
+_Form = TypeVar("_Form", bound=_Strict)
 
 
 class _Address(_Strict):
@@ -197,18 +200,46 @@ def parse_request(body: bytes) -> ChatRequest:
     Raises:
         RequestError: Naming the first field that is wrong.
     """
+    return _parse(ChatRequest, body)
+
+
+def parse_frames(body: bytes) -> Wanted:
+    """Read the body of a request for the frames of a video.
+
+    Args:
+        body: JSON.
+
+    Returns:
+        The video and how it is sampled.
+
+    Raises:
+        RequestError: Naming the first field that is wrong.
+    """
+    video = _parse(_VideoAddress, body)
+    return Wanted("video", video.url, video.num_frames, video.fps)
+
+
+def _parse(form: type[_Form], body: bytes) -> _Form:
     try:
-        return ChatRequest.model_validate_json(body)
+        return form.model_validate_json(body)
     except ValidationError as fault:
         first = fault.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in ("text", "parts"))
-        where = shorten(where)
+        where = shorten(".".join(str(part) for part in _field(first["loc"])))
         what = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             what = "there is no such field here; leave it out"
         raise RequestError(
             f"{where}: {what}" if where else what, param=where or None, code="invalid_request"
         ) from None
+
+
+def _field(place: tuple[int | str, ...]) -> list[int | str]:
+    """Return where a fault is, without the names of the forms that a content and a part may have.
+
+    messages, 0, content, *parts*, 2, *video_url*, video_url, fps
+    """
+    forms = (3, 5) if place[:1] == ("messages",) else ()
+    return [part for number, part in enumerate(place) if number not in forms]
 
 
 def to_question(request: ChatRequest, settings: Settings) -> Question:

@@ -55,6 +55,7 @@ from longvila.inference.serving.settings import Settings
 log = logging.getLogger(__name__)
 
 _MOST_SLICES = 32
+GOING_DOWN = "the server is going down"
 
 
 class Scheduler:
@@ -122,7 +123,7 @@ class Scheduler:
         """
         with self._changed:
             if self._closing or self.failure is not None:
-                raise _unavailable("the server is going down")
+                raise RequestError.unavailable(GOING_DOWN)
             jobs = self._jobs.values()
             waiting = sum(job.state != "active" for job in jobs)
             own = sum(job.client == client for job in jobs)
@@ -155,7 +156,7 @@ class Scheduler:
         self._thread.join()
         for pool in (self._pool, self._texts):
             pool.shutdown(wait=True, cancel_futures=True)
-        error = _unavailable("the server is going down")
+        error = RequestError.unavailable(GOING_DOWN)
         with self._changed:
             for job in list(self._jobs.values()):
                 job.emit(Failed(error))
@@ -259,7 +260,7 @@ class Scheduler:
             with self._changed:
                 job.prompt, job.state = prompt, "ready"
             if self.failure is not None:
-                self._fail(job, _unavailable("the server failed"))
+                self._fail(job, RequestError.unavailable("the server failed"))
         with self._changed:
             self._poke()
 
@@ -333,7 +334,7 @@ class Scheduler:
         except BaseException as failure:
             log.exception("the model's thread ended")
             self.failure = failure
-            error = _unavailable("the server failed")
+            error = RequestError.unavailable("the server failed")
             for state in ("waiting", "ready", "active"):
                 for job in self._in(state):
                     self._fail(job, error)
@@ -428,7 +429,10 @@ class Scheduler:
             self._fail(
                 job,
                 RequestError(
-                    "out of memory; ask for fewer frames, or later", status=503, code="memory"
+                    "out of memory; ask for fewer frames, or later",
+                    status=503,
+                    code="memory",
+                    retry_after_s=5,
                 ),
             )
         except Exception:
@@ -550,10 +554,6 @@ class Scheduler:
             "kept_media_bytes", "Bytes of decoded media kept.",
             lambda: {(): self.loader.kept.weight},
         )  # fmt: skip
-
-
-def _unavailable(why: str) -> RequestError:
-    return RequestError(why, status=503, code="unavailable")
 
 
 def _too_long(why: str) -> RequestError:

@@ -16,6 +16,8 @@ let running = null; // AbortController of the answer under way
 
 // ---- the server
 
+const UNREACHABLE = "the server cannot be reached";
+
 class ServerError extends Error {
   constructor(message, code, status) {
     super(message);
@@ -41,9 +43,20 @@ async function check(response) {
   throw new ServerError(error.message, error.code, response.status);
 }
 
+async function reach(path, options) {
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch (fault) {
+    // Browsers say no more than that fetching failed, each in words of its own.
+    throw fault instanceof TypeError ? new ServerError(UNREACHABLE) : fault;
+  }
+  return check(response);
+}
+
 async function post(path, body, signal) {
   const options = { method: "POST", headers: headers({ "Content-Type": "application/json" }) };
-  return check(await fetch(path, { ...options, body: JSON.stringify(body), signal }));
+  return reach(path, { ...options, body: JSON.stringify(body), signal });
 }
 
 function upload(blob) {
@@ -52,11 +65,13 @@ function upload(blob) {
     request.open("PUT", "v1/uploads");
     for (const [name, value] of Object.entries(headers())) request.setRequestHeader(name, value);
     request.upload.onprogress = (event) => {
-      if (event.lengthComputable) {
+      if (video?.file !== blob) {
+        request.abort(); // another one was chosen meanwhile
+      } else if (event.lengthComputable) {
         say(statusLine, `Sending ${Math.floor((100 * event.loaded) / event.total)} %`);
       }
     };
-    request.onerror = () => reject(new ServerError("the server cannot be reached"));
+    request.onerror = request.onabort = () => reject(new ServerError(UNREACHABLE));
     request.onload = () => {
       check(new Response(request.responseText, { status: request.status }))
         .then((response) => response.json())
@@ -67,7 +82,7 @@ function upload(blob) {
 }
 
 async function loadModel() {
-  const answer = await (await check(await fetch("v1/models", { headers: headers() }))).json();
+  const answer = await (await reach("v1/models", { headers: headers() })).json();
   model = answer.data[0].id;
   byId("model").textContent = model;
 }
@@ -143,7 +158,10 @@ async function showFrames() {
     current.sampling = wanted;
     current.duration = found.duration_s;
     // Another sampling is another prompt: the conversation begins anew.
-    if (changed && current.asked) forget();
+    if (changed && current.asked) {
+      stopAnswer();
+      forget();
+    }
     sheet.replaceChildren(...found.frames.map(cell));
     byId("sheet-title").hidden = false;
     const shown = found.frames.length < found.num_frames ? `, ${found.frames.length} shown` : "";
@@ -297,8 +315,10 @@ async function ask(text) {
     }
     say(progressLine, "");
   } catch (fault) {
-    if (control.signal.aborted) item.classList.add("cut");
-    else say(progressLine, fault.message, true);
+    if (control.signal.aborted) {
+      item.classList.add("cut");
+      if (!running) say(progressLine, "");
+    } else say(progressLine, fault.message, true);
     if (!said && !ended && turns.at(-1)?.role === "user") {
       // Nothing was answered: the question goes back to be changed.
       turns.pop();
@@ -353,13 +373,16 @@ byId("ask").onsubmit = (event) => {
   const text = question.value.trim();
   if (!text || running) return;
   if (video && !video.url) {
-    say(progressLine, "The video is still being sent.", true);
+    const why = video.refused ? "was not sent; choose it again" : "is still being sent";
+    say(progressLine, `The video ${why}.`, true);
     return;
   }
   question.value = "";
   ask(text);
 };
 question.onkeydown = (event) => {
+  // The Enter that ends a word of an input method belongs to it; Safari knows it by 229 only.
+  if (event.isComposing || event.keyCode === 229) return;
   if (event.key === "Enter" && !event.shiftKey) {
     event.preventDefault();
     byId("ask").requestSubmit();
