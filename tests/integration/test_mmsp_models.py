@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from longvila.inference.engine import Engine
 from longvila.parallel.apply import ParallelPlan, last_step_plan, parallelize, reduce_gradients
 from longvila.parallel.mmsp import gather_logits
 from longvila.parallel.plan import plan_media
@@ -232,6 +233,8 @@ def test_generation_on_a_sharded_model_is_that_of_the_plain_one(
     model = parallelize(make(), mesh, ParallelPlan(compute_dtype=None))
     inputs = tiny_inputs(tiny_config(), videos=(2,) if shared else (2,) * rank.rank)
     options: dict[str, Any] = {"max_new_tokens": 3 if shared else 2 + 3 * rank.rank}
+    with pytest.raises(ValueError, match="needs whole weights"):
+        Engine(getattr(model, "get_base_model", lambda: model)(), mesh if shared else None)
     for beams in (1, 2):
         given = {**inputs, **options, "do_sample": False, "num_beams": beams}
         assert torch.equal(model.generate(**given), plain.generate(**given))
