@@ -202,22 +202,28 @@ class LongVILAModel(LongVILAPreTrainedModel):
             Rows of all items (N, M) and the count of each item.
 
         Raises:
+            TypeError: If the pixels are levels.
             ValueError: If shapes or counts do not fit each other or the tower.
         """
         if kind not in _MODALITIES:
             raise ValueError(f"kind must be one of {_MODALITIES}, got {kind!r}")
-        height, width = self.config.image_size
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[2:]) != (height, width):
+        frame = (getattr(self.config.vision_config, "num_channels", 3), *self.config.image_size)
+        if tuple(pixel_values.shape[1:]) != frame:
             raise ValueError(
-                f"{kind} pixels must have shape (frames, 3, {height}, {width}), got "
+                f"{kind} pixels must have shape (frames, {', '.join(map(str, frame))}), got "
                 f"{tuple(pixel_values.shape)}"
+            )
+        if not pixel_values.is_floating_point():
+            raise TypeError(
+                f"{kind} pixels must be normalised, as the processor makes them, got "
+                f"{pixel_values.dtype}"
             )
         total = pixel_values.shape[0]
         if frames_per_item is None:
             frames = [1] * total if kind == "image" else [total]
         else:
             frames = [int(n) for n in torch.as_tensor(frames_per_item).flatten().tolist()]
-        if sum(frames) != total:
+        if sum(frames) != total or min(frames, default=0) < 0:
             raise ValueError(
                 f"{kind} frames per item {frames} add up to {sum(frames)}, but pixels hold {total} "
                 "frames"
