@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -14,13 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from longvila.inference.engine import Engine
 from longvila.parallel.apply import ParallelPlan, last_step_plan, parallelize, reduce_gradients
 from longvila.parallel.mmsp import gather_logits
 from longvila.parallel.plan import plan_media
 from longvila.sp.mesh import build_mesh
 from longvila.testing import Rank, ranks
 from longvila.testing.asserts import assert_close, relative_error
-from longvila.testing.tiny import TINY_VIDEO_ID, tiny_model
+from longvila.testing.tiny import TINY_VIDEO_ID, tiny_config, tiny_inputs, tiny_model
 
 EXACT = {"parameter_dtype": None, "compute_dtype": None, "reduce_dtype": None}
 
@@ -207,6 +209,39 @@ def test_generation_on_a_parallelised_model_is_that_of_the_plain_one(rank: Rank)
     expected = tiny_model().generate(**inputs)
     model = parallelize(tiny_model(), build_mesh(2, 1, ulysses_size=2), ParallelPlan(fsdp=False))
     assert torch.equal(model.generate(**inputs), expected)
+
+
+@ranks(2)
+@pytest.mark.parametrize("adapters", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("shared", [False, True], ids=["data", "sequence"])
+def test_generation_on_a_sharded_model_is_that_of_the_plain_one(
+    rank: Rank, shared: bool, adapters: bool
+) -> None:
+    """Before any training step; ranks with data of their own stop at different tokens."""
+
+    def make() -> Any:
+        model = tiny_model()
+        model.generation_config.eos_token_id = None
+        if not adapters:
+            return model
+        torch.manual_seed(1)
+        config = LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False)
+        return get_peft_model(model, config).eval()
+
+    plain = make()
+    mesh = build_mesh(2, 2) if shared else build_mesh(-1)
+    model = parallelize(make(), mesh, ParallelPlan(compute_dtype=None))
+    inputs = tiny_inputs(tiny_config(), videos=(2,) if shared else (2,) * rank.rank)
+    options: dict[str, Any] = {"max_new_tokens": 3 if shared else 2 + 3 * rank.rank}
+    with pytest.raises(ValueError, match="needs whole weights"):
+        Engine(getattr(model, "get_base_model", lambda: model)(), mesh if shared else None)
+    for beams in (1, 2):
+        given = {**inputs, **options, "do_sample": False, "num_beams": beams}
+        assert torch.equal(model.generate(**given), plain.generate(**given))
+    batch = video_batch(2, dtype=torch.float32)
+    expected = plain(**batch).loss.detach()
+    model.train()
+    assert_close(model(**batch).loss.detach(), expected, name="loss after", tolerance=1e-5)
 
 
 @ranks(2)

@@ -109,8 +109,8 @@ class Engine:
 
     Raises:
         TypeError: If the model is of no known family.
-        ValueError: If ``chunk_tokens`` is not positive, ``decode_graphs`` is none of the three, or
-            an engine holds the model already.
+        ValueError: If ``chunk_tokens`` is not positive, ``decode_graphs`` is none of the three, an
+            engine holds the model already, or FSDP shards it.
     """
 
     def __init__(
@@ -128,6 +128,8 @@ class Engine:
             raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
         if hasattr(vars(model).get("forward"), "cache_forward"):
             raise ValueError(f"an engine holds this {type(model).__name__} already; close it first")
+        if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+            raise ValueError("an engine needs whole weights, these are shards: use model.generate")
         self.model, self.mesh = model, mesh
         self.family = find_family(model) if family is None else family
         self.places_in_3d = (

@@ -9,11 +9,36 @@ searched for, so an answer may contain whatever the template contains.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from longvila.model.pieces import CUT
+
+
+def list_prompts(text: Any) -> list[str]:
+    """Return prompts as a list.
+
+    Args:
+        text: One prompt or several.
+
+    Returns:
+        At least one string.
+
+    Raises:
+        TypeError: If something in it is no string.
+        ValueError: If there is no prompt, or one contains the NUL character.
+    """
+    prompts = [text] if isinstance(text, str) else list(text) if isinstance(text, Iterable) else []
+    if not isinstance(text, Iterable) or not all(isinstance(each, str) for each in prompts):
+        raise TypeError(f"text must be a string or a list of strings, got {str(text)[:80]}")
+    if not prompts:
+        raise ValueError("text is an empty list: give at least one prompt")
+    if any(CUT in prompt for prompt in prompts):
+        raise ValueError("prompts must not contain the NUL character")
+    return prompts
 
 
 def build_labels(
@@ -96,19 +121,40 @@ def normalise_conversation(conversation: Any) -> Any:
 
     Returns:
         The same structure; the caller's objects are not changed.
+
+    Raises:
+        TypeError: If something in it is no list, message or part of one.
+        ValueError: If a message has no role, a part no type, or there is no message.
     """
     if isinstance(conversation, dict):
         message = dict(conversation)
-        if isinstance(message.get("content"), list | tuple):
-            message["content"] = [_normalise_part(part) for part in message["content"]]
+        if "role" not in message:
+            raise ValueError(f"a message needs a role, this one has {sorted(message)}")
+        content = message.get("content")
+        if isinstance(content, list | tuple):
+            message["content"] = [_normalise_part(part) for part in content]
+        elif content is not None and not isinstance(content, str):
+            raise TypeError(f"content must be text or a list, got {type(content).__name__}")
         return message
-    return [normalise_conversation(item) for item in conversation]
+    if isinstance(conversation, str) or not isinstance(conversation, Iterable):
+        raise TypeError(
+            "a conversation is a list of messages ({'role': ..., 'content': ...}), got "
+            f"{type(conversation).__name__}"
+        )
+    items = [normalise_conversation(item) for item in conversation]
+    if not items:
+        raise ValueError("the conversation is empty: give at least one message")
+    return items
 
 
 def _normalise_part(part: Any) -> Any:
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    kind = part.get("type")
+    if not isinstance(part, dict) or "type" not in part:
+        raise ValueError(
+            f"a content item is text or a dict with a type (text, image, video), got {part!r:.80}"
+        )
+    kind = part["type"]
     if kind in ("image_url", "video_url"):
         value = part[kind]
         url = value["url"] if isinstance(value, dict) else value

@@ -6,8 +6,8 @@
    versions would repeat packed frames frame by frame for beams and pair them with the wrong prompt.
 3. For beams and several return sequences each prompt is repeated together with its own rows.
 4. After the step that used them, features are not passed again.
-5. Processors of logits that look scores up by the ids of the prompt see placeholders beyond the
-   vocabulary as another token of their prompt.
+5. Processors of logits that look scores up by the ids of the prompt, and assistants that are
+   language models alone, see placeholders beyond the vocabulary as another token of their prompt.
 
 ``prefill_chunk_size`` with media is refused where transformers would give wrong tokens.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor
 from transformers.generation import (
+    AssistedCandidateGenerator,
     NoRepeatNGramLogitsProcessor,
     PromptLookupCandidateGenerator,
     RepetitionPenaltyLogitsProcessor,
@@ -61,7 +62,7 @@ class _InTable(LogitsProcessor):
 
 
 class _LookupInTable:
-    """Candidates looked up in the prompt, of which no placeholder is one."""
+    """Candidates from a prompt in which placeholders are another token, and so are none."""
 
     def __init__(self, generator: Any, rows: int) -> None:
         self.generator, self.rows = generator, rows
@@ -159,6 +160,8 @@ class LongVILAGenerationMixin(GenerationMixin):
         if not given:
             return generation_config
         length = max(t.shape[1] for t in given)
+        if length == 0:
+            raise ValueError("the prompt is empty: give at least one token to go on from")
         limit = self.config.context_length
         if limit is not None and length > limit:
             raise ContextLengthError(
@@ -203,7 +206,7 @@ class LongVILAGenerationMixin(GenerationMixin):
         return type(processors)(_InTable(p) if isinstance(p, by_id) else p for p in processors)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """Keep placeholders out of candidates that are looked up in the prompt."""
+        """Keep placeholders from the lookup in the prompt, and from assistants without sight."""
         parent: Any = super()
         found = parent._get_candidate_generator(*args, **kwargs)
         rows = min(
@@ -211,8 +214,14 @@ class LongVILAGenerationMixin(GenerationMixin):
             self.config.image_token_id,
             self.config.video_token_id,
         )
+        # The table of a language model that helps has no row for them either.
+        blind = type(found) is AssistedCandidateGenerator and not hasattr(
+            found.assistant_model.config, "vision_config"
+        )
+        if blind:
+            found.assistant_kwargs.pop("mm_encoder_outputs", None)
         lookup = isinstance(found, PromptLookupCandidateGenerator)
-        return _LookupInTable(found, rows) if lookup else found
+        return _LookupInTable(found, rows) if lookup or blind else found
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any

@@ -42,6 +42,7 @@ from longvila.model.configuration_longvila import LongVILAConfig
 from longvila.model.conversation import check_targets
 from longvila.model.fusion import MediaFeatures, pack_features, pool_video, scatter_rows
 from longvila.model.generation_longvila import DEFAULT_MAX_NEW_TOKENS, LongVILAGenerationMixin
+from longvila.model.packed import keep_apart, without_first
 from longvila.model.projector import LongVILAProjector
 from longvila.model.vila.loading import VilaLoading
 from longvila.model.vision_tower import build_tower, tower_features, unused_weight_patterns
@@ -201,22 +202,28 @@ class LongVILAModel(LongVILAPreTrainedModel):
             Rows of all items (N, M) and the count of each item.
 
         Raises:
+            TypeError: If the pixels are levels.
             ValueError: If shapes or counts do not fit each other or the tower.
         """
         if kind not in _MODALITIES:
             raise ValueError(f"kind must be one of {_MODALITIES}, got {kind!r}")
-        height, width = self.config.image_size
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[2:]) != (height, width):
+        frame = (getattr(self.config.vision_config, "num_channels", 3), *self.config.image_size)
+        if tuple(pixel_values.shape[1:]) != frame:
             raise ValueError(
-                f"{kind} pixels must have shape (frames, 3, {height}, {width}), got "
+                f"{kind} pixels must have shape (frames, {', '.join(map(str, frame))}), got "
                 f"{tuple(pixel_values.shape)}"
+            )
+        if not pixel_values.is_floating_point():
+            raise TypeError(
+                f"{kind} pixels must be normalised, as the processor makes them, got "
+                f"{pixel_values.dtype}"
             )
         total = pixel_values.shape[0]
         if frames_per_item is None:
             frames = [1] * total if kind == "image" else [total]
         else:
             frames = [int(n) for n in torch.as_tensor(frames_per_item).flatten().tolist()]
-        if sum(frames) != total:
+        if sum(frames) != total or min(frames, default=0) < 0:
             raise ValueError(
                 f"{kind} frames per item {frames} add up to {sum(frames)}, but pixels hold {total} "
                 "frames"
@@ -390,13 +397,14 @@ class LongVILAModel(LongVILAPreTrainedModel):
             pixel_values: Tiles of all images, shape (tiles, 3, height, width).
             pixel_values_videos: Frames of all videos, shape (frames, 3, height, width).
             attention_mask: Mask, shape (B, S), or whatever the language model takes.
-            position_ids: Positions, shape (B, S).
+            position_ids: Positions, shape (B, S). Where they restart, a document begins.
             past_key_values: Cache to read and extend.
             inputs_embeds: Fused embeddings in place of ids and media, shape (B, S, M).
             image_num_tiles: Tiles of each image.
             video_num_frames: Frames of each video.
             mm_encoder_outputs: Encoded media in place of pixels.
-            **kwargs: Handed to the language model.
+            **kwargs: ``document_lengths``, tokens of the documents that a row packs; the rest is
+                handed to the language model.
 
         Returns:
             The language model's output and the media rows.
@@ -421,6 +429,11 @@ class LongVILAModel(LongVILAPreTrainedModel):
             raise ValueError(
                 "inputs_embeds already hold the media: without input_ids there are no placeholders "
                 "to fill; use fused_embeds to make inputs_embeds"
+            )
+        assert inputs_embeds is not None
+        if past_key_values is None and not torch.compiler.is_compiling():
+            position_ids, attention_mask = keep_apart(
+                inputs_embeds, position_ids, attention_mask, kwargs
             )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -532,6 +545,10 @@ class LongVILAForConditionalGeneration(LongVILAPreTrainedModel, LongVILAGenerati
         beyond = max(self.config.image_token_id, self.config.video_token_id) >= rows
         if labels is not None and beyond and not torch.compiler.is_compiling():
             check_targets(labels, rows, ignore_index=loss_kwargs.get("ignore_index", -100))
+        documents = kwargs.get("document_lengths")
+        if labels is not None and documents is not None:
+            index = loss_kwargs.get("ignore_index", -100)
+            labels = without_first(labels, documents, ignore_index=index)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

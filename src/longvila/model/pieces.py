@@ -79,8 +79,8 @@ def tokenize_pieces(
         What the tokenizer returns, as lists.
 
     Raises:
-        ValueError: If texts with marks are to be truncated, or the tokenizer does not keep a
-            placeholder whole.
+        ValueError: If texts with marks are to be truncated, or go with an option that has no
+            meaning for them, or the tokenizer does not keep a placeholder whole.
     """
     truncated = kwargs.get("truncation") not in (None, False, "do_not_truncate")
     if not any(CUT in text for text in texts) and (
@@ -94,7 +94,11 @@ def tokenize_pieces(
             "prompts with media cannot be truncated: features would lose their placeholders; "
             "use fewer frames"
         )
+    for name in ("text_pair", "is_split_into_words", "return_overflowing_tokens"):
+        if kwargs.pop(name, None):
+            raise ValueError(f"prompts with media do not go with {name}; leave it out")
     kwargs.pop("truncation", None)
+    with_length = kwargs.pop("return_length", False)
     with_offsets = kwargs.pop("return_offsets_mapping", False)
     shorts = [_shorten(text, mark, placeholders) for text in texts]
     # Its warning of long texts would count what stands for the prompt here, not the prompt.
@@ -122,6 +126,8 @@ def tokenize_pieces(
             for i, ids in enumerate(rows["input_ids"]):
                 empty = [(0, 0)] * (len(ids) - len(spans_of[i]))
                 spans_of[i] = empty + spans_of[i] if left else spans_of[i] + empty
+    if with_length:
+        rows["length"] = [len(ids) for ids in rows["input_ids"]]
     return {**rows, "offset_mapping": spans_of} if with_offsets else rows
 
 

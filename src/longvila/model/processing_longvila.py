@@ -23,15 +23,20 @@ placeholders would misplace features.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
+from transformers.utils.chat_template_utils import (
+    _get_template_variables as template_variables,
+)
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from longvila.log import log_once
@@ -39,6 +44,7 @@ from longvila.media.video import SampledVideo
 from longvila.model.configuration_longvila import LongVILAConfig, video_segments
 from longvila.model.conversation import (
     build_labels,
+    list_prompts,
     media_of,
     move_spans,
     normalise_conversation,
@@ -55,6 +61,8 @@ _SAMPLING = ("num_frames", "fps", "indices", "do_sample_frames", "overflow", "vi
 _READING = ("backend", "threads", "progress", "limits", "allow_http", "frame_rate")
 _VIDEO_OPTIONS = frozenset((*_SAMPLING, *_READING))
 _OUR_OPTIONS = frozenset(("timestamps", "frame_separator", "tile_images"))
+_TEXT_OPTIONS = frozenset(TextKwargs.__annotations__)
+_TEMPLATE_OPTIONS = frozenset(inspect.signature(ProcessorMixin.apply_chat_template).parameters)
 
 
 def default_chat_template() -> str:
@@ -286,6 +294,7 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
             ``image_num_tiles``, ``pixel_values_videos`` with ``video_num_frames``.
 
         Raises:
+            TypeError: If ``text`` is neither a string nor a list of them.
             ValueError: If placeholders and media do not agree in number, over all prompts or, where
                 media come as one list a prompt, in one of them.
         """
@@ -293,9 +302,7 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
             kwargs = {**(kwargs.pop(group, None) or {}), **kwargs}
         return_tensors = kwargs.pop("return_tensors", return_tensors)
         kwargs.pop("audio", None)
-        unknown = sorted(
-            set(kwargs) - _VIDEO_OPTIONS - _OUR_OPTIONS - set(TextKwargs.__annotations__)
-        )
+        unknown = sorted(set(kwargs) - _VIDEO_OPTIONS - _OUR_OPTIONS - _TEXT_OPTIONS)
         if unknown:
             log_once(__name__, logging.WARNING, f"options that mean nothing here: {unknown}")
         ours = {k: kwargs.pop(k) for k in list(kwargs) if k in _OUR_OPTIONS}
@@ -304,9 +311,7 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
         separator = self.frame_separator if separator is None else separator
         if text is None and images is None and videos is None:
             raise ValueError("give text, images or videos")
-        prompts = None if text is None else [text] if isinstance(text, str) else list(text)
-        if prompts is not None and any(CUT in prompt for prompt in prompts):
-            raise ValueError("prompts must not contain the NUL character")
+        prompts = None if text is None else list_prompts(text)
         pictures = [] if images is None else flatten(images)
         clips = [] if videos is None else list_videos(videos)
         data: dict[str, Any] = {}
@@ -364,6 +369,8 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
         keep = ("video_metadata", "text_replacement_offsets")
         features.update({k: v for k, v in data.items() if k not in keep})
         features = features.convert_to_tensors(tensor_type=return_tensors)
+        if prompts is not None and isinstance(features["input_ids"], Tensor):  # empty: float
+            features["input_ids"] = features["input_ids"].long()
         features.update({k: data[k] for k in keep if k in data})
         return features
 
@@ -430,36 +437,55 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
 
         Returns:
             The text, the token ids, or all inputs.
+
+        Raises:
+            TypeError: If the conversation is no list of messages.
+            ValueError: If it is empty, or media or labels cannot be had of it.
         """
         options = dict(processor_kwargs or {})
-        direct = _VIDEO_OPTIONS | _OUR_OPTIONS | {"padding", "padding_side"}
-        options |= {k: kwargs.pop(k) for k in list(kwargs) if k in direct}
+        template = self._template(chat_template)
+        # What is left among kwargs, older versions of transformers take in place of the options.
+        others = _TEMPLATE_OPTIONS | template_variables(template)
+        direct = _VIDEO_OPTIONS | _OUR_OPTIONS
+        options |= {k: kwargs.pop(k) for k in list(kwargs) if k in direct or k not in others}
+        if isinstance(conversation, dict):
+            raise TypeError("a conversation is a list of messages, and this is a message alone")
         conversation = normalise_conversation(conversation)
         if self.system_prompt is not None:
             kwargs.setdefault("system_prompt", self.system_prompt)
         if return_labels:
-            return self._with_labels(conversation, chat_template, options, kwargs)
+            return self._with_labels(conversation, template, options, kwargs)
         extra = {"processor_kwargs": options} if options else {}
         parent: Any = super()
         return parent.apply_chat_template(
             conversation,
-            chat_template,
+            template,
             tokenize=tokenize,
             return_dict=return_dict,
             **extra,
             **kwargs,
         )
 
+    def _template(self, chat_template: str | None) -> str | None:
+        """The text of a template, which may be given by its name."""
+        named = self.chat_template
+        if not isinstance(named, dict):
+            return chat_template or named
+        if chat_template is None and "default" not in named:
+            raise ValueError(
+                f"the processor has several chat templates, {sorted(named)}, and none is named "
+                "default: say which in chat_template"
+            )
+        return named.get(chat_template or "default", chat_template)
+
     def _with_labels(
-        self, conversation: Any, chat_template: str | None, options: dict[str, Any], kwargs: Any
+        self, conversation: Any, template: str | None, options: dict[str, Any], kwargs: Any
     ) -> BatchFeature:
         """Inputs of finished conversations, with exact labels."""
         return_tensors = kwargs.pop("return_tensors", None) or "pt"
         batched = isinstance(conversation[0], list)
         conversations = conversation if batched else [conversation]
-        template = chat_template or self.chat_template
-        if isinstance(template, dict):
-            template = template["default"]
+        with_mask = kwargs.pop("return_assistant_tokens_mask", False)
         render: Any = render_jinja_template
         prompts, spans = render(
             conversations=conversations,
@@ -481,11 +507,9 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
             images=images or None,
             videos=[videos] if videos else None,
             return_tensors=return_tensors,
-            return_offsets_mapping=True,
-            return_text_replacement_offsets=True,
-            **options,
+            **{**options, "return_offsets_mapping": True, "return_text_replacement_offsets": True},
         )
-        features["labels"] = build_labels(
+        labels = build_labels(
             features["input_ids"],
             features["attention_mask"],
             features.pop("offset_mapping"),
@@ -494,6 +518,9 @@ class LongVILAProcessor(VilaProcessorLoading, ProcessorMixin):  # type: ignore[m
                 for span, moves in zip(spans, features.pop("text_replacement_offsets"), strict=True)
             ],
         )
+        features["labels"] = labels if return_tensors == "pt" else labels.numpy()
+        if with_mask:
+            features["assistant_masks"] = (features["labels"] != -100) * 1
         return features
 
     # ---- for other libraries

@@ -40,6 +40,7 @@ It does not move the model to a device, build an optimiser or clip gradients.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -422,6 +428,16 @@ class _Tiled:
         return tiled_apply(self.forward, x, tile_rows=self.rows, parameters=parameters)
 
 
+class _InBackward:
+    """True where there will be a backward pass.
+
+    Layers that are to be recomputed drop the cache, also where a model in training mode generates.
+    """
+
+    def __bool__(self) -> bool:
+        return torch.is_grad_enabled()
+
+
 def _set_checkpointing(base: PreTrainedModel, state: _State) -> None:
     plan, layers = state.plan, list(state.family.layers(base))
     if not 0 <= plan.plain_layers <= len(layers):
@@ -439,7 +455,7 @@ def _set_checkpointing(base: PreTrainedModel, state: _State) -> None:
                 f"{type(layer).__name__} cannot be checkpointed or offloaded (it is no "
                 "GradientCheckpointingLayer); pass activation_checkpointing=False, offload=None"
             )
-        names = {"gradient_checkpointing": True, "_gradient_checkpointing_func": run}
+        names = {"gradient_checkpointing": _InBackward(), "_gradient_checkpointing_func": run}
         for name, value in names.items():
             state.undo.append(functools.partial(_restore, layer, name, vars(layer).get(name)))
             setattr(layer, name, value)
@@ -472,6 +488,29 @@ def _shard(model: nn.Module, base: PreTrainedModel, state: _State) -> None:
                     parameter.data = parameter.data.to(plan.parameter_dtype)
         reshard = module is not model and not plan.keep_gathered
         fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=reshard)
+    if hasattr(model, "generate"):
+        vars(model)["generate"] = _generate_gathered(model)
+
+
+def _generate_gathered(model: nn.Module) -> Callable[..., Any]:
+    """Return a sharded model's ``generate`` with its root group gathered around it.
+
+    Media are encoded before the first forward pass, and adapters go past that of the root.
+    """
+    original: Any = model.generate
+    vars(model)["_gather"] = types.MethodType(lambda _: None, model)
+    register_fsdp_forward_method(model, "_gather")
+
+    @functools.wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        model._gather()  # type: ignore[operator]
+        try:
+            # A rank that is done goes on until all are: layers are gathered by all together.
+            return original(*args, **{"synced_gpus": True, **kwargs})
+        finally:
+            model.reshard()  # type: ignore[operator]
+
+    return generate
 
 
 def _is_sharded(parameter: Tensor) -> bool:

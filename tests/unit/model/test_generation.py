@@ -302,6 +302,13 @@ def test_an_assistant_sees_the_media_too() -> None:
     assert seen[0] == 18 and set(seen[1:]) == {0}
 
 
+def test_an_assistant_may_be_a_language_model() -> None:
+    model, batch = setup(videos=(2,), images=1)
+    assistant = Qwen2ForCausalLM(model.config.text_config).eval()
+    out = model.generate(**batch, max_new_tokens=NEW, do_sample=False, assistant_model=assistant)
+    assert torch.equal(out, by_hand(model, batch))
+
+
 def test_a_medium_given_twice() -> None:
     model, batch = setup()
     encoded = {"video": model.get_video_features(batch["pixel_values_videos"])}

@@ -283,6 +283,12 @@ def test_boundary_errors() -> None:
         model.encode_media(pixels, [2, 2])
     with pytest.raises(ValueError, match=r"shape \(frames, 3, 20, 20\), got \(3, 3, 24, 20\)"):
         model.encode_media(torch.randn(3, 3, 24, 20))
+    with pytest.raises(ValueError, match=r"shape \(frames, 3, 20, 20\), got \(3, 1, 20, 20\)"):
+        model.encode_media(pixels[:, :1])
+    with pytest.raises(ValueError, match=r"\[-1, 4\] add up to 3"):
+        model.encode_media(pixels, [-1, 4])
+    with pytest.raises(TypeError, match="must be normalised"):
+        model.encode_media(pixels.to(torch.uint8))
     with pytest.raises(ValueError, match="kind must be one of"):
         model.encode_media(pixels, kind="audio")
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):

@@ -55,6 +55,14 @@ def test_marked_texts_are_not_truncated() -> None:
         tokenize_pieces(tiny_tokenizer(), [f"a{CUT}"], MARK, truncation=True, max_length=1)
 
 
+def test_lengths_are_those_of_the_ids() -> None:
+    texts = [f"a{MARK * 4}{CUT}b", f"{MARK}{CUT}"]
+    out = tokenize_pieces(tiny_tokenizer(), texts, MARK, placeholders=(MARK,), return_length=True)
+    assert out["length"] == [len(ids) for ids in out["input_ids"]] == [6, 1]
+    with pytest.raises(ValueError, match="do not go with text_pair"):
+        tokenize_pieces(tiny_tokenizer(), texts, MARK, text_pair=texts)
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     st.lists(

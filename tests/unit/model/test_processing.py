@@ -244,6 +244,67 @@ def test_labels_equal_the_mask_of_transformers_where_that_is_right() -> None:
     assert torch.equal(torch.as_tensor(mask).bool(), out["labels"] != -100)
 
 
+def test_options_of_a_template_s_call_all_arrive(tmp_path: Path) -> None:
+    processor = tiny_processor()
+    path = clip(tmp_path / "v.mp4", num_frames=12)
+    chat = user(path)
+    options: dict[str, Any] = {"num_frames": 3, "padding": "max_length", "max_length": 100}
+    out = run(processor, chat, **options, return_mm_token_type_ids=True)
+    assert out["video_num_frames"].tolist() == [3]
+    assert out["input_ids"].shape == out["mm_token_type_ids"].shape == (1, 100)
+    chat.append({"role": "assistant", "content": "A"})
+    marked = processor.apply_chat_template(
+        chat, **options, return_labels=True, return_assistant_tokens_mask=True, return_tensors="np"
+    )
+    assert marked["labels"].shape == (1, 100) and isinstance(marked["labels"], np.ndarray)
+    assert (marked["assistant_masks"] == (marked["labels"] != -100)).all()
+    with pytest.raises(ValueError, match="cannot be truncated"):
+        processor.apply_chat_template(chat, truncation=True, max_length=5, return_labels=True)
+
+
+def test_labels_by_a_template_s_name() -> None:
+    processor = tiny_processor()
+    processor.chat_template = {
+        "default": "no answer",
+        "other": processor.chat_template,
+    }
+    out = processor.apply_chat_template(
+        answer(("Q", "A")), chat_template="other", return_labels=True
+    )
+    assert labelled(processor, out) == "A<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        ("Q", "list of messages"),
+        ({"role": "user", "content": "Q"}, "message alone"),
+        ([], "at least one message"),
+        ([[]], "at least one message"),
+        ([{"content": "Q"}], "needs a role"),
+        ([{"role": "user", "content": 5}], "text or a list, got int"),
+        ([{"role": "user", "content": [{"text": "Q"}]}], "dict with a type"),
+    ],
+)
+def test_what_is_no_conversation_is_said(conversation: Any, message: str) -> None:
+    for options in ({}, {"return_labels": True}):
+        with pytest.raises((TypeError, ValueError), match=message):
+            tiny_processor().apply_chat_template(conversation, **options)
+
+
+@pytest.mark.parametrize("text", [5, b"a", ["a", None], [["a"]], []])
+def test_what_is_no_prompt_is_said(text: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^text "):
+        tiny_processor()(text=text)
+
+
+def test_an_empty_prompt() -> None:
+    ids = tiny_processor()(text="", return_tensors="pt")["input_ids"]
+    assert ids.dtype == torch.int64
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        tiny_model().generate(input_ids=ids)
+
+
 def test_no_answer_to_learn_from() -> None:
     processor = tiny_processor()
     with pytest.raises(ValueError, match="no assistant turn"):
