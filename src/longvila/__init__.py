@@ -31,6 +31,7 @@ _PUBLIC = {
     "unparallelize": "longvila.parallel.apply",
     "build_mesh": "longvila.sp.mesh",
 }
+__all__ = [*_PUBLIC]  # noqa: PLE0604 - keys are names
 
 _install()
 

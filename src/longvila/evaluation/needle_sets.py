@@ -29,6 +29,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -109,7 +110,7 @@ def load_needles(source: str | Path, *, tier: str | None = None) -> list[Needle]
         NeedleError: If there is none, entries are incomplete or share an id, or a picture cannot be
             read as one.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         needles = list(_folder(path))
     elif path.is_file():
@@ -440,7 +441,7 @@ def _shown(folder: Path) -> list[Path]:
 
 
 def _videos(source: str | Path) -> list[Path]:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.is_dir():
         if not path.exists():
             raise NeedleError(f"there is no haystack {source}: neither a file nor a folder")

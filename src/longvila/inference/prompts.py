@@ -430,7 +430,16 @@ class LongVILAPrompts:
         return Rendered(self._tokenise(expanded), items)
 
     def _tokenise(self, text: str) -> list[int]:
-        """Tokenise as the processor does."""
+        """Tokenise as the processor does.
+
+        Raises:
+            LongVILAError: If it is no text.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as fault:
+            found = text[max(fault.start - 20, 0) : fault.end + 20]
+            raise LongVILAError(f"this is no text in UTF-8: {found!a}") from fault
         marks = (self.processor.image_token, self.processor.video_token)
         encoded = tokenize_pieces(
             self.processor.tokenizer, [text], marks[0], placeholders=marks, add_special_tokens=False

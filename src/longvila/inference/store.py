@@ -127,7 +127,7 @@ def file_key(source: Any) -> dict[str, Any] | None:
         Size and digest; None for what is no file of this machine, which cannot be compared.
     """
     try:
-        path = Path(str(source).removeprefix("file://")).expanduser()
+        path = Path(os.path.expanduser(str(source).removeprefix("file://")))
         if path.is_dir():
             files = sorted(p for p in path.iterdir() if p.is_file())
             names = [(p.name, p.stat().st_size) for p in files]

@@ -208,15 +208,16 @@ def _worker(
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     threading.Thread(target=_end_with_first, name="longvila-first", daemon=True).start()
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
         place = _device(kind, rank)
         dist.init_process_group(_backend(place), store=store, rank=rank, world_size=size)
         work(Ranks(rank, size, place), argument)
         leave_ranks()
     except BaseException as error:
-        known = isinstance(error, LongVILAError)
+        message = str(error) if isinstance(error, LongVILAError) else traceback.format_exc()
         with contextlib.suppress(BrokenPipeError):  # the first has ended; nobody is to be told
-            pipe.send(str(error) if known else traceback.format_exc())
+            pipe.send("interrupted" if isinstance(error, KeyboardInterrupt) else message)
             pipe.close()
         # Not through the interpreter's exit, which may wait for a collective.
         os._exit(1)
@@ -234,6 +235,19 @@ def _end_with_first() -> None:
     os._exit(1)
 
 
+def _start(process: Any) -> None:
+    """Start a process that takes no notice of Ctrl-C before it works.
+
+    While it imports, the first rank waits for it where Python does not run: an end there would be
+    an end of the command with a traceback.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def _others(
     work: Callable[[Ranks, Any], int], argument: Any, size: int, kind: str
@@ -246,7 +260,7 @@ def _others(
         ours, theirs = context.Pipe(duplex=False)
         arguments = (work, argument, rank, size, kind, store.port, theirs)
         process = context.Process(target=_worker, args=arguments, daemon=True)
-        process.start()
+        _start(process)
         theirs.close()
         processes.append(process)
         pipes.append(ours)

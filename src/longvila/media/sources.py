@@ -144,7 +144,7 @@ def _from_text(text: str, limits: Limits, error: type[LongVILAError]) -> Source:
         return _from_base64(text, "<base64 text>", limits, error)
     if not text:
         raise error("the path of the video or picture is empty")
-    return _from_path(Path(text).expanduser(), error)
+    return _from_path(Path(os.path.expanduser(text)), error)
 
 
 def _from_base64(body: str, name: str, limits: Limits, error: type[LongVILAError]) -> Source:

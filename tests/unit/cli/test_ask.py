@@ -263,6 +263,28 @@ def test_what_counts_as_an_image(source: str, image: bool) -> None:
     assert ask.is_image(source) is image
 
 
+def test_a_tilde_that_is_nobodys_home_is_a_part_of_the_name(
+    checkpoint: str,
+    media: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("~9.mp4").write_bytes(Path(media["film"]).read_bytes())
+    common = ("--model", checkpoint, "--frames", "4", "--max-new-tokens", "4")
+    assert run(capsys, "~9.mp4", "~9 or more?", *common)[0] == 0
+    status, _, err = run(capsys, "~no such user/film.mp4", "Who?", *common)
+    assert status == 1 and "~no such user/film.mp4" in err
+
+
+def test_a_question_that_is_no_text(
+    checkpoint: str, media: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, media["film"], "Qu\udce9?", "--model", checkpoint, "--frames", "4")
+    assert status == 1 and "no text in UTF-8: " in err and "Qu\\udce9?" in err
+
+
 def test_a_very_long_question_is_a_question() -> None:
     long = "why " * 2000
     assert ask.split_inputs(ask.Options(("a.mp4", long))) == (["a.mp4"], [long])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import io
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -91,3 +95,39 @@ def test_help_of_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     assert "usage: longvila convert" in capsys.readouterr().out
     assert main(["help", "converts"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("taken", "status", "said"),
+    [("pipe", 141, ""), ("/dev/full", 1, "longvila {}: [Errno 28] No space left on device\n")],
+)
+@pytest.mark.parametrize("argument", ["--version", "help", "eval --list"])
+def test_what_standard_output_does_not_take(
+    argument: str, taken: str, status: int, said: str
+) -> None:
+    if taken == "pipe":
+        read, out = os.pipe()
+        os.close(read)
+    else:
+        out = os.open(taken, os.O_WRONLY)
+    # Buffered, as for everybody: print alone notices nothing.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "longvila", *argument.split()]
+    done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, env=env)
+    os.close(out)
+    assert (done.returncode, done.stderr) == (status, said.format(argument.split()[0]))
+
+
+def test_characters_that_standard_output_lacks_are_escaped(
+    verb: Callable[[Callable[[], int]], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, taken = {"answer": "été 🎬 \udce9"}, io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(taken, encoding="ascii"))
+    assert verb(lambda: print(json.dumps(answer, ensure_ascii=False)) or 0) == 0
+    assert json.loads(taken.getvalue()) == answer
+
+
+def test_streams_may_be_closed() -> None:
+    command = [sys.executable, "-m", "longvila", "plan", "--help"]
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
+    assert subprocess.run(shell).returncode == 0

@@ -27,6 +27,9 @@ from longvila.errors import LongVILAError
 from longvila.inference import workers
 from longvila.inference.workers import run_over_ranks
 
+if __name__ == "__mp_main__" and sys.argv[1] == "interrupted":
+    os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C while another rank imports
+
 def work(ranks, case):
     assert dist.get_world_size() == ranks.size == 2 and dist.get_rank() == ranks.rank
     assert ranks.share({"from": ranks.rank}) == {"from": 0}
@@ -63,6 +66,7 @@ if __name__ == "__main__":
     ("case", "status", "said"),
     [
         ("none", 7, "sum 3"),
+        ("interrupted", 7, "sum 3"),
         ("one", 1, "longvila: rank 1: film.mp4 is gone here"),
         ("killed", 1, "longvila: rank 1: was killed; the system does that when"),
         ("all", 3, "own error: too long everywhere"),

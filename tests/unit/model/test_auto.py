@@ -160,6 +160,9 @@ def test_any_order_of_imports(fork: Fork, code: str) -> None:
 
 def test_unknown_names() -> None:
     assert {"LongVILAModel", "LongVILAProcessor"} <= set(dir(longvila))
+    everything: dict[str, object] = {}
+    exec("from longvila import *", everything)
+    assert set(everything) - {"__builtins__"} == set(longvila._PUBLIC)
     with pytest.raises(AttributeError, match="nonesuch"):
         longvila.nonesuch  # noqa: B018
 

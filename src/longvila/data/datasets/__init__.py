@@ -16,6 +16,7 @@ pre-training mixes them with conversations.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -150,12 +151,15 @@ def _open(name: str, entry: Mapping[str, Any], folder: Path) -> Dataset:
         )
     if not isinstance(entry.get("options") or {}, dict):
         raise ValueError(f"options are a mapping, got {entry['options']!r}")
-    found = [each if each.startswith("hf:") else folder / Path(each).expanduser() for each in paths]
+    found = [
+        each if each.startswith("hf:") else folder / Path(os.path.expanduser(each))
+        for each in paths
+    ]
     return open_dataset(
         entry["adapter"],
         found[0] if len(found) == 1 else found,
         name=name,
-        media_dir=None if media_dir is None else folder / Path(media_dir).expanduser(),
+        media_dir=None if media_dir is None else folder / Path(os.path.expanduser(media_dir)),
         under=entry.get("under"),
         options=entry.get("options"),
         style=entry.get("style"),
