@@ -9,8 +9,8 @@ of which the target stands at the cell's depth and the others anywhere:
 
 | task | question | options |
 | --- | --- | --- |
-| retrieval | which is shown at a time, or comes k-th | other needles of the film, then others |
-| grounding | when a needle appears (if prompts have times) | times of the others, then others |
+| retrieval | which is shown at a time (no other is then), or comes k-th | other needles of the film, then others |
+| grounding | when a needle appears (if prompts have times, more than one) | times of the others, then others |
 | presence | whether one appears: one that does, one that does not | yes, no |
 | ordering | in which order three of them appear | all six orders |
 | counting | how often the target appears, in a film of its own | 1 to 4 |
@@ -426,7 +426,8 @@ def _questions(
 ) -> Iterator[Question]:  # fmt: skip
     words, here = stage.words, [needle.answer for needle in shown]
     place = where[here.index(target.answer)]
-    if stage.times:
+    # At high rates several share a second; which of them is meant then, their order says.
+    if stage.times and [stage.time(k) for k in where].count(stage.time(place)) == 1:
         text = words.at.format(time=stage.time(place))
     else:
         text = words.ordinal.format(ordinal=_ORDINALS[here.index(target.answer)])
@@ -476,6 +477,8 @@ def _grounding(
     length = shape["frames"]
     every = list(dict.fromkeys(stage.time(k) for k in range(length)))
     truth = stage.time(place)
+    if set(every) <= {truth}:
+        return  # The whole film is in one second.
     near = [stage.time(k) for k in where if stage.time(k) != truth]
     far = [time for time in every if time not in (truth, *near)]
     rng.shuffle(near)
