@@ -9,8 +9,8 @@ of which the target stands at the cell's depth and the others anywhere:
 
 | task | question | options |
 | --- | --- | --- |
-| retrieval | which is shown at a time (no other is then), or comes k-th | other needles of the film, then others |
-| grounding | when a needle appears (if prompts have times, more than one) | times of the others, then others |
+| retrieval | which alone is shown at a time, or is k-th | other needles of the film, then others |
+| grounding | when a needle appears (if prompts have times) | times of the others, then others |
 | presence | whether one appears: one that does, one that does not | yes, no |
 | ordering | in which order three of them appear | all six orders |
 | counting | how often the target appears, in a film of its own | 1 to 4 |
@@ -156,7 +156,7 @@ class Stage:
         seed: Decides all that is random.
         words: How questions are put.
         step_s: Seconds that the prompt's times say lie between two frames; None as in the film.
-        stride: Frames of the book from one frame of the film to the next.
+        stride: Frames of the book from one frame of the film to the next; may be a fraction.
         ways: Names to choose from where one is shown.
 
     Raises:
@@ -174,7 +174,7 @@ class Stage:
         seed: int = 0,
         words: Words | None = None,
         step_s: float | None = None,
-        stride: int = 1,
+        stride: int | Fraction = 1,
         ways: int = WAYS,
     ) -> None:
         if insert not in ("frame", "paste"):
@@ -215,9 +215,10 @@ class Stage:
             at = place + (self.insert == "paste")
         return (*frames, *self.film(at, length)), places
 
-    def film(self, start: int, stop: int) -> range:
+    def film(self, start: int, stop: int) -> list[int]:
         """Numbers of the film's frames from one place up to another."""
-        return range(start * self.stride, stop * self.stride, self.stride)
+        up, down = self.stride.numerator, self.stride.denominator
+        return [place * up // down for place in range(start, stop)]
 
     def whole(self, needle: Needle) -> int:
         """Number of the frame that shows a needle and nothing else."""
@@ -235,13 +236,12 @@ class Stage:
         if self.insert == "frame":
             return self.whole(needle)
         where = tuple(float(x) for x in self.rng("where", scene, place).uniform(0, 1, 2))
+        (under,) = self.film(place, place + 1)
 
         def paste() -> Picture:
-            return pasted(
-                self.book.frame(place * self.stride), needle, (where[0], where[1]), share=0.8
-            )
+            return pasted(self.book.frame(under), needle, (where[0], where[1]), share=0.8)
 
-        return self.book.add(f"paste/{needle.id}/{place * self.stride}/{where}", paste)
+        return self.book.add(f"paste/{needle.id}/{under}/{where}", paste)
 
 
 def place_of(length: int, depth: Fraction) -> int:
