@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,8 @@ def needle_visual(
         kwargs: With ``media``, under which both are.
     """
     folder = media_folder(kwargs)
-    frames, depth = int(doc["frames"]), float(doc["depth"])
+    # As it is written: 0.29 * 100 is less than 29 in floating point.
+    frames, depth = int(doc["frames"]), Fraction(str(doc["depth"]))
     splice = {
         "haystack": str(folder / doc["haystack"]),
         "frames": frames,

@@ -73,6 +73,8 @@ def test_a_needle_is_named_not_read() -> None:
     assert shown["url"] == {
         "splice": {"haystack": "/data/film.mp4", "frames": 10, "pictures": [[2, "/data/n.png"]]}
     }
+    (shown,) = tasks.needle_visual({**doc, "frames": 100, "depth": 0.29}, {"media": "/data"})
+    assert shown["url"]["splice"]["pictures"] == [[29, "/data/n.png"]]
 
 
 def test_scores() -> None:
