@@ -27,6 +27,7 @@ from longvila.media.sampling import uniform_indices
 from longvila.media.video import open_video
 
 _SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm", ".avi", ".mov")
+_ENDINGS = {*_SUFFIXES, ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".gif"}
 _LETTER_ONLY = "Answer with the option's letter from the given choices directly."
 
 
@@ -54,7 +55,10 @@ def find_video(folder: Path, name: str) -> str:
     """
     for part in ("", "data", "videos", "video"):
         for path in (folder / part / name, folder / part / name.lstrip("/")):
-            for candidate in (path, *(path.with_suffix(suffix) for suffix in _SUFFIXES)):
+            # What stands behind another dot is part of the name: clip.1 is not clip.mp4.
+            ended = path.suffix.lower() in _ENDINGS
+            stem = path.with_suffix("") if ended else path
+            for candidate in (path, *(Path(f"{stem}{suffix}") for suffix in _SUFFIXES)):
                 if candidate.suffix and candidate.is_file():
                     return str(candidate)
     raise FileNotFoundError(
