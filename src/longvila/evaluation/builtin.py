@@ -133,7 +133,7 @@ def bench_scenes(material: Material, plan: BenchPlan, processor: Any) -> list[Sc
         stage = Stage(
             material.haystack, material.pictures, square, insert="paste",
             times=getattr(processor, "timestamps", False), seed=plan.seed, words=Words(),
-            step_s=max(1.0, material.duration_s / length), stride=book.num_frames // length,
+            step_s=max(1.0, material.duration_s / length), stride=Fraction(book.num_frames, length),
         )  # fmt: skip
         films, controls = strict_scenes(
             stage, _grid(plan, length), trials=plan.trials, per_film=plan.per_film
@@ -178,7 +178,7 @@ def event_scenes(stage: Stage, material: Material, length: int) -> list[Scene]:
     at: dict[int, Event] = {}
     for event in events:
         share = (event.time_s - material.start_s) / material.duration_s
-        place = min(round(share * book.num_frames / stage.stride), length - 1)
+        place = min(round(share * length), length - 1)
         # The frame nearest in the sample is replaced by the one that shows it.
         frames[place] = min(round(share * book.num_frames), book.num_frames - 1)
         at[place] = event

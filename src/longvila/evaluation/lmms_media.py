@@ -225,7 +225,8 @@ def _splice(sampler: Any, splice: Mapping[str, Any]) -> SampledVideo:
     height, width = hay.frames.shape[1:3]
     places, pictures = [], []
     for place, path in splice["pictures"]:
-        places.append(int(place))
+        # As deep in what could be decoded, where that is less than was asked for.
+        places.append(int(place) * len(hay.frames) // int(splice["frames"]))
         pictures.append(_fit(load_image(path), height, width))
     times = [*hay.timestamps_s.tolist(), float(hay.timestamps_s[-1])]
     return replace(

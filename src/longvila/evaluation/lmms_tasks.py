@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from longvila.media.sampling import uniform_indices
 from longvila.media.video import open_video
 
 _SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm", ".avi", ".mov")
+_ENDINGS = {*_SUFFIXES, ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".gif"}
 _LETTER_ONLY = "Answer with the option's letter from the given choices directly."
 
 
@@ -53,7 +55,10 @@ def find_video(folder: Path, name: str) -> str:
     """
     for part in ("", "data", "videos", "video"):
         for path in (folder / part / name, folder / part / name.lstrip("/")):
-            for candidate in (path, *(path.with_suffix(suffix) for suffix in _SUFFIXES)):
+            # What stands behind another dot is part of the name: clip.1 is not clip.mp4.
+            ended = path.suffix.lower() in _ENDINGS
+            stem = path.with_suffix("") if ended else path
+            for candidate in (path, *(Path(f"{stem}{suffix}") for suffix in _SUFFIXES)):
                 if candidate.suffix and candidate.is_file():
                     return str(candidate)
     raise FileNotFoundError(
@@ -156,7 +161,8 @@ def needle_visual(
         kwargs: With ``media``, under which both are.
     """
     folder = media_folder(kwargs)
-    frames, depth = int(doc["frames"]), float(doc["depth"])
+    # As it is written: 0.29 * 100 is less than 29 in floating point.
+    frames, depth = int(doc["frames"]), Fraction(str(doc["depth"]))
     splice = {
         "haystack": str(folder / doc["haystack"]),
         "frames": frames,

@@ -9,7 +9,7 @@ of which the target stands at the cell's depth and the others anywhere:
 
 | task | question | options |
 | --- | --- | --- |
-| retrieval | which is shown at a time, or comes k-th | other needles of the film, then others |
+| retrieval | which alone is shown at a time, or is k-th | other needles of the film, then others |
 | grounding | when a needle appears (if prompts have times) | times of the others, then others |
 | presence | whether one appears: one that does, one that does not | yes, no |
 | ordering | in which order three of them appear | all six orders |
@@ -156,7 +156,7 @@ class Stage:
         seed: Decides all that is random.
         words: How questions are put.
         step_s: Seconds that the prompt's times say lie between two frames; None as in the film.
-        stride: Frames of the book from one frame of the film to the next.
+        stride: Frames of the book from one frame of the film to the next; may be a fraction.
         ways: Names to choose from where one is shown.
 
     Raises:
@@ -174,7 +174,7 @@ class Stage:
         seed: int = 0,
         words: Words | None = None,
         step_s: float | None = None,
-        stride: int = 1,
+        stride: int | Fraction = 1,
         ways: int = WAYS,
     ) -> None:
         if insert not in ("frame", "paste"):
@@ -215,9 +215,10 @@ class Stage:
             at = place + (self.insert == "paste")
         return (*frames, *self.film(at, length)), places
 
-    def film(self, start: int, stop: int) -> range:
+    def film(self, start: int, stop: int) -> list[int]:
         """Numbers of the film's frames from one place up to another."""
-        return range(start * self.stride, stop * self.stride, self.stride)
+        up, down = self.stride.numerator, self.stride.denominator
+        return [place * up // down for place in range(start, stop)]
 
     def whole(self, needle: Needle) -> int:
         """Number of the frame that shows a needle and nothing else."""
@@ -235,13 +236,12 @@ class Stage:
         if self.insert == "frame":
             return self.whole(needle)
         where = tuple(float(x) for x in self.rng("where", scene, place).uniform(0, 1, 2))
+        (under,) = self.film(place, place + 1)
 
         def paste() -> Picture:
-            return pasted(
-                self.book.frame(place * self.stride), needle, (where[0], where[1]), share=0.8
-            )
+            return pasted(self.book.frame(under), needle, (where[0], where[1]), share=0.8)
 
-        return self.book.add(f"paste/{needle.id}/{place * self.stride}/{where}", paste)
+        return self.book.add(f"paste/{needle.id}/{under}/{where}", paste)
 
 
 def place_of(length: int, depth: Fraction) -> int:
@@ -426,7 +426,8 @@ def _questions(
 ) -> Iterator[Question]:  # fmt: skip
     words, here = stage.words, [needle.answer for needle in shown]
     place = where[here.index(target.answer)]
-    if stage.times:
+    # At high rates several share a second; which of them is meant then, their order says.
+    if stage.times and [stage.time(k) for k in where].count(stage.time(place)) == 1:
         text = words.at.format(time=stage.time(place))
     else:
         text = words.ordinal.format(ordinal=_ORDINALS[here.index(target.answer)])
@@ -476,6 +477,8 @@ def _grounding(
     length = shape["frames"]
     every = list(dict.fromkeys(stage.time(k) for k in range(length)))
     truth = stage.time(place)
+    if set(every) <= {truth}:
+        return  # The whole film is in one second.
     near = [stage.time(k) for k in where if stage.time(k) != truth]
     far = [time for time in every if time not in (truth, *near)]
     rng.shuffle(near)

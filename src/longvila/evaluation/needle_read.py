@@ -15,7 +15,8 @@
 4. Over several ranks both the trunk and what follows a fork are dealt over all of them, so sharing
    saves there what it saves on one.
 5. With temporal pooling a video's text is one pooled copy after another and there is no common
-   beginning: every scene is read whole.
+   beginning: every scene is read whole. So is, where prompts have times, a scene of another speed
+   than the one that shares most.
 
 The trunk is cut where the plan says and not only where open scenes need it, so that sums over its
 pieces run in one order in an interrupted and in an unbroken run.
@@ -62,9 +63,6 @@ class SceneReader:
         answerer: Knows the layout, and holds the engine, whose family is that of ``rows``.
         rows: The frames.
         scenes: Every scene of the plan, also those that are answered already.
-
-    Raises:
-        ValueError: If scenes run at different speeds but share a trunk.
     """
 
     def __init__(self, answerer: Answerer, rows: FrameRows, scenes: Sequence[Scene]) -> None:
@@ -73,12 +71,15 @@ class SceneReader:
         self.pooled = bool(answerer.processor.pool_sizes)
         total = rows.book.num_frames
         self.cuts = {scene.id: cut_of(scene.frames, total) for scene in scenes}
-        shared = [scene for scene in scenes if self._forks(scene)]
+        # One frame in common is what any sampling of a film has.
+        shared = [s for s in scenes if not self.pooled and self.cuts[s.id] > 1]
+        longest = max(shared, key=lambda scene: self.cuts[scene.id], default=None)
+        self.step_s = 0.0 if longest is None else longest.step_s
+        if answerer.timestamps:
+            # Scenes of another speed have other times before their frames.
+            shared = [scene for scene in shared if scene.step_s == self.step_s]
+        self.shared = {scene.id for scene in shared}
         self.stops = sorted({self.cuts[scene.id] for scene in shared})
-        speeds = {scene.step_s for scene in shared}
-        if answerer.timestamps and len(speeds) > 1:
-            raise ValueError(f"scenes that share a film need one speed, got steps of {speeds} s")
-        self.step_s = speeds.pop() if speeds else 0.0
         self.frames_read = 0
         self._trunk: Any = None
         self._at = 0
@@ -97,7 +98,7 @@ class SceneReader:
             ValueError: If the scenes come out of order.
             ContextLengthError: If it does not fit the model's context.
         """
-        if not self._forks(scene):
+        if scene.id not in self.shared:
             cache = self._read(scene.frames, 0, scene.step_s)
         else:
             cut = self.cuts[scene.id]
@@ -119,10 +120,6 @@ class SceneReader:
         places = range(len(scene.frames))
         frames = sum(len(self.answerer.frame_ids(place * scene.step_s)) for place in places)
         return len(self._head) + frames
-
-    def _forks(self, scene: Scene) -> bool:
-        # One frame in common is what any sampling of a film has.
-        return not self.pooled and self.cuts[scene.id] > 1
 
     def _grow(self, cut: int) -> None:
         for stop in self.stops:

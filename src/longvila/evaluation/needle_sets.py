@@ -413,20 +413,21 @@ def open_haystack(
         )
 
     def read(start: int, stop: int) -> Picture:
-        return np.stack([_frame(reels, number % total) for number in range(start, stop)])
-
-    def read_block(start: int, stop: int) -> Picture:
-        # One call a reel where a block lies within one.
-        first, last, base = start % total, (stop - 1) % total, 0
-        for reel in reels:
-            inside = base <= first <= last < base + reel.num_frames
-            if inside and last - first == stop - 1 - start:
-                return reel.frames(first - base, last + 1 - base)
-            base += reel.num_frames
-        return read(start, stop)
+        # One call a reel, so that frames decoded together can stand in for each other.
+        parts = []
+        while start < stop:
+            first = start % total
+            for reel in reels:
+                if first < reel.num_frames:
+                    break
+                first -= reel.num_frames
+            last = min(first + stop - start, reel.num_frames)
+            parts.append(reel.frames(first, last))
+            start += last - first
+        return np.concatenate(parts)
 
     return Haystack(
-        FrameBook(num_frames, read_block, size=size, block=block),
+        FrameBook(num_frames, read, size=size, block=block),
         Path(source).name,
         1 / fps,
         -(-num_frames // total),
@@ -499,14 +500,6 @@ class _Reel:
             near = min(set(found) - missing, key=lambda other: abs(other - index), default=None)
             found[index] = grey if near is None else found[near]
         return np.stack([found[index] for index in wanted])
-
-
-def _frame(reels: list[_Reel], number: int) -> Picture:
-    for reel in reels:
-        if number < reel.num_frames:
-            return reel.frames(number, number + 1)[0]
-        number -= reel.num_frames
-    raise AssertionError("number lies beyond the reels")
 
 
 def _drawn(start: int, stop: int, size: tuple[int, int]) -> Picture:

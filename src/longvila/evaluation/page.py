@@ -83,10 +83,7 @@ def heat_map(grid: Mapping[tuple[int, float], Share], *, title: str) -> Image.Im
         draw.text((middle, under + 6), _short(frames), "black", font=small, anchor="ma")
     draw.text((left, under + 26), "frames", "black", font=small)
     draw.text((8, top - 18), "depth", "black", font=small)
-    some = next(iter(grid.values()))
-    note = f"{sum(c.correct for c in grid.values())} of {sum(c.n for c in grid.values())} right, "
-    note += f"{some.n} a cell; a guess: {some.chance:.2f}"
-    draw.text((left, under + 46), note, "black", font=small)
+    draw.text((left, under + 46), _under_map(list(grid.values())), "black", font=small)
     bar = left + side * len(lengths) + 24
     for step in range(side * len(depths)):
         draw.line(
@@ -96,6 +93,16 @@ def heat_map(grid: Mapping[tuple[int, float], Share], *, title: str) -> Image.Im
     draw.text((bar + 20, top), "1", "black", font=small)
     draw.text((bar + 20, under - 14), "0", "black", font=small)
     return picture
+
+
+def _under_map(parts: Sequence[Share]) -> str:
+    asked = sum(part.n for part in parts)
+    # Cells of a tier may have more questions than others, and longer films more to guess from.
+    least, most = min(part.n for part in parts), max(part.n for part in parts)
+    each = f"{most}" if least == most else f"{least} to {most}"
+    guess = sum(part.chance * part.n for part in parts) / asked
+    right = sum(part.correct for part in parts)
+    return f"{right} of {asked} right, {each} a cell; a guess: {guess:.2f}"
 
 
 def _short(frames: int) -> str:

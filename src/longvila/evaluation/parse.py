@@ -18,8 +18,14 @@ the denominator. Rules, the first that applies decides:
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
+_MARKS = "".join(
+    chr(code) for code in range(0x300, 0xFE00) if unicodedata.category(chr(code)) in ("Mn", "Mc")
+)
+#: A pattern of a word in any script: vowels of many are marks on letters, which \w leaves out.
+WORD = rf"[^\W_](?:[^\W_]|[{_MARKS}])*"
 _WHOLE = re.compile(r"[\s\"'`*(\[]*([A-Za-z])[\s\"'`*)\].,:;!]*")
 _LEADING = re.compile(
     r"[\s\"'`*]*(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Z])(?:[.):,*]|\s*\n)|([a-z])[.):](?=\s)"
@@ -136,5 +142,6 @@ def normal_words(text: str) -> str:
     Args:
         text: A word or a phrase.
     """
-    words = re.sub(r"[^\w\s]", " ", text.casefold()).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+    words = re.findall(WORD, unicodedata.normalize("NFC", text).casefold())
+    kept = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(kept or words)  # An answer may be the letter A.

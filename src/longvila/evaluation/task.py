@@ -27,13 +27,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from longvila.evaluation.parse import WORD
 from longvila.model.processing_longvila import clock
 
 Ask = Literal["forced", "free", "choice"]
 Reader = Literal["text", "name", "number", "order", "time", "list"]
 
 #: ``mm:ss``, or ``h:mm:ss`` as films of hours are spoken of.
-_TIME = re.compile(r"(?<![\d:])(?:\d{1,2}:)?\d{1,4}:\d{2}(?![\d:])")
+_TIME = re.compile(r"(?<![\d:])(?:\d{1,2}:)?\d{1,4}:[0-5]\d(?![\d:])")
 #: Scripts without spaces between words, or with endings that join them: Thai, Lao, Burmese, Khmer,
 #: Japanese, Chinese, Korean.
 _UNSPACED = re.compile(
@@ -44,6 +45,8 @@ _NUMBERS = (
     "eleven", "twelve",
 )  # fmt: skip
 _TIMES = {"once": 1, "twice": 2, "thrice": 3}
+#: Two of the first are no two.
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def plain(text: str) -> str:
     # Letters of any script: a name may be in any language. Some systems write names of files with
     # accents as characters of their own.
     text = unicodedata.normalize("NFC", text).casefold().replace("\u2019", "'")
-    words = re.findall(r"[^\W_]+(?:[':][^\W_]+)*", text)
+    words = re.findall(rf"{WORD}(?:[':]{WORD})*", text)
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
@@ -164,7 +167,7 @@ def mentions(text: str, names: Sequence[str]) -> list[str]:
 def _whole_words(name: str) -> str:
     """A pattern that finds a name, not inside a longer word where its script has spaces."""
     left, right = ("" if _UNSPACED.match(end) else edge for end, edge in
-                   ((name[0], r"(?<!\w)"), (name[-1], r"(?!\w)")))  # fmt: skip
+                   ((name[0], r"(?<![^ ':])"), (name[-1], r"(?![^ ':])")))  # fmt: skip
     return left + re.escape(name) + right
 
 
@@ -188,6 +191,7 @@ def _read_name(question: Question, said: str) -> Grade:
 def _read_number(question: Question, said: str) -> Grade:
     words = re.findall(r"\d+|[a-z]+", said.lower())
     known = {word: number for number, word in enumerate(_NUMBERS)} | _TIMES
+    known |= {word: 10 * number for number, word in enumerate(_TENS, start=2)}
     found = [
         int(word) if word.isdigit() else known[word]
         for word in words

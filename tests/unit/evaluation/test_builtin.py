@@ -94,6 +94,12 @@ def test_every_length_shows_the_whole_part_of_the_film() -> None:
         if length == 16 and len(own) > 12:
             assert own[0] in (0, 3) and own[-1] >= 42
         assert scene.step_s == max(1.0, 200.0 / (length if length > 1 else 48))
+    # A length that the book's frames are no multiple of, too, and with its scenes of the film.
+    uneven = bench_scenes(_material(processor), replace(PLAN, lengths=(32,)), processor)
+    (whole,) = [scene for scene in uneven if scene.id == "film/32"]
+    assert len(whole.frames) == 32 and whole.frames[-1] >= 46
+    assert np.abs(np.array(whole.frames) - np.arange(32) * 1.5).max() <= 1.5
+    assert list(whole.frames) == sorted(whole.frames)
     with pytest.raises(ValueError, match="99 frames are asked for, the film gives 48"):
         bench_scenes(_material(processor), replace(PLAN, lengths=(99,)), processor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,21 @@ def test_needles_are_put_in(tmp_path: Path) -> None:
     assert [read_number(frame) for frame in video.frames] == [999, 0, 2, 999, 5, 7, 999]
     assert video.indices.tolist() == [-1, 0, 2, -1, 5, 7, -1]
     assert video.timestamps_s.tolist() == [0.0, 0.0, 0.5, 1.25, 1.25, 1.75, 1.75]
+
+
+def test_a_picture_at_the_end_of_a_damaged_film(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(clip(tmp_path / "hay.mp4", 8))
+    Image.new("RGB", (8, 8)).save(tmp_path / "n.png")
+    whole = SAMPLER.sample(file, num_frames=8)
+    part = replace(
+        whole, frames=whole.frames[:6], indices=whole.indices[:6],
+        timestamps_s=whole.timestamps_s[:6], missing=(6, 7),
+    )  # fmt: skip
+    monkeypatch.setattr(SAMPLER, "sample", lambda *_, **__: part, raising=False)
+    splice = {"haystack": file, "frames": 8, "pictures": [[4, str(tmp_path / "n.png")]]}
+    for place, found in ((4, 3), (8, 6)):
+        splice["pictures"][0][0] = place
+        video = read_video(SAMPLER, {"splice": splice}, 1)
+        assert video.indices.tolist().index(-1) == found and len(video.frames) == 7

@@ -31,6 +31,12 @@ def test_videos_are_found_where_data_sets_put_them(tmp_path: Path) -> None:
     assert tasks.find_video(tmp_path, "a.b.mp4") == str(tmp_path / "videos" / "a.b.mkv")
     # VNBench's paths begin with a slash, and are not the machine's.
     assert tasks.find_video(tmp_path, "/videos/a.b.mp4") == str(tmp_path / "videos" / "a.b.mkv")
+    # A dot of a name without an ending: the second clip is not the only file that begins so.
+    clip(tmp_path / "clip.mp4", 2)
+    with pytest.raises(FileNotFoundError):
+        tasks.find_video(tmp_path, "clip.2")
+    clip(tmp_path / "clip.2.mp4", 2)
+    assert tasks.find_video(tmp_path, "clip.2") == str(tmp_path / "clip.2.mp4")
     with pytest.raises(FileNotFoundError, match=r"no video c\.mp4 in .*--data TASK=FOLDER"):
         tasks.find_video(tmp_path, "c.mp4")
 
@@ -73,6 +79,8 @@ def test_a_needle_is_named_not_read() -> None:
     assert shown["url"] == {
         "splice": {"haystack": "/data/film.mp4", "frames": 10, "pictures": [[2, "/data/n.png"]]}
     }
+    (shown,) = tasks.needle_visual({**doc, "frames": 100, "depth": 0.29}, {"media": "/data"})
+    assert shown["url"]["splice"]["pictures"] == [[29, "/data/n.png"]]
 
 
 def test_scores() -> None:

@@ -161,6 +161,23 @@ def test_strict_films_hold_the_target_at_its_depth_and_others_apart() -> None:
         assert {q.shape["control"] for q in scene.questions} in ({"no needle"}, {"grey"})
 
 
+def test_a_time_that_several_needles_share_is_not_asked_about() -> None:
+    # Eight frames a second: needles of a short film may stand in one second.
+    stage = _stage(24, insert="paste", step_s=1 / 8)
+    for seed in range(20):
+        stage.seed = seed
+        films, _ = strict_scenes(stage, make_grid(24, 24, 0.5), trials=1, per_film=4)
+        for scene in films:
+            shown = Counter(stage.time(k) for k, n in enumerate(scene.frames) if n >= 24)
+            asked = {q.text for q in scene.questions if q.task == "retrieval"}
+            assert not {f"What is shown at {t}?" for t, n in shown.items() if n > 1} & asked
+    # All in one second: there is no other time to choose from.
+    scenes, _ = strict_scenes(
+        _stage(24, step_s=1 / 50), make_grid(24, 24, 0.5), trials=1, per_film=4
+    )
+    assert "grounding" not in {q.task for scene in scenes for q in scene.questions}
+
+
 def test_options_do_not_tell_the_answer() -> None:
     scenes, _ = _strict()
     places: dict[str, Counter[int]] = {}

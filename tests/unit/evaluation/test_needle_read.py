@@ -157,7 +157,7 @@ def test_kept_rows_are_not_encoded_again(tmp_path: Path) -> None:
     assert names == [f"{a:06d}-{b:06d}.safetensors" for a, b in ((0, 4), (4, 8), (8, 9))]
 
 
-def test_scenes_out_of_order_and_of_two_speeds_are_errors() -> None:
+def test_scenes_out_of_order_are_an_error() -> None:
     processor = tiny_processor(timestamps=True)
     book, scenes = _scenes(processor)
     rows = FrameRows(LONGVILA, book, processor.video_processor.pixels)
@@ -167,9 +167,33 @@ def test_scenes_out_of_order_and_of_two_speeds_are_errors() -> None:
         reader.watch(scenes[0])
         with pytest.raises(ValueError, match="scene 1 shares 2 frames with the film, but 4"):
             reader.watch(scenes[1])
-        fast = Scene("fast", scenes[0].frames, 0.5, ())
-        with pytest.raises(ValueError, match="need one speed"):
-            SceneReader(answerer, rows, [*scenes, fast])
+
+
+def test_a_scene_of_another_speed_is_read_whole() -> None:
+    model, processor = tiny_model(2, dtype=torch.float64), tiny_processor(timestamps=True)
+    book, scenes = _scenes(processor)
+    slow = Scene("slow", tuple(range(5)), 3.0, ())
+    rows = FrameRows(LONGVILA, book, processor.video_processor.pixels)
+    with Engine(model, family=rows.family) as engine:
+        answerer = Answerer(engine, processor)
+        ordered = reading_order([*scenes, slow], book.num_frames)
+        reader = SceneReader(answerer, rows, ordered)
+        for scene in ordered:
+            watched = reader.watch(scene)
+            if scene is slow:
+                break
+        head, times = len(answerer.head_ids()), [answerer.frame_ids(3.0 * k) for k in range(5)]
+        assert watched.tokens == head + sum(map(len, times)) == reader.tokens_of(slow)
+        tail = answerer._tail(watched, "What?")
+        frames = np.stack([book.frame(number) for number in slow.frames])
+        ids = [*answerer.head_ids(), *(token for frame in times for token in frame)]
+        with torch.no_grad():
+            wanted = model(
+                input_ids=torch.cat([torch.tensor([ids]), tail], 1),
+                pixel_values_videos=processor.video_processor.pixels(frames),
+                video_num_frames=torch.tensor([5]),
+            ).logits[0, -1]
+        torch.testing.assert_close(engine.decode(engine.fork(watched.cache), tail)[0], wanted)
 
 
 def test_cut() -> None:

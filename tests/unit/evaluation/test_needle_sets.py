@@ -327,6 +327,8 @@ def test_broken_and_missing_films_are_errors(tmp_path: Path) -> None:
     assert first.shape == (48, 64, 3) and film.undecoded() == ["empty, frame 1"]
     assert (film.book.frame(1) == first).all()
     assert (_film(tmp_path / "empty", num_frames=3, block=1).book.frame(1) == 128).all()
+    again = _film(tmp_path / "empty", num_frames=6, block=6, repeat=True)
+    assert all((again.book.frame(k) == first).all() for k in (1, 4))
 
 
 def test_a_drawn_film_says_so_and_no_frame_is_like_another() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from longvila.evaluation.page import COLOURS, colour, heat_map, text_table, write_page
 from longvila.evaluation.summary import cells, summarise
@@ -38,6 +39,19 @@ def test_heat_map_has_a_cell_for_each() -> None:
     for value, wanted in ((1.0, 2), (0.5, 2)):
         share = (picture == colour(value)).all(-1).sum()
         assert wanted * 1400 < share < wanted * 2000
+
+
+def test_a_map_speaks_of_all_its_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        "longvila.evaluation.page.ImageDraw.ImageDraw.text",
+        lambda self, place, text, *rest, **options: said.append(text),
+    )
+    rows = [{**row, "chance": 30 / row["shape"]["frames"]} for row in _rows()][1:]
+    (group,) = summarise(rows)
+    heat_map(cells(rows, group), title="t")
+    # Three questions of one in ten and four of one in fifty; a cell has lost one.
+    assert "5 of 7 right, 1 to 2 a cell; a guess: 0.05" in said
 
 
 def test_page_is_whole_and_runs_nothing(tmp_path: Path) -> None:

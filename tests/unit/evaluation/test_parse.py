@@ -93,3 +93,7 @@ def test_labels_and_words():
     assert strip_label("(B) two cats") == "two cats"
     assert strip_label("Bold cats") == "Bold cats"
     assert normal_words(" The Red  car!") == "red car"
+    assert normal_words("A.") == "a" != normal_words("B.")
+    assert normal_words("Lo\u0308we") == normal_words("l\u00f6we")
+    # Vowels that are marks on letters are no punctuation.
+    assert normal_words("\u0936\u0947\u0930") != normal_words("\u0936\u094b\u0930")

@@ -37,6 +37,16 @@ def test_names_are_found_where_words_have_no_spaces_between_them() -> None:
     assert mentions("Sealöwe", ["löwe"]) == []
 
 
+def test_vowels_that_are_marks_belong_to_their_words() -> None:
+    lion, noise = "\u0936\u0947\u0930", "\u0936\u094b\u0930"
+    assert plain(lion) == lion != plain(noise)
+    assert mentions(f"\u092f\u0939 {noise} \u0939\u0948", [lion, noise[:2], noise]) == [noise]
+    assert (
+        mentions("\u0e40\u0e2a\u0e37\u0e48\u0e2d", ["\u0e40\u0e2a\u0e37\u0e2d"]) == []
+    )  # a mat, no tiger
+    assert plain("a lion \u2764\ufe0f 3\ufe0f\u20e3") == "lion 3"  # marks of signs are no words
+
+
 @pytest.mark.parametrize(
     ("said", "wanted"),
     [
@@ -58,6 +68,7 @@ def test_number() -> None:
     assert _grade("number", "3", "3 or 4") == (0.0, False, None)
     assert _grade("number", "3", "thirteen") == (0.0, False, None)
     assert _grade("number", "13", "13") == (1.0, True, "13")
+    assert _grade("number", "2", "twenty-two") == (0.0, False, None)
 
 
 def test_order() -> None:
@@ -75,6 +86,7 @@ def test_time() -> None:
     assert _grade("time", "01:05", "01:05 to 01:09", tolerance_s=1) == (0.0, False, None)
     assert _grade("time", "01:05", "65 seconds", tolerance_s=1)[2] is None
     assert _grade("time", "121:05", "at 2:01:05.", tolerance_s=1) == (1.0, True, "121:05")
+    assert _grade("time", "02:39", "01:99", tolerance_s=1) == (0.0, False, None)
     assert _grade("time", "01:02", "1:02:03", tolerance_s=1) == (0.0, False, "62:03")
 
 
