@@ -313,8 +313,9 @@ def lengths(folder: Path, run: str = "smol") -> list[str]:
 
 
 def ablations(folder: Path, run: str = "smol") -> list[str]:
-    """The same for runs of half the steps in stages 4 and 5."""
-    return _compared(read(folder, run), ABLATIONS)
+    """The same for runs of half the steps in stages 4 and 5, and their losses."""
+    lines = _compared(read(folder, run), ABLATIONS)
+    return [*lines, "", *_losses(folder, run)] if read_training(folder, run) else lines
 
 
 def _compared(found: dict[tuple[str, str], Measured], names: dict[str, str]) -> list[str]:
@@ -381,8 +382,9 @@ def _losses(folder: Path, run: str) -> list[str]:
 
 def _part(name: str) -> str:
     """What tables of losses call a part, those of half the steps among them."""
-    half = name.removeprefix("half-")
-    return STAGES.get(name) or (f"{STAGES[half]}, half" if half in STAGES else name)
+    how, _, stage = name.partition("-")
+    rest = {"half": "half", "direct": "half, without stage 4", "last": "half, after stage 5"}
+    return STAGES.get(name) or (f"{STAGES[stage]}, {rest[how]}" if how in rest else name)
 
 
 def right(folder: Path, run: str) -> list[str]:
