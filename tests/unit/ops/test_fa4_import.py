@@ -1,4 +1,4 @@
-"""What flash-attn-4 warns of on its way in is not passed on, and ends nothing under -W error."""
+"""What flash-attn-4 warns of, imported or compiled, ends nothing under -W error."""
 
 import importlib
 import sys
@@ -14,6 +14,16 @@ import warnings
 warnings.warn("LayoutEnum is deprecated", DeprecationWarning)
 def compile():
     warnings.warn("Argument aux_data (position 17) cannot be converted to a JitArgument")
+    warnings.warn(
+        "warpgroup.OperandMajorMode is deprecated, use cute.nvgpu.OperandMajorMode instead",
+        DeprecationWarning,
+    )
+    warnings.warn(
+        "cutlass.utils.smem_allocator.SmemAllocator is deprecated; use cutlass.memory",
+        DeprecationWarning,
+    )
+def other():
+    warnings.warn("torch.something is deprecated", DeprecationWarning)
 """
 
 
@@ -34,6 +44,8 @@ def test_warnings_of_the_kernels_package(tmp_path: Path, monkeypatch: pytest.Mon
             module = fa4._load()
             assert not isinstance(module, str), module
             module.compile()
+            with pytest.raises(DeprecationWarning, match="torch"):
+                module.other()
     finally:
         fa4._load.cache_clear()
         for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:

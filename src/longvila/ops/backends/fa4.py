@@ -32,6 +32,8 @@ from longvila.ops.backends.seen import dense_backward_of_seen, dense_forward_of_
 #: Head dims whose gradients agree with the oracle in 4.0.0b36 on an H200. At 72 dq is wrong, at 80
 #: dq, dk and dv are; the forward is right at all of them.
 RIGHT_BACKWARD = (64, 128)
+#: How CUTLASS begins to say that a name of its own has moved.
+OLDER_NAMES = r"(cutlass|warpgroup|tcgen05)\.\S+ is deprecated"
 
 
 @functools.cache
@@ -49,8 +51,10 @@ def _load() -> ModuleType | str:
             module = importlib.import_module("flash_attn.cute.interface")
     except ImportError as error:
         return f"flash_attn.cute is installed but does not import: {error}"
-    # Each compilation says of an optional argument that it was passed as it is.
+    # Each compilation says of an optional argument that it was passed as it is, and uses older
+    # names of CUTLASS, in generated code, too, so that no module tells them apart.
     warnings.filterwarnings("ignore", "Argument .* cannot be converted to a JitArgument")
+    warnings.filterwarnings("ignore", OLDER_NAMES, DeprecationWarning)
     return module
 
 
