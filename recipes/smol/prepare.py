@@ -4,7 +4,8 @@
 
 1. The named pictures become WEBP files with alpha, longest side ``SIDE``, inside ``pictures.zip``;
    the index with each picture's name and split is ``pictures.json``. The split is also written, as
-   text, to ``recipes/smol/splits`` where it is kept under version control.
+   text, to ``recipes/smol/splits`` where it is kept under version control; a picture that stands
+   there already stays where it is.
 2. The film is decoded at two frames a second, squeezed to the tower's square input as the
    processor does, and stored as JPEG in ``frames.zip``: its first two thirds for training, its
    last third for evaluation. A camera clip of Debian's opencv-doc joins each part.
@@ -33,6 +34,7 @@ SIDE = 160
 FRAME = 224
 #: Correlation of two small pictures from which on they count as the same drawing.
 SAME = 0.9
+PARTS = ("train", "b", "c", "copy")
 CAMERA = ("tree.avi",)
 UNSEEN = ("vtest.avi",)
 
@@ -101,6 +103,33 @@ def leave_out_copies(index: list[dict[str, Any]], vectors: np.ndarray) -> int:
     return marked
 
 
+def keep_lists(index: list[dict[str, Any]], splits: Path) -> int:
+    """Put pictures into the parts that the kept lists say.
+
+    Whether one is nearly the same as another is a number near a limit, and other versions of Pillow
+    and libwebp move it: without the lists a test picture could become another part's elsewhere.
+
+    Args:
+        index: Entries with their ``id`` and ``split``, changed in place.
+        splits: Folder of the lists; a picture that none names stays as it is.
+
+    Returns:
+        How many were moved.
+    """
+    listed = {
+        line.split("\t")[1]: path.stem
+        for path in (splits / f"{part}.tsv" for part in PARTS)
+        if path.exists()
+        for line in path.read_text(encoding="utf-8").splitlines()
+    }
+    moved = 0
+    for entry in index:
+        part = listed.get(entry["id"], entry["split"])
+        moved += part != entry["split"]
+        entry["split"] = part
+    return moved
+
+
 def pack_pictures(sources: Path, out: Path, splits: Path) -> None:
     parts = split(gather(sources))
     splits.mkdir(parents=True, exist_ok=True)
@@ -124,7 +153,8 @@ def pack_pictures(sources: Path, out: Path, splits: Path) -> None:
                      "size": [image.height, image.width]}
                 )  # fmt: skip
     print(f"{leave_out_copies(index, np.stack(vectors))} held-out copies left out")
-    for part in ("train", "b", "c", "copy"):
+    print(f"{keep_lists(index, splits)} moved to where the lists have them")
+    for part in PARTS:
         lines = sorted(f"{e['name']}\t{e['id']}" for e in index if e["split"] == part)
         (splits / f"{part}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(part, len(lines))

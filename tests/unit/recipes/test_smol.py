@@ -74,3 +74,16 @@ def test_committed_splits_are_disjoint() -> None:
     assert len(ids) == len(set(ids)) > 4000
     assert {row[0] for row in rows["c"]} - {row[0] for row in rows["train"]}
     assert {row[0] for row in rows["b"]} <= {row[0] for row in rows["train"]}
+
+
+def test_pictures_stay_in_the_parts_that_the_lists_say(recipe: Any, tmp_path: Path) -> None:
+    module = recipe("prepare")
+    (tmp_path / "copy.tsv").write_text("older man\tfluent/1f474\n", encoding="utf-8")
+    (tmp_path / "train.tsv").write_text("box\tnoto/1f4e6\nbox\ttwitter/1f4e6\n", encoding="utf-8")
+    index = [
+        {"id": "fluent/1f474", "split": "c"},
+        {"id": "noto/1f4e6", "split": "train"},
+        {"id": "stamps/new.png", "split": "b"},
+    ]
+    assert module.keep_lists(index, tmp_path) == 1
+    assert [entry["split"] for entry in index] == ["copy", "train", "b"]
