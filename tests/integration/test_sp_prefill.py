@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from longvila.errors import RankError
+from longvila.inference import store
 from longvila.inference.engine import Engine
 from longvila.inference.frames import MissingFrames, TensorFrames, VideoFrames
 from longvila.inference.paging import Pager
@@ -167,6 +168,39 @@ def check_stored(rank: Rank, folder: str) -> None:
         dist.barrier()
         with pytest.raises(StoreError, match="is damaged: 1 of its"):
             engine.load(folder)
+
+
+def store_alone(rank: Rank, folder: str) -> None:
+    """What one rank alone cannot write or read is said on all of them, and nobody waits."""
+    model, inputs = longvila()
+    with Engine(model, build_mesh(2, 2, "zigzag_ring_varlen")) as engine:
+        film = engine.prefill(inputs)
+        write = store._write_tensors
+        if rank.rank == 1:
+            store._write_tensors = full_disk
+        with pytest.raises(StoreError, match="the disk of one is full"):
+            engine.save(film, folder)
+        store._write_tensors = write
+        assert store.begins_stored(folder)
+        engine.save(film, folder)
+        dist.barrier()
+        if rank.rank == 1:  # the name of a tensor that the last rank alone reads
+            file = Path(folder) / "cache-00001-of-00002.safetensors"
+            content = file.read_bytes()
+            file.write_bytes(content.replace(b"keys.1", b"keys.9", 1))
+        dist.barrier()
+        with pytest.raises(StoreError, match=r"damaged \(.*keys.1.*make it again"):
+            engine.load(folder)
+        engine.save(film, folder, overwrite=True)
+        assert engine.load(folder).get_seq_length() == film.get_seq_length()
+
+
+def full_disk(path: Path, tensors: Any) -> int:
+    raise StoreError("the disk of one is full")
+
+
+def test_what_one_rank_cannot_store_or_load_is_an_error_of_all(tmp_path: Path) -> None:
+    run_ranks(store_alone, 2, str(tmp_path / "index"), timeout_s=90)
 
 
 def test_stored_and_paged_over_ranks(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ several GPUs each decodes, encodes and reads its part; the answer is that of one
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -83,7 +84,8 @@ def main(argv: list[str]) -> int:
         The exit status.
     """
     options = parse(Options, argv, "ask", __doc__, flag_pairs=False)
-    split_inputs(options)  # refused before processes are started
+    # Refused before processes are started; and once, since questions may come through a pipe.
+    sources, asked = split_inputs(options)
     check_numbers(options)
     if options.max_new_tokens < 1:
         raise LongVILAError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
@@ -92,7 +94,10 @@ def main(argv: list[str]) -> int:
     if not 0 < options.top_p <= 1:
         raise LongVILAError(f"--top-p must be above 0 and at most 1, got {options.top_p}")
     return run_over_ranks(
-        run, options, size=options.gpus, device=find_device(options.device, gpus=options.gpus)
+        functools.partial(run, sources=sources, asked=asked),
+        options,
+        size=options.gpus,
+        device=find_device(options.device, gpus=options.gpus),
     )
 
 
@@ -157,19 +162,20 @@ def run_over_ranks(work: Any, options: Any, *, size: int, device: str) -> int:
     return workers.run_over_ranks(work, options, size=size, device=device)
 
 
-def run(ranks: Ranks, options: Options) -> int:
+def run(ranks: Ranks, options: Options, *, sources: list[str], asked: list[str]) -> int:
     """Ask on one rank; the first one talks.
 
     Args:
         ranks: This process among those that share the work.
         options: The options.
+        sources: The media.
+        asked: The questions, those of the first rank counting.
 
     Returns:
         The exit status.
     """
     from longvila.inference.session import Session
 
-    sources, asked = split_inputs(options)
     asked = ranks.share(asked)
     index = find_index(sources)
     sampling = options.frames is not None or options.fps is not None

@@ -384,8 +384,9 @@ class Engine:
         """Generate with transformers' ``generate`` behind a prefix.
 
         Args:
-            prompt: A cache from `prefill`, extended by the ids and what is generated (a fork of it
-                where rows multiply: beams, several return sequences); or inputs to prefill.
+            prompt: A cache from `prefill`, extended by the ids and what is generated, but for the
+                last token, which was never read: the next turn's ids begin with it. (A fork of it
+                where rows multiply: beams, several return sequences.) Or inputs to prefill.
             ids: ``(1, T)`` text tokens to read first; None for none. Or B questions that share
                 the prefix: ``(B, T)``, or B rows of different lengths, ``(T_b,)`` each, which get
                 filler in front. The prefix then stays as it is.

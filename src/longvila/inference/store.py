@@ -276,10 +276,11 @@ def save_cache(
         The folder.
 
     Raises:
-        StoreError: If the folder holds something already.
+        StoreError: If the folder holds something already, or cannot be written to; on all ranks,
+            whichever of them finds it full.
         ValueError: If the cache has several rows, or was filled without ids.
 
-    Comm: Two barriers and one gather of sizes.
+    Comm: Three barriers, one gather of error messages and one of sizes.
 
     Memory: ``2 * 65536 * K * D`` elements on the host.
     """
@@ -310,9 +311,14 @@ def save_cache(
             tensors.append((f"values.{number}", [values[0] for _, values in parts]))
             tensors.append((f"sums.{number}", [_sums(k[0], v[0]) for k, v in parts]))
     sizes = [0] * cache.num_ranks
-    if tensors:
-        written = _write_tensors(folder / _shard_name(cache.rank, cache.num_ranks), tensors)
-        sizes[cache.rank] = written
+    fault: Exception | None = None
+    try:
+        if tensors:
+            written = _write_tensors(folder / _shard_name(cache.rank, cache.num_ranks), tensors)
+            sizes[cache.rank] = written
+    except Exception as error:
+        fault = error
+    _agree(fault, cache.mesh)
     if cache.num_ranks > 1:
         found: list[Any] = [None] * cache.num_ranks
         dist.all_gather_object(found, sizes[cache.rank], group=cache.group)
@@ -335,6 +341,30 @@ def save_cache(
         os.replace(part, folder / INDEX)
     _barrier(cache)
     return folder
+
+
+def _agree(fault: Exception | None, mesh: SPMesh | None) -> None:
+    """Raise on all ranks what failed on one: the others would wait for it.
+
+    Args:
+        fault: What failed on this one, if anything.
+        mesh: The ranks; None for one process.
+
+    Raises:
+        StoreError: Where nothing failed, with the message of the first rank where something did.
+
+    Comm: One all-gather of error messages.
+    """
+    found: list[str | None] = []
+    if mesh is not None and mesh.sp_size > 1:
+        found = [None] * mesh.sp_size
+        said = None if fault is None else str(fault)
+        dist.all_gather_object(found, said, group=mesh.sp_group)
+    if fault is not None:
+        raise fault
+    for rank, message in enumerate(found):
+        if message is not None:
+            raise StoreError(f"rank {rank}: {message}")
 
 
 def _barrier(cache: ShardedCache) -> None:
@@ -417,20 +447,38 @@ def load_cache(
 
     Raises:
         StoreError: If it is not there, not whole, damaged, or of something else; every difference
-            is named.
+            is named. On all ranks, whichever of them finds it.
 
-    Comm: One all-reduce of an integer.
+    Comm: One all-gather of error messages, one all-reduce of an integer.
 
     Memory: The rank's share, on the device.
     """
     folder = Path(path)
-    index = read_index(folder)
-    if unlike := list(differences(index["key"], key)):
-        raise StoreError(f"{folder} was made of something else: " + "; ".join(unlike))
+    cache: ShardedCache | None = None
+    fault: Exception | None = None
+    flipped = 0
     try:
-        return _read_cache(folder, index, mesh, device, pager)
-    except (SafetensorError, KeyError, TypeError, IndexError) as fault:
-        raise StoreError(f"{folder} is damaged ({fault}); make it again") from fault
+        index = read_index(folder)
+        if unlike := list(differences(index["key"], key)):
+            raise StoreError(f"{folder} was made of something else: " + "; ".join(unlike))
+        cache, flipped = _read_cache(folder, index, mesh, device, pager)
+    except (SafetensorError, KeyError, TypeError, IndexError) as error:
+        fault = StoreError(f"{folder} is damaged ({error}); make it again")
+        fault.__cause__ = error
+    except Exception as error:
+        fault = error
+    _agree(fault, mesh)
+    assert cache is not None
+    if cache.num_ranks > 1:
+        damaged = torch.tensor([flipped], device=device)
+        dist.all_reduce(damaged, group=cache.group)
+        flipped = int(damaged)
+    if flipped:
+        raise StoreError(
+            f"{folder} is damaged: {flipped} of its {cache.get_seq_length()} tokens are not what "
+            "was written; copy it again, or make it again"
+        )
+    return cache
 
 
 def _read_cache(
@@ -439,7 +487,8 @@ def _read_cache(
     mesh: SPMesh | None,
     device: torch.device | str,
     pager: Pager | None,
-) -> ShardedCache:
+) -> tuple[ShardedCache, int]:
+    """Read this rank's part; return the cache, and how many of its tokens are damaged."""
     cache = ShardedCache(index["layers"], mesh=mesh, pager=pager)
     tokens, ranks = index["tokens"], len(index["bytes"])
     low, high = split_evenly(tokens, cache.num_ranks, cache.rank)
@@ -468,14 +517,6 @@ def _read_cache(
                     there = _read_rows(pieces, f"sums.{layer}", high - low, device)
                     flipped |= there != _sums(*(x[0].transpose(0, 1) for x in both))
                 cache.update(both[0], both[1], layer)
-    damaged = flipped.sum()[None]
-    if cache.num_ranks > 1:  # or the others would wait for the one that found it
-        dist.all_reduce(damaged, group=cache.group)
-    if int(damaged):
-        raise StoreError(
-            f"{folder} is damaged: {int(damaged)} of its {tokens} tokens are not what was written; "
-            "copy it again, or make it again"
-        )
     assert files[0] is not None
     cache.input_ids = files[0].get_tensor("input_ids")[None].to(device)
     if "logits" in files[0].keys():  # noqa: SIM118  # a file, not a mapping
@@ -487,7 +528,7 @@ def _read_cache(
         )
     if index["text_runs"] is not None:
         cache.text_runs = TextRuns(tuple(tuple(run) for run in index["text_runs"]))
-    return cache
+    return cache, int(flipped.sum())
 
 
 def _read_rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -321,6 +322,25 @@ def test_questions_of_a_file_are_answered_as_one_by_one(
         _, out, _ = run(capsys, *several[:-1], "1", "--json")
         alone = [json.loads(line)["answer"] for line in out.splitlines()]
         assert [each["answer"] for each in found] == alone
+
+
+@pytest.mark.parametrize("gpus", ["1", "2"])
+def test_questions_through_a_pipe_are_read_once(
+    checkpoint: str, media: dict[str, str], capsys: pytest.CaptureFixture[str], gpus: str
+) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"What is shown?\nWho?\n")
+    os.close(writer)
+    try:
+        status, out, err = run(
+            capsys,
+            *(media["film"], "--questions", f"/dev/fd/{reader}", "--model", checkpoint, "--json"),
+            *("--frames", "2", "--max-new-tokens", "2", "--device", "cpu", "--gpus", gpus),
+        )
+    finally:
+        os.close(reader)
+    assert status == 0, err
+    assert [json.loads(line)["question"] for line in out.splitlines()] == ["What is shown?", "Who?"]
 
 
 def test_questions_of_a_file_that_do_not_do(
