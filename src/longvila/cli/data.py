@@ -29,6 +29,9 @@ import tyro
 from longvila.cli._options import parse
 from longvila.errors import LongVILAError
 
+#: Reasons printed of each dataset.
+_SHOWN = 10
+
 
 @dataclass(frozen=True)
 class PackText:
@@ -187,17 +190,32 @@ def _inspect(argv: list[str]) -> int:
     found = {name: survey(each, options.samples, encoder) for name, each in datasets.items()}
     if options.json:
         print(json.dumps(found))
-        return 0
+        return _refused(found)
     for name, facts in found.items():
         print(f"{name}: {facts['records']:,} records, {facts['looked_at']:,} looked at")
         for key, value in facts.items():
-            if key not in ("records", "looked_at", "histogram", "reasons"):
+            if key not in ("records", "looked_at", "histogram", "reasons", "misfits"):
                 print(f"  {key.replace('_', ' '):<16} {value:,}")
         for line in _histogram(facts["histogram"]) if facts["histogram"] else ():
             print(f"  {line}")
-        for reason in facts["reasons"]:
-            print(f"  left out: {reason}")
-    return 0
+        for title, key in (("left out", "reasons"), ("stops training", "misfits")):
+            for reason in facts[key][:_SHOWN]:
+                print(f"  {title}: {reason}")
+            if len(facts[key]) > _SHOWN:
+                print(f"  {title}: {len(facts[key]) - _SHOWN:,} more; --json lists all")
+    return _refused(found)
+
+
+def _refused(found: dict[str, Any]) -> int:
+    """Say that training would stop, and return the status of the command."""
+    number = sum(len(facts["misfits"]) for facts in found.values())
+    if number:
+        print(
+            f"longvila data: {number:,} records do not fit their adapter, and training would stop "
+            "at the first of them; mend or remove them, or choose another adapter",
+            file=sys.stderr,
+        )
+    return 1 if number else 0
 
 
 def _encoder(options: Inspect) -> Any:
@@ -229,22 +247,30 @@ def survey(dataset: Any, samples: int, encoder: Any = None) -> dict[str, Any]:
         encoder: Makes documents, to count tokens and find broken media; None only reads records.
 
     Returns:
-        Counts by name, documents and tokens by length, and the first reasons for leaving out.
+        Counts by name, documents and tokens by length, the reasons for leaving out, and what is
+        wrong with records that do not fit their adapter (misfits).
     """
+    from longvila.data.datasets import SchemaError
     from longvila.data.encode import Rejected
     from longvila.data.records import RecordError
+    from longvila.media.image import load_image
 
     total = len(dataset)
     number = total if samples == 0 else min(samples, total)
     counts: Counter[str] = Counter()
     bins: dict[int, list[int]] = {}
     reasons: list[str] = []
+    misfits: list[str] = []
     for step in range(number):
         try:
             sample = dataset[step * total // number]
         except RecordError as fault:
             counts["broken"] += 1
             reasons.append(str(fault))
+            continue
+        except SchemaError as fault:
+            counts["do_not_fit"] += 1
+            misfits.append(str(fault))
             continue
         counts["turns"] += len(sample.turns)
         counts["characters"] += sum(len(turn.text) for turn in sample.turns)
@@ -256,6 +282,15 @@ def survey(dataset: Any, samples: int, encoder: Any = None) -> dict[str, Any]:
             if isinstance(document, Rejected):
                 counts[document.cause] += 1
                 reasons.append(document.reason)
+                continue
+            try:
+                # An encoder need not open pictures to know their tokens; whoever decodes them does.
+                for planned in document.media:
+                    if planned.media.kind == "image":
+                        load_image(planned.media.source)
+            except (LongVILAError, OSError) as fault:
+                counts["broken"] += 1
+                reasons.append(str(fault))
                 continue
             length = document.length
             counts["frames_cut"] += document.frames_cut
@@ -270,7 +305,8 @@ def survey(dataset: Any, samples: int, encoder: Any = None) -> dict[str, Any]:
         "looked_at": number,
         **counts,
         "histogram": bins,
-        "reasons": reasons[:10],
+        "reasons": reasons,
+        "misfits": misfits,
     }
 
 

@@ -133,6 +133,7 @@ class Encoder:
         short: What a video with fewer frames gives; None for the processor's.
         min_frames: Fewest frames that ``truncate_frames`` leaves in a video.
         options: Handed to `longvila.media.video.open_video`.
+        vocabulary: Ids that the model has; token rows with others are refused. None checks nothing.
     """
 
     processor: LongVILAProcessor | None
@@ -144,6 +145,7 @@ class Encoder:
     short: ShortPolicy | None = None
     min_frames: int = 1
     options: dict[str, Any] = field(default_factory=dict)
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 2:
@@ -163,7 +165,8 @@ class Encoder:
 
         Raises:
             SampleTooLong: If it is too long and the policy is ``error``.
-            ValueError: If the processor has no template that marks answers.
+            ValueError: If the processor has no template that marks answers, or a row has ids that
+                the model has not.
         """
         name = f"{sample.dataset}/{sample.id}"
         if sample.token_ids is not None:
@@ -410,6 +413,14 @@ class Encoder:
     def _fit_tokens(self, name: str, sample: Sample) -> Document | Rejected:
         assert sample.token_ids is not None
         size = int(sample.token_ids.size)
+        largest = int(sample.token_ids.max())
+        # On a GPU the embedding would end the process, and name no row.
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            raise ValueError(
+                f"{name}: token id {largest}, the model has {self.vocabulary} (0 to "
+                f"{self.vocabulary - 1}); was it packed with another model's tokenizer? Pack the "
+                "text anew with this one's"
+            )
         if size > self.max_tokens:
             reason = f"{name}: a row of {size} token ids, a row holds {self.max_tokens}"
             if self.too_long == "error":

@@ -301,13 +301,16 @@ def coders(
 
     Args:
         processor: The model's processor, or a language model's tokenizer.
-        config: The model's configuration.
+        config: The model's configuration; None where only a processor is at hand, and the ids of
+            token rows cannot be checked.
         encoder: Further arguments of `Encoder`.
         collator: Further arguments of `Collator`.
 
     Raises:
         UnknownFamily: If media of such a model cannot be read.
     """
+    if config is not None:
+        encoder = {"vocabulary": config.get_text_config().vocab_size, **encoder}
     if isinstance(processor, LongVILAProcessor):
         return Encoder(processor, **encoder), Collator(processor, **collator)
     codec = None

@@ -47,6 +47,7 @@ class RecordError(LongVILAError, ValueError):
 
 Record = Mapping[str, Any]
 # Strings are passed over by whole runs: one step a byte would take memory for each.
+_BOM = b"\xef\xbb\xbf"
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 _SCALAR = re.compile(rb"[^\s,]+")
 _KEPT_GROUPS = 2
@@ -193,11 +194,13 @@ def _open_json(path: Path, under: str | None) -> Records:
     if head[:1] != b"{":
         raise ValueError(f"{path}: JSON that is neither a list nor an object")
     with path.open("rb") as file:
-        first = file.readline()
+        # Of a mapping or of lines, either may come after empty ones.
+        first = next((line for line in file if line.removeprefix(_BOM).strip()), b"")
+        further = file.tell() < path.stat().st_size
     try:
         json.loads(first)
         # A whole object on the first line: either lines, or a mapping written without breaks.
-        if under is None and path.stat().st_size > len(first):
+        if under is None and further:
             return JsonLines(path)
     except json.JSONDecodeError:
         first = b""
@@ -280,7 +283,7 @@ class JsonLines(_Offsets):
         place = 0
         with path.open("rb") as file:
             for line in file:
-                if line.strip():
+                if line.removeprefix(_BOM).strip():
                     starts.append(place)
                     ends.append(place + len(line))
                 place += len(line)

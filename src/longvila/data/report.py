@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from longvila.log import get_logger
+
+_LOG = get_logger(__name__)
 Cause = Literal["broken", "too_long"]
 
 
@@ -47,6 +50,7 @@ class Report:
     keep: int = 10_000
     counts: Counter[str] = field(default_factory=Counter)
     events: list[Event] = field(default_factory=list)
+    _listed: set[Event] = field(default_factory=set)
 
     def used(self, documents: int, tokens: int, frames_cut: int, shortened: int) -> None:
         """Count what a row used."""
@@ -55,7 +59,9 @@ class Report:
         )
 
     def add(self, event: Event) -> None:
-        """Count and list one event."""
+        """Count and list one event, unless the file of an earlier run has brought it."""
+        if event in self._listed:
+            return
         self.counts[event.cause] += 1
         if len(self.events) < self.keep:
             self.events.append(event)
@@ -77,6 +83,26 @@ class Report:
         return {"counts": dict(self.counts), "events": [asdict(e) for e in self.events]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Go on from what `state_dict` gave, and from what is listed in the file.
+
+        What breaks while decoding is known to one group only. With other groups than there were,
+        the state may be that of another one, and this group's file must not lose what is in it.
+        """
         self.counts = Counter(state["counts"])
         self.events = [Event(**event) for event in state["events"]]
+        self._listed = set()
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            listed = [Event(**event) for event in content["events"]]
+        except (OSError, LookupError, TypeError, ValueError) as fault:
+            _LOG.warning(
+                "%s is no list of what was left out, and is begun anew: %s", self.path, fault
+            )
+            return
+        known = set(self.events)
+        for event in listed:
+            if event.found == "decoding" and event not in known:
+                self.add(event)
+                self._listed.add(event)

@@ -124,6 +124,8 @@ class Sample:
                 f"{where}: token_ids must be a non-empty row of whole numbers, got "
                 f"{ids.dtype} of shape {ids.shape}"
             )
+        if int(ids.min()) < 0:
+            raise ValueError(f"{where}: token_ids must not be negative, got {int(ids.min())}")
         lengths = self.document_lengths
         if lengths and (sum(lengths) != ids.size or min(lengths) < 1):
             raise ValueError(

@@ -198,7 +198,10 @@ def _from_folder(folder: Path, error: type[LongVILAError]) -> Source:
 
 
 def _local_path(address: str, error: type[LongVILAError]) -> Path:
-    parts = urllib.parse.urlsplit(address)
+    try:
+        parts = urllib.parse.urlsplit(address)
+    except ValueError as fault:
+        raise error(f"{_short(address)}: is no address: {fault}") from fault
     if parts.netloc not in ("", "localhost"):
         raise error(f"{address}: a file:// address must be on this machine, not {parts.netloc!r}")
     return Path(urllib.request.url2pathname(parts.path))
@@ -219,7 +222,10 @@ def _download(address: str, limits: Limits, error: type[LongVILAError]) -> Sourc
     ):
         opener.add_handler(handler)
     deadline = time.monotonic() + limits.timeout_s
-    suffix = Path(urllib.parse.urlsplit(address).path).suffix[:8]
+    try:
+        suffix = Path(urllib.parse.urlsplit(address).path).suffix[:8]
+    except ValueError as fault:  # brackets of an IPv6 address that are not closed, and such
+        raise error(f"{_short(address)}: is no address: {fault}") from fault
     handle, name = tempfile.mkstemp(prefix="longvila-", suffix=suffix)
     path = Path(name)
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "integration"))
 from family_files import save_family
@@ -70,6 +71,39 @@ def test_lines_that_are_no_records_are_counted_and_named(tmp_path: Path, capsys:
     printed = capsys.readouterr().out
     assert "broken           1" in printed and "turns            2" in printed
     assert "left out: " in printed and "record 0 at byte 0" in printed
+
+
+def test_all_records_that_do_not_fit_are_named_not_only_the_first(
+    tmp_path: Path, capsys: Any
+) -> None:
+    rows = [{"q": "Why?", "a": answer} for answer in ("So.", "", None, *[""] * 10)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    command = ["data", "inspect", str(tmp_path / "a.json"), "--adapter", "llava"]
+    assert main(command) == 1
+    printed = capsys.readouterr()
+    assert "do not fit       12" in printed.out and "turns            2" in printed.out
+    assert "stops training: llava, record 1: llava/1: the assistant says nothing" in printed.out
+    assert "stops training: llava, record 2: has a message whose text is None" in printed.out
+    assert "stops training: 2 more; --json lists all" in printed.out
+    assert "12 records do not fit their adapter, and training would stop" in printed.err
+    assert main([*command, "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["llava"]["misfits"]) == 12
+
+
+def test_pictures_that_cannot_be_opened_are_named(
+    tmp_path: Path, checkpoint: Path, capsys: Any
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "good.png").read_bytes()[:-30])
+    rows = [
+        {"image": f"{name}.png", "q": "What?", "a": "This."} for name in ("good", "gone", "torn")
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    command = ["data", "inspect", str(tmp_path / "a.json"), "--adapter", "llava", "--media-dir"]
+    assert main([*command, str(tmp_path), "--model", str(checkpoint)]) == 0
+    printed = capsys.readouterr().out
+    assert "broken           2" in printed
+    assert "gone.png: no such file" in printed and "torn.png: is no picture" in printed
 
 
 def test_tokens_of_other_models_are_counted(tmp_path: Path, capsys: Any) -> None:

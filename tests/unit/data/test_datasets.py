@@ -355,3 +355,27 @@ def test_records_of_hugging_face_datasets_are_taken_by_index() -> None:
             return json.loads(FILES["video-chatgpt"].read_text())[index]
 
     assert open_dataset("video-chatgpt", Table())[0].media[0].name == "v_id0.mp4"
+
+
+@pytest.mark.parametrize("named", ["", " ", 5, float("nan"), True, {"url": "a.mp4"}])
+def test_a_medium_that_is_no_name_is_refused_with_its_record(tmp_path: Path, named: Any) -> None:
+    """An empty name would be the folder of all media, whose pictures are taken for frames."""
+    row = {"video": named, "conversations": [{"from": "human", "value": "Why?"}]}
+    dataset = open_dataset("llava", [row], media_dir=tmp_path, name="mine")
+    with pytest.raises(SchemaError, match=r"mine, record 0: names (no )?video"):
+        dataset[0]
+
+
+@pytest.mark.parametrize("ids", [[1, 2.5], [1, float("nan")], [1, 2**70], [1, -5], ["1"], [True]])
+def test_ids_that_are_no_whole_numbers_are_refused(ids: list[Any]) -> None:
+    """They were cut to whole numbers, or ended the run without a word of the record."""
+    with pytest.raises(SchemaError, match="tokens, record 0: "):
+        open_dataset("tokens", [{"text": ids}])[0]
+
+
+def test_ids_and_lengths_may_be_written_with_a_point() -> None:
+    sample = open_dataset("tokens", [{"text": [1.0, 2.0], "document_lengths": [1.0, 1.0]}])[0]
+    assert sample.token_ids is not None
+    assert sample.token_ids.tolist() == [1, 2] and sample.document_lengths == (1, 1)
+    with pytest.raises(SchemaError, match="whole numbers"):
+        open_dataset("tokens", [{"text": [1, 2], "document_lengths": [1.2, 1]}])[0]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.fixtures.upstream_case import write_checkpoint
 
 from longvila.data.encode import IGNORE_INDEX, Document, Encoder, Rejected, SampleTooLong
+from longvila.data.families import coders
 from longvila.data.sample import Media, Sample, Turn
 from longvila.media.sampling import uniform_indices
 from longvila.media.synthetic import truncate
@@ -220,6 +221,16 @@ def test_rows_of_ids_keep_their_documents() -> None:
         Encoder(None, 9, too_long="error")(Sample("r", "rows", token_ids=ids))
     with pytest.raises(ValueError, match="needs the model's processor"):
         Encoder(None, 9)(text_sample())
+
+
+def test_ids_that_the_model_has_not_are_refused_with_their_row(processor: Any) -> None:
+    config = tiny_config()
+    encoder, _ = coders(processor, config, encoder={"max_tokens": 10}, collator={})
+    rows = config.get_text_config().vocab_size
+    last = Sample("r", "rows", token_ids=np.array([0, rows - 1]))
+    assert encoded(encoder, last).input_ids.tolist() == [0, rows - 1]
+    with pytest.raises(ValueError, match=f"rows/s: token id {rows}, the model has {rows} "):
+        encoder(Sample("s", "rows", token_ids=np.array([0, rows])))
 
 
 def test_texts_that_no_tokenizer_takes_are_said_not_raised(processor: Any) -> None:

@@ -92,6 +92,14 @@ def tar(path: Path, files: dict[str, bytes]) -> None:
             out.addfile(member, io.BytesIO(content))
 
 
+def test_lines_in_a_json_file_may_come_after_empty_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf\r\n\r\n{"n": 1}\r\n\r\n{"n": 2}\r\n')
+    records = open_records(tmp_path / "a.json")
+    assert [records[i]["n"] for i in range(len(records))] == [1, 2]
+    (tmp_path / "b.json").write_text('\n{"a": {"n": 1}}\n')
+    assert open_records(tmp_path / "b.json")[0] == {"__key__": "a", "n": 1}
+
+
 def test_tars_group_files_by_stem(tmp_path: Path) -> None:
     tar(tmp_path / "s-2.tar", {"c.txt": b"three", "c.png": b"\x89"})
     tar(tmp_path / "s-1.tar", {"x/a.jpg": b"1", "x/a.json": b'{"k": 2}', "b.seg.txt": b"two"})

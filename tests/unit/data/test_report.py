@@ -37,3 +37,27 @@ def test_without_a_path_nothing_is_written(tmp_path: Path) -> None:
     report.add(event(1))
     report.write()
     assert report.counts["broken"] == 1 and not list(tmp_path.iterdir())
+
+
+def test_what_a_group_alone_found_stays_in_its_file_when_it_goes_on_from_anothers_state(
+    tmp_path: Path,
+) -> None:
+    """Groups that were fewer in between have one state, and each its file."""
+    first, second = Report(tmp_path / "dp0.json"), Report(tmp_path / "dp1.json")
+    for report, numbers in ((first, (1,)), (second, (2, 3))):
+        for number in numbers:
+            report.add(event(number))
+        report.write()
+    again = Report(tmp_path / "dp1.json")
+    again.load_state_dict(first.state_dict())
+    # The third came after the save, so it is met once more.
+    again.add(event(3))
+    again.add(event(4))
+    again.write()
+    written = json.loads((tmp_path / "dp1.json").read_text())
+    assert sorted(each["position"] for each in written["events"]) == [1, 2, 3, 4]
+    assert written["counts"]["broken"] == 4
+    (tmp_path / "dp1.json").write_text("{")
+    broken = Report(tmp_path / "dp1.json")
+    broken.load_state_dict(first.state_dict())
+    assert broken.events == first.events

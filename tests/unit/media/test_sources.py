@@ -154,6 +154,8 @@ def test_nobody_listens() -> None:
         (Path("no/such/film.mp4"), r"no/such/film\.mp4: no such file"),
         ("", "path of the video or picture is empty"),
         ("ftp://host/film.mp4", "only file://, http:// and https://"),
+        ("http://[::1/film.mp4", "is no address"),
+        ("file://[::1/film.mp4", "is no address"),
         ("file://elsewhere/film.mp4", "must be on this machine, not 'elsewhere'"),
         ("data:video/mp4;base64", "no comma"),
         ("data:video/mp4;base64,@@@@", "not valid base64"),

@@ -6,11 +6,14 @@ import importlib.util
 import itertools
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.fixtures.sentencepiece import write_tokenizer_files
 from tests.fixtures.upstream_case import FIXTURES, index
 from transformers import AutoTokenizer
@@ -259,3 +262,40 @@ def test_tokenizers_go_back(tmp_path: Path, name: str) -> None:
     new.mkdir()
     write_tokenizer(ours, new, LLMS / name)
     assert "<new>" in AutoTokenizer.from_pretrained(new).get_vocab()
+
+
+@given(
+    tokens=st.lists(st.integers(0, 3), max_size=12),
+    spans=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 6)), max_size=5),
+    pad=st.integers(0, 3),
+)
+def test_targets_are_the_tokens_that_begin_in_a_range_or_reach_into_it(
+    tokens: list[int], spans: list[tuple[int, int]], pad: int
+) -> None:
+    ends = list(itertools.accumulate(tokens))
+    offsets = [*([(0, 0)] * pad), *zip([0, *ends], ends, strict=False)]
+    ranges = [(start, start + length) for start, length in spans]
+    ids = torch.arange(len(offsets))[None]
+    mask = (ids >= pad).long()
+    labels = build_labels(ids, mask, torch.tensor(offsets).reshape(1, -1, 2), [ranges])
+    expected = [
+        i if i >= pad and any((a >= s or b > s) and a < e for s, e in ranges) else -100
+        for i, (a, b) in enumerate(offsets)
+    ]
+    assert labels[0].tolist() == expected
+
+
+def test_labels_of_very_long_conversations_take_no_minutes() -> None:
+    """Answer by answer over all tokens, this took more than a minute."""
+    answers, tokens = 20_000, 400_000
+    starts = torch.arange(tokens)
+    ranges = [(i * 20 + 5, i * 20 + 9) for i in range(answers)]
+    before = time.process_time()
+    labels = build_labels(
+        starts[None],
+        torch.ones(1, tokens),
+        torch.stack([starts, starts + 1], -1)[None],
+        [ranges],
+    )
+    assert time.process_time() - before < 10
+    assert int((labels != -100).sum()) == 4 * answers

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Number
 from pathlib import Path
 from typing import Any, get_args
 
@@ -46,12 +47,18 @@ class Context:
         """Return a medium, its path completed."""
         if isinstance(source, Mapping) and ("bytes" in source or "path" in source):
             source = source.get("bytes") or source.get("path")
+        # Before it is completed: an empty name would be the folder of all media.
+        if source is None or (isinstance(source, str) and not source.strip()):
+            raise self.error(f"names no {kind}")
+        if isinstance(source, Number | Mapping):
+            raise self.error(
+                f"names {kind} {source!r}; expected a path, an address or bytes, and no field, or "
+                "null, where there is none"
+            )
         if isinstance(source, str | os.PathLike) and self.media_dir is not None:
             text = os.fspath(source)
             if not _ADDRESS.match(text) and not os.path.isabs(text):
                 source = str(self.media_dir / text)
-        if source is None or (isinstance(source, str) and not source.strip()):
-            raise self.error(f"names no {kind}")
         return Media(kind, source, **times)
 
     def error(self, what: str) -> SchemaError:

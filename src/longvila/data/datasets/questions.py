@@ -108,6 +108,18 @@ def _science_qa(record: Record, context: Context) -> Sample:
     return conversation(name, context, ("user", parts), ("assistant", answer))
 
 
+def _whole(values: Any) -> np.ndarray[Any, Any]:
+    """Read whole numbers, written with or without a point; others would be cut to some."""
+    found = np.asarray(values)
+    if found.size == 0:
+        return np.zeros(found.shape, np.int64)
+    if found.dtype.kind not in "iuf":
+        raise ValueError(f"expected whole numbers, got {str(values)[:60]}")
+    if not (np.isfinite(found).all() and (found == np.trunc(found)).all()):
+        raise ValueError(f"expected whole numbers, got {found[found != np.trunc(found)][:3]}")
+    return found.astype(np.int64)
+
+
 def _tokens(record: Record, context: Context) -> Sample:
     """A row of ids; ``document_lengths`` is ours, and says where documents end."""
     ids = record["text"] if "text" in record else record.get("input_ids")
@@ -117,8 +129,9 @@ def _tokens(record: Record, context: Context) -> Sample:
             "`longvila data pack-text`"
         )
     try:
-        row = np.asarray(ids, dtype=np.int64)
-        lengths = tuple(int(n) for n in record.get("document_lengths") or ())
+        row = _whole(ids)
+        given = record.get("document_lengths")
+        lengths = () if given is None else tuple(_whole(given).tolist())
         return Sample(
             str(record.get("id", context.index)),
             context.dataset,
