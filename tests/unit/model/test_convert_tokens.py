@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.fixtures.sentencepiece import write_tokenizer_files
 from tests.fixtures.upstream_case import FIXTURES, index
@@ -264,6 +264,7 @@ def test_tokenizers_go_back(tmp_path: Path, name: str) -> None:
     assert "<new>" in AutoTokenizer.from_pretrained(new).get_vocab()
 
 
+@settings(deadline=None)
 @given(
     tokens=st.lists(st.integers(0, 3), max_size=12),
     spans=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 6)), max_size=5),
