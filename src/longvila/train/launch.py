@@ -11,7 +11,8 @@
    **Ctrl-C** ends the ranks at once; what was saved stays.
 3. **SIGKILL** of the command leaves nobody to stop the ranks, which run in sessions of their own.
    Each watches the process that began it and ends when that is gone (`end_with_parent`), so that a
-   run which is begun again does not meet its own ghost.
+   run which is begun again does not meet its own ghost. The command tells them its number: a rank
+   that is still importing when the command is killed knows that somebody else adopted it.
 
 Under another launcher (torchrun itself, Slurm's) the first and second are that launcher's: with
 torchrun give ``--shutdown-timeout`` the time that a step and a save take.
@@ -35,6 +36,8 @@ _LOG = get_logger(__name__)
 #: Exit status of a run that SIGTERM ended: it has saved, and the same command goes on.
 TERMINATED = 128 + signal.SIGTERM
 _LOOK_EVERY_S = 0.5
+#: Environment variable in which `launch` tells its ranks which process started them.
+_STARTED_BY = "LONGVILA_TRAIN_STARTED_BY"
 
 
 def launch(number: int, module: str, argv: Sequence[str]) -> int:
@@ -63,7 +66,7 @@ def launch(number: int, module: str, argv: Sequence[str]) -> int:
             "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", "-m", module, *argv,
         ]
     )  # fmt: skip
-    with _sigterm_to_ranks(module) as terminated:
+    with _sigterm_to_ranks(module) as terminated, _number_told():
         try:
             run(arguments)
         except ChildFailedError as fault:
@@ -114,9 +117,23 @@ def _sigterm_to_ranks(module: str) -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def _number_told() -> Iterator[None]:
+    """Have the processes that are started here know which one started them."""
+    os.environ[_STARTED_BY] = str(os.getpid())
+    try:
+        yield
+    finally:
+        os.environ.pop(_STARTED_BY, None)
+
+
 def end_with_parent() -> None:
-    """End this process, at once and whatever it does, when the one that started it is gone."""
-    parent = os.getppid()
+    """End this process, at once and whatever it does, when the one that started it is gone.
+
+    That is the process that `launch` ran in, also where it was gone before this was called; under
+    another launcher, the parent that this process has now.
+    """
+    parent = int(os.environ.get(_STARTED_BY, os.getppid()))
 
     def watch() -> None:
         while os.getppid() == parent:

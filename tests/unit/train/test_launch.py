@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -44,6 +45,46 @@ def test_a_rank_ends_with_who_started_it() -> None:
     process.stdout.close()
     gone, _ = psutil.wait_procs([child], timeout=120)
     assert gone == [child]
+
+
+#: Stands in for a rank: it is adopted by another process before it comes to watch its parent, as
+#: a rank is whose command is killed while it still imports.
+LATE_RANK = """
+import os, time
+with open(os.environ["RANK_FOLDER"] + "/number", "w") as file:
+    file.write(f"{os.getpid()}\\n")
+first = os.getppid()
+while os.getppid() == first:
+    time.sleep(0.02)
+from longvila.train.launch import end_with_parent
+end_with_parent()
+time.sleep(280)
+"""
+COMMAND = """
+from longvila.train.launch import launch
+launch(1, "late_rank", [])
+"""
+
+
+def test_a_rank_that_still_starts_ends_with_a_killed_command(tmp_path: Path) -> None:
+    (tmp_path / "late_rank.py").write_text(LATE_RANK)
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    command = subprocess.Popen(
+        [sys.executable, "-c", COMMAND],
+        env={**os.environ, "PYTHONPATH": paths, "RANK_FOLDER": str(tmp_path)},
+    )
+    number = tmp_path / "number"
+    until = time.monotonic() + 120
+    while not (number.exists() and number.read_text().endswith("\n")):
+        assert command.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    rank = psutil.Process(int(number.read_text()))
+    command.kill()
+    command.wait()
+    _, alive = psutil.wait_procs([rank], timeout=60)
+    for left in alive:
+        left.kill()
+    assert not alive
 
 
 def test_a_failure_names_ranks_and_how_they_ended() -> None:
