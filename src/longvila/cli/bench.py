@@ -1,5 +1,6 @@
 """Measure a model offline, with film and pictures out of Python packages.
 
+Examples:
     longvila bench --model CHECKPOINT --out out/bench
     longvila bench --small                           # seconds on a CPU; film drawn in code
     longvila bench --film mine.mp4 --pictures mine/ --lengths 64 256

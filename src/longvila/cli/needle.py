@@ -1,8 +1,9 @@
 """Hide pictures in a long film and measure whether a model finds them.
 
+Examples:
     longvila needle --model CHECKPOINT --haystack film.mp4 --out out/needle
     longvila needle --model CHECKPOINT --haystack films/ --needles mine/ --max-frames 1400
-    longvila needle --model CHECKPOINT --haystack film.mp4 --needles lmms-lab/v_niah_needles \
+    longvila needle --model CHECKPOINT --haystack film.mp4 --needles lmms-lab/v_niah_needles \\
         --protocol paper --preset paper-6000
     torchrun --nproc-per-node 8 -m longvila.cli.needle --model CHECKPOINT --haystack film.mp4
 

@@ -26,7 +26,7 @@ class Options(ServeOptions):
     """Open a page to ask videos in a browser."""
 
     browser: bool = True
-    """Open the page in this machine's browser."""
+    """Whether the page is opened in this machine's browser."""
 
 
 def main(argv: list[str]) -> int:
