@@ -106,8 +106,8 @@ def leave_out_copies(index: list[dict[str, Any]], vectors: np.ndarray) -> int:
 def keep_lists(index: list[dict[str, Any]], splits: Path) -> int:
     """Put pictures into the parts that the kept lists say.
 
-    Whether one is nearly the same as another is a number near a limit, and other versions of Pillow
-    and libwebp move it: without the lists a test picture could become another part's elsewhere.
+    Whether one is nearly the same as another may be a number near a limit, which is not the same on
+    every machine: without the lists a test picture could become another part's elsewhere.
 
     Args:
         index: Entries with their ``id`` and ``split``, changed in place.

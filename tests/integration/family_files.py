@@ -32,7 +32,10 @@ def needs_torchvision() -> None:
     try:
         from torchvision.transforms.v2 import functional  # noqa: F401
     except Exception as fault:
-        pytest.skip(f"the families' video processors need a torchvision that works: {fault}")
+        pytest.skip(
+            "the families' video processors need a torchvision that works (`make test-torchvision` "
+            f"brings one): {fault}"
+        )
 
 
 def tokenizer(image: str, video: str, **named: str) -> Any:

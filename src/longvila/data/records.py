@@ -46,8 +46,8 @@ class RecordError(LongVILAError, ValueError):
 
 
 Record = Mapping[str, Any]
-# Strings are passed over by whole runs: one step a byte would take memory for each.
 _BOM = b"\xef\xbb\xbf"
+# Strings are passed over by whole runs: one step a byte would take memory for each.
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
 _SCALAR = re.compile(rb"[^\s,]+")
 _KEPT_GROUPS = 2
