@@ -182,6 +182,18 @@ def store_alone(rank: Rank, folder: str) -> None:
             engine.save(film, folder)
         store._write_tensors = write
         assert store.begins_stored(folder)
+        # A folder that cannot be made, and an index that cannot be written.
+        below = Path(folder).parent / "file"
+        below.touch()
+        elsewhere = below / "index" if rank.rank == 1 else Path(folder)
+        with pytest.raises(StoreError if rank.rank == 0 else OSError, match="Not a directory"):
+            engine.save(film, elsewhere)
+        if rank.rank == 0:
+            (Path(folder) / f"{store.INDEX}.part").mkdir()
+        with pytest.raises(OSError if rank.rank == 0 else StoreError, match="Is a directory"):
+            engine.save(film, folder)
+        if rank.rank == 0:
+            (Path(folder) / f"{store.INDEX}.part").rmdir()
         engine.save(film, folder)
         dist.barrier()
         if rank.rank == 1:  # the name of a tensor that the last rank alone reads

@@ -34,7 +34,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,6 +49,7 @@ from longvila.errors import LongVILAError
 from longvila.inference.cache import ShardedCache
 from longvila.inference.paging import Pager
 from longvila.inference.positions import TextRuns
+from longvila.inference.together import Result, together
 from longvila.sp.layout import SequenceLayout, split_evenly
 from longvila.sp.mesh import SPMesh
 
@@ -280,50 +281,57 @@ def save_cache(
             whichever of them finds it full.
         ValueError: If the cache has several rows, or was filled without ids.
 
-    Comm: Three barriers, one gather of error messages and one of sizes.
+    Comm: Four all-gathers of error messages, one of sizes.
 
     Memory: ``2 * 65536 * K * D`` elements on the host.
     """
     folder = Path(path)
+    group = cache.group if cache.num_ranks > 1 else None
     layers = [layer.everything() for layer in cache.shards]
-    if cache.input_ids is None or any(part[0].shape[0] > 1 for parts in layers for part in parts):
-        raise ValueError("only a cache of one row, filled by an engine, can be stored")
-    if (folder / INDEX).exists() and not overwrite:
-        raise StoreError(f"{folder} holds a stored prompt already; delete it or choose another")
-    if folder.exists() and not folder.is_dir():
-        raise StoreError(f"{folder} is a file; a stored prompt is a folder")
     first = cache.rank == 0
-    _barrier(cache)  # nobody writes before everybody looked
-    folder.mkdir(parents=True, exist_ok=True)
-    if first:
-        (folder / INDEX).unlink(missing_ok=True)
-        for old in folder.glob("cache-*.safetensors"):
-            old.unlink()
-    _barrier(cache)
-    tensors: list[tuple[str, list[Tensor]]] = []
-    if first:
-        tensors.append(("input_ids", [cache.input_ids[0]]))
-        if cache.logits is not None:
-            tensors.append(("logits", [cache.logits[0]]))
-    if cache.held[cache.rank]:
-        for number, parts in enumerate(layers):
-            tensors.append((f"keys.{number}", [keys[0] for keys, _ in parts]))
-            tensors.append((f"values.{number}", [values[0] for _, values in parts]))
-            tensors.append((f"sums.{number}", [_sums(k[0], v[0]) for k, v in parts]))
-    sizes = [0] * cache.num_ranks
-    fault: Exception | None = None
-    try:
-        if tensors:
-            written = _write_tensors(folder / _shard_name(cache.rank, cache.num_ranks), tensors)
-            sizes[cache.rank] = written
-    except Exception as error:
-        fault = error
-    _agree(fault, cache.mesh)
-    if cache.num_ranks > 1:
+
+    def look() -> None:
+        if cache.input_ids is None or any(x[0].shape[0] > 1 for parts in layers for x in parts):
+            raise ValueError("only a cache of one row, filled by an engine, can be stored")
+        if (folder / INDEX).exists() and not overwrite:
+            raise StoreError(f"{folder} holds a stored prompt already; delete it or choose another")
+        if folder.exists() and not folder.is_dir():
+            raise StoreError(f"{folder} is a file; a stored prompt is a folder")
+
+    def clear() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if first:
+            (folder / INDEX).unlink(missing_ok=True)
+            for old in folder.glob("cache-*.safetensors"):
+                old.unlink()
+
+    def write() -> int:
+        tensors: list[tuple[str, list[Tensor]]] = []
+        if first:
+            assert cache.input_ids is not None
+            tensors.append(("input_ids", [cache.input_ids[0]]))
+            if cache.logits is not None:
+                tensors.append(("logits", [cache.logits[0]]))
+        if cache.held[cache.rank]:
+            for number, parts in enumerate(layers):
+                tensors.append((f"keys.{number}", [keys[0] for keys, _ in parts]))
+                tensors.append((f"values.{number}", [values[0] for _, values in parts]))
+                tensors.append((f"sums.{number}", [_sums(k[0], v[0]) for k, v in parts]))
+        if not tensors:
+            return 0
+        return _write_tensors(folder / _shard_name(cache.rank, cache.num_ranks), tensors)
+
+    _together(look, group)  # nobody writes before everybody looked
+    _together(clear, group)
+    sizes = [_together(write, group)]
+    if group is not None:
         found: list[Any] = [None] * cache.num_ranks
-        dist.all_gather_object(found, sizes[cache.rank], group=cache.group)
+        dist.all_gather_object(found, sizes[0], group=group)
         sizes = found
-    if first:
+
+    def finish() -> None:
+        if not first:
+            return
         index = {
             "format": _FORMAT,
             "tokens": cache.get_seq_length(),
@@ -339,37 +347,14 @@ def save_cache(
         part = folder / f"{INDEX}.part"
         part.write_text(json.dumps(index, indent=1), encoding="utf-8")
         os.replace(part, folder / INDEX)
-    _barrier(cache)
+
+    _together(finish, group)
     return folder
 
 
-def _agree(fault: Exception | None, mesh: SPMesh | None) -> None:
-    """Raise on all ranks what failed on one: the others would wait for it.
-
-    Args:
-        fault: What failed on this one, if anything.
-        mesh: The ranks; None for one process.
-
-    Raises:
-        StoreError: Where nothing failed, with the message of the first rank where something did.
-
-    Comm: One all-gather of error messages.
-    """
-    found: list[str | None] = []
-    if mesh is not None and mesh.sp_size > 1:
-        found = [None] * mesh.sp_size
-        said = None if fault is None else str(fault)
-        dist.all_gather_object(found, said, group=mesh.sp_group)
-    if fault is not None:
-        raise fault
-    for rank, message in enumerate(found):
-        if message is not None:
-            raise StoreError(f"rank {rank}: {message}")
-
-
-def _barrier(cache: ShardedCache) -> None:
-    if cache.num_ranks > 1:
-        dist.barrier(group=cache.group)
+def _together(work: Callable[[], Result], group: dist.ProcessGroup | None) -> Result:
+    """Do something on all ranks that share a prompt; None is one process alone."""
+    return work() if group is None else together(work, group, raises=StoreError)
 
 
 def is_stored(path: str | Path) -> bool:
@@ -449,36 +434,22 @@ def load_cache(
         StoreError: If it is not there, not whole, damaged, or of something else; every difference
             is named. On all ranks, whichever of them finds it.
 
-    Comm: One all-gather of error messages, one all-reduce of an integer.
+    Comm: One all-gather of error messages.
 
     Memory: The rank's share, on the device.
     """
     folder = Path(path)
-    cache: ShardedCache | None = None
-    fault: Exception | None = None
-    flipped = 0
-    try:
+
+    def read() -> ShardedCache:
         index = read_index(folder)
         if unlike := list(differences(index["key"], key)):
             raise StoreError(f"{folder} was made of something else: " + "; ".join(unlike))
-        cache, flipped = _read_cache(folder, index, mesh, device, pager)
-    except (SafetensorError, KeyError, TypeError, IndexError) as error:
-        fault = StoreError(f"{folder} is damaged ({error}); make it again")
-        fault.__cause__ = error
-    except Exception as error:
-        fault = error
-    _agree(fault, mesh)
-    assert cache is not None
-    if cache.num_ranks > 1:
-        damaged = torch.tensor([flipped], device=device)
-        dist.all_reduce(damaged, group=cache.group)
-        flipped = int(damaged)
-    if flipped:
-        raise StoreError(
-            f"{folder} is damaged: {flipped} of its {cache.get_seq_length()} tokens are not what "
-            "was written; copy it again, or make it again"
-        )
-    return cache
+        try:
+            return _read_cache(folder, index, mesh, device, pager)
+        except (SafetensorError, KeyError, TypeError, IndexError) as fault:
+            raise StoreError(f"{folder} is damaged ({fault}); make it again") from fault
+
+    return _together(read, mesh.sp_group if mesh is not None and mesh.sp_size > 1 else None)
 
 
 def _read_cache(
@@ -487,8 +458,7 @@ def _read_cache(
     mesh: SPMesh | None,
     device: torch.device | str,
     pager: Pager | None,
-) -> tuple[ShardedCache, int]:
-    """Read this rank's part; return the cache, and how many of its tokens are damaged."""
+) -> ShardedCache:
     cache = ShardedCache(index["layers"], mesh=mesh, pager=pager)
     tokens, ranks = index["tokens"], len(index["bytes"])
     low, high = split_evenly(tokens, cache.num_ranks, cache.rank)
@@ -517,6 +487,11 @@ def _read_cache(
                     there = _read_rows(pieces, f"sums.{layer}", high - low, device)
                     flipped |= there != _sums(*(x[0].transpose(0, 1) for x in both))
                 cache.update(both[0], both[1], layer)
+    if damaged := int(flipped.sum()):
+        raise StoreError(
+            f"{folder} is damaged: {damaged} of its {tokens} tokens are not what was written; copy "
+            "it again, or make it again"
+        )
     assert files[0] is not None
     cache.input_ids = files[0].get_tensor("input_ids")[None].to(device)
     if "logits" in files[0].keys():  # noqa: SIM118  # a file, not a mapping
@@ -528,7 +503,7 @@ def _read_cache(
         )
     if index["text_runs"] is not None:
         cache.text_runs = TextRuns(tuple(tuple(run) for run in index["text_runs"]))
-    return cache, int(flipped.sum())
+    return cache
 
 
 def _read_rows(

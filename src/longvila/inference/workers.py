@@ -31,7 +31,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from longvila.errors import LongVILAError, RankError
+from longvila.errors import LongVILAError
+from longvila.inference.together import together
 from longvila.sp.mesh import SPMesh, build_mesh
 
 log = logging.getLogger(__name__)
@@ -108,21 +109,7 @@ class Ranks:
 
         Comm: One all-gather of error messages.
         """
-        if self.size == 1:
-            return work()
-        result, error = None, None
-        try:
-            result = work()
-        except Exception as fault:
-            error = fault
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, None if error is None else str(error))
-        if error is not None:
-            raise error
-        for rank, message in enumerate(found):
-            if message is not None:
-                raise RankError(f"rank {rank}: {message}")
-        return result
+        return work() if self.size == 1 else together(work)
 
 
 def launched() -> bool:

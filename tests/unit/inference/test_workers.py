@@ -17,6 +17,7 @@ import torch.distributed as dist
 from longvila.errors import LongVILAError, RankError
 from longvila.inference.engine import Engine
 from longvila.inference.workers import Ranks, leave_ranks, run_over_ranks
+from longvila.testing.ranks import Rank, run_ranks
 
 from .cases import language_model, prompt
 
@@ -108,16 +109,18 @@ def test_one_rank_needs_no_group_and_gpus_must_be_there() -> None:
             run_over_ranks(alone, "x", size=99, device="cuda")
 
 
-def test_what_fails_on_one_rank_fails_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gather(found: list[Any], mine: Any) -> None:
-        found[:] = [mine, "no such file"]
+def fail_on_one(rank: Rank) -> None:
+    ranks = Ranks(rank.rank, 2, torch.device("cpu"))
+    assert ranks.together(lambda: rank.rank + 5) == rank.rank + 5
+    fails = {0: 5}
+    expected = pytest.raises(KeyError) if rank.rank else pytest.raises(RankError, match="rank 1: 1")
+    with expected:
+        ranks.together(lambda: fails[rank.rank])
+    assert Ranks(0, 1, torch.device("cpu")).together(lambda: 5) == 5
 
-    monkeypatch.setattr(dist, "all_gather_object", gather)
-    ranks = Ranks(0, 2, torch.device("cpu"))
-    with pytest.raises(RankError, match="rank 1: no such file"):
-        ranks.together(lambda: 5)
-    with pytest.raises(KeyError):
-        ranks.together(lambda: {}["x"])
+
+def test_what_fails_on_one_rank_fails_on_all() -> None:
+    run_ranks(fail_on_one, 2)
 
 
 def test_graphs_go_before_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
