@@ -4,16 +4,16 @@
     python recipes/smol/run.py --prepared PREPARED --work WORK --parts base draw-images align
 
 1. **base** assembles the untrained model; **draw-...** draws a stage's data (``draw.py``).
-2. **align, pretrain, sft, long, longer, longest, again, final** each run ``longvila train`` with
-   the settings in ``stages/``, on the model of the part before (``WORK/stages/PART``), all in this
-   process: what is imported, and the fork server of the workers, serve them all. **extend**, stage
-   4, is run where it is named, with ``--pages``; it goes on from **sft**, and stage 5 does not go
-   on from it.
+2. **align, pretrain, sft, long, longer, longest, again, final, further, furthest** each run
+   ``longvila train`` with the settings in ``stages/``, on the model of the part before
+   (``WORK/stages/PART``), all in this process: what is imported, and the fork server of the workers,
+   serve them all. **extend**, stage 4, is run where it is named, with ``--pages``; it goes on from
+   **sft**, and stage 5 does not go on from it.
    Updates are low-rank; the delta of ``--deltas`` (``WORK/deltas/PART.safetensors``: what changed
    altogether, from the base on, in eight bits) has at most the ranks of ``RANKS``, and says what
    share of a matrix's change that left out. Where a part has a delta, base plus delta is what is
    measured, and what another machine goes on from.
-3. **eval-sft, eval-final** (and **eval-PART** of any other part) run ``longvila needle`` for the
+3. **eval-sft, eval-furthest** (and **eval-PART** of any other part) run ``longvila needle`` for the
    tiers a, b and c.
 4. **ablations** are half the steps of stages 4 and 5 up to 2,048 frames: in order, without stage 4,
    and stage 5 before stage 4.
@@ -21,7 +21,8 @@
 With ``--ahead`` another process draws the sets of these parts, in the order in which they are
 needed, while the GPU trains. A part whose result is there is skipped, one that was interrupted goes
 on. On another machine, ``--parts`` with a delta in ``WORK/deltas`` goes on where it ends. With two
-GPUs give ``--gpus 2``: a step is one row, which both share.
+GPUs give ``--gpus 2``: a step is one row, which both share; in the parts of the third pass, two
+rows, one each.
 
 Not done here: fetching anything (``prepare.py``), shipping (``ship.py``).
 """
@@ -69,6 +70,7 @@ class Part:
         sets: Data that ``draw.py`` draws for it.
         options: Further settings.
         half: Whether half of the steps are run.
+        apart: Whether each of several GPUs has rows of its own.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Part:
     sets: tuple[str, ...]
     options: tuple[str, ...] = ()
     half: bool = False
+    apart: bool = False
 
 
 #: For what goes on from a part that has the context already.
@@ -94,6 +97,8 @@ TRAINING = (
     Part("longest", "long-sft-2048", "longest", "longer", (*_LONG, "longest")),
     Part("again", "long-sft-2048", "again", "longest", _LONG),
     Part("final", "long-sft-2048", "final", "again", (*_LONG, "longest")),
+    Part("further", "long-sft-2048", "further", "final", _LONG, apart=True),
+    Part("furthest", "long-sft-2048", "furthest", "further", (*_LONG, "longest"), apart=True),
     # Half the steps: the order of the paper, without stage 4, and stage 4 last.
     Part("half-extend", "extend-64k", "extend", "sft", _TEXT, half=True),
     Part("half-long", "long-sft-2048", "long", "half-extend", _LONG, _CONTEXT_IS_THERE, half=True),
@@ -104,7 +109,8 @@ TRAINING = (
 )  # fmt: skip
 MAIN = (
     "base", "draw-images", "align", "pretrain", "draw-short", "sft", "draw-needles", "eval-sft",
-    "draw-long", "long", "draw-longest", "longer", "longest", "again", "final", "eval-final",
+    "draw-long", "long", "draw-longest", "longer", "longest", "again", "final", "further",
+    "furthest", "eval-furthest",
 )  # fmt: skip
 ABLATIONS = (
     *(part.name for part in TRAINING if part.half),
@@ -238,7 +244,7 @@ class Runner:
         steps = dict(each.split("=") for each in self.args.steps)
         if part.name in steps:
             settings.append(f"optimizer.max_steps={int(steps[part.name])}")
-        if self.args.gpus:
+        if self.args.gpus and not part.apart:
             share = 147456 // self.args.gpus
             settings += ["parallel.seq_parallel_size=0", f"parallel.tokens_per_rank={share}"]
         settings += self.args.set
@@ -442,7 +448,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--steps", nargs="+", default=[], metavar="PART=N", help="steps instead of a stage's own"
     )
     parser.add_argument(
-        "--deltas", nargs="*", default=["final"], metavar="PART",
+        "--deltas", nargs="*", default=["furthest"], metavar="PART",
         help="parts whose change is written, for shipping or for another machine",
     )  # fmt: skip
     parser.add_argument("--no-controls", dest="controls", action="store_false")
