@@ -6,9 +6,9 @@
 1. **base** assembles the untrained model; **draw-...** draws a stage's data (``draw.py``).
 2. **align, pretrain, sft, long, longer, longest, again, final, further, furthest** each run
    ``longvila train`` with the settings in ``stages/``, on the model of the part before
-   (``WORK/stages/PART``), all in this process: what is imported, and the fork server of the workers,
-   serve them all. **extend**, stage 4, is run where it is named, with ``--pages``; it goes on from
-   **sft**, and stage 5 does not go on from it.
+   (``WORK/stages/PART``), all in this process: what is imported, and the fork server of the
+   workers, serve them all. **extend**, stage 4, is run where it is named, with ``--pages``; it goes
+   on from **sft**, and stage 5 does not go on from it.
    Updates are low-rank; the delta of ``--deltas`` (``WORK/deltas/PART.safetensors``: what changed
    altogether, from the base on, in eight bits) has at most the ranks of ``RANKS``, and says what
    share of a matrix's change that left out. Where a part has a delta, base plus delta is what is
