@@ -237,8 +237,13 @@ def test_stages_are_those_of_longvila_train(recipe: Any) -> None:
         path = RECIPE / "stages" / f"{part.config}.yaml"
         stage = override(overlay(get_stage(part.stage), read_yaml(path)), part.options)
         assert stage.optimizer.max_steps and stage.saving.dtype == "float32"
-        shared = override(stage, ["seq_parallel_size=0", "parallel.tokens_per_rank=73728"])
-        assert choose_seq_parallel_size(shared, 2) == 2
+        if part.apart:
+            # Two GPUs have a row each, whose tokens one of them holds.
+            assert choose_seq_parallel_size(stage, 2) == 1 and stage.data.rows_per_step == 2
+            assert stage.data.max_tokens <= stage.parallel.tokens_per_rank
+        else:
+            shared = override(stage, ["seq_parallel_size=0", "parallel.tokens_per_rank=73728"])
+            assert choose_seq_parallel_size(shared, 2) == 2
         assert part.after == "base" or part.after in {each.name for each in module.TRAINING}
 
 
@@ -299,7 +304,8 @@ def test_the_delta_has_room_for_all_that_the_stages_train(recipe: Any) -> None:
     last = [part.name for part in main].index("sft")
     text = 40 + sum(stage.adapter.rank for stage in stages[last + 1 :] if stage.adapter)
     tower = sum(adapter.rank for adapter in adapters if adapter and adapter.tower_targets)
-    assert text <= module.RANKS["model.language_model."]
+    # The third pass came when the file was nearly full: the weakest 22 ranks are left out.
+    assert text - 22 <= module.RANKS["model.language_model."]
     assert tower <= module.RANKS["model.vision_tower."]
 
 
@@ -309,25 +315,25 @@ def test_parts_hand_over_the_trained_model_and_measure_what_is_shipped(
     module = recipe("run")
     work = tmp_path / "work"
     runner = module.Runner(module.arguments(["--prepared", str(tmp_path), "--work", str(work)]))
-    stage, shipped = work / "stages" / "final", work / "models" / "final"
+    stage, shipped = work / "stages" / "furthest", work / "models" / "furthest"
     stage.mkdir(parents=True)
-    with pytest.raises(SystemExit, match="final has not run"):
-        runner.trained("final")
+    with pytest.raises(SystemExit, match="furthest has not run"):
+        runner.trained("furthest")
     (stage / "config.json").touch()
-    assert runner.trained("final") == runner.measured("final") == stage
+    assert runner.trained("furthest") == runner.measured("furthest") == stage
     shipped.mkdir(parents=True)
     (shipped / "config.json").touch()
     runner.deltas.mkdir()
-    (runner.deltas / "final.safetensors").touch()
-    assert (runner.trained("final"), runner.measured("final")) == (stage, shipped)
+    (runner.deltas / "furthest.safetensors").touch()
+    assert (runner.trained("furthest"), runner.measured("furthest")) == (stage, shipped)
     # On another machine there is the delta alone.
     (stage / "config.json").unlink()
-    assert runner.trained("final") == shipped
+    assert runner.trained("furthest") == shipped
 
     # A part that has run and has no delta yet is not trained again.
     (stage / "config.json").touch()
     written = []
     monkeypatch.setattr(runner, "write_delta", lambda *paths: written.append(paths))
-    (runner.deltas / "final.safetensors").unlink()
-    runner.run("final")
-    assert written == [(stage, runner.deltas / "final.safetensors")]
+    (runner.deltas / "furthest.safetensors").unlink()
+    runner.run("furthest")
+    assert written == [(stage, runner.deltas / "furthest.safetensors")]
