@@ -1,7 +1,8 @@
 """Tables and drawings of the small model's five stages, from the result files of its runs.
 
 Results are ``*_needle_smol_PART_TIER.json`` (one for each part that was measured and tier; with
-``_WAY`` behind, where another protocol, other lengths or the controls were a run of their own) and
+``_WAY`` behind, where another protocol, other lengths, more questions or the controls were a run of
+their own; what two ask alike is added up) and
 ``*_training_smol.json`` (losses of all parts); the newest by name counts. Another recipe's have
 ``smol-RECIPE`` for ``smol``, so that no table mixes two; a recipe that went on from parts of
 another has those (`SHARED`). ``smol-two`` are losses on one GPU and on two. A block says by
@@ -39,6 +40,7 @@ PARTS = {
     "longer": "in stage 5: first steps with videos of up to 6,000 frames",
     "longest": "after stage 5: videos of up to 6,000 frames",
     "final": "after a second pass of stage 5: videos of up to 6,000 frames",
+    "furthest": "after a third pass of stage 5: videos of up to 6,000 frames",
     "shipped": "as shipped: stored in eight bits",
 }
 ABLATIONS = {
@@ -57,14 +59,16 @@ STAGES = {
     "extend": "stage 4, context", "long": "stage 5, to 2,048 frames",
     "longer": "stage 5, first to 6,000 frames", "longest": "stage 5, to 6,000 frames",
     "again": "second pass, to 2,048 frames", "final": "second pass, to 6,000 frames",
+    "further": "third pass, to 2,048 frames", "furthest": "third pass, to 6,000 frames",
 }  # fmt: skip
 #: Whose drawings there are: the first of these that was run.
-STORY = ("smol-fourth", "smol-third", "smol")
+STORY = ("smol-fifth", "smol-fourth", "smol-third", "smol")
 #: Recipes that went on from another's parts.
 _FIRST = ("align", "pretrain", "sft", "shipped")
 SHARED = {
     "smol-third": ("smol", _FIRST),
     "smol-fourth": ("smol-third", (*_FIRST, "long", "longer", "longest")),
+    "smol-fifth": ("smol-fourth", (*_FIRST, "long", "longer", "longest", "again", "final")),
 }
 WAYS = {
     ("retrieval", "free"): "what is shown at mm:ss, own words",
@@ -111,14 +115,16 @@ class Measured:
     grids: list[dict[str, Any]]
 
     def counts(self, way: tuple[str, str], control: str | None = None) -> dict[int, Count]:
-        """Right answers by frames."""
-        out = {}
+        """Right answers by frames, over all sets of questions of this kind."""
+        out: dict[int, Count] = {}
         for row in self.rows:
             shape, m = row["shape"], row["metrics"]
             same = (shape["task"], shape["ask"]) == way and shape["control"] == control
             if same and shape["frames"] is not None:
                 right = round(m["accuracy"] * shape["n"])
-                out[shape["frames"]] = Count(right, shape["n"], m["chance"])
+                count = Count(right, shape["n"], m["chance"])
+                before = out.get(shape["frames"])
+                out[shape["frames"]] = before + count if before else count
         return dict(sorted(out.items()))
 
 
@@ -147,12 +153,17 @@ def read(folder: Path, run: str = "smol") -> dict[tuple[str, str], Measured]:
 
 
 def _join(grids: list[dict[str, Any]], grid: dict[str, Any]) -> None:
-    """Add a grid to those of its part and tier; one of other lengths joins the same question's."""
+    """Add a grid to those of its part and tier; cells of the same question are added up."""
     for one in grids:
         if (one["task"], one["ask"]) == (grid["task"], grid["ask"]):
             here, more = (sum(n for *_, n in each["cells"]) for each in (one, grid))
             one["chance"] = (here * one["chance"] + more * grid["chance"]) / (here + more)
-            one["cells"] = [*one["cells"], *grid["cells"]]
+            cells: dict[tuple[int, float], list[int]] = {}
+            for frames, depth, right, n in (*one["cells"], *grid["cells"]):
+                cell = cells.setdefault((frames, depth), [0, 0])
+                cell[0] += right
+                cell[1] += n
+            one["cells"] = [[*place, *count] for place, count in cells.items()]
             return
     grids.append(grid)
 

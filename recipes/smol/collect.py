@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
 STAGE_OF = {
     "align": 1, "pretrain": 2, "sft": 3, "extend": 4, "long": 5, "longer": 5, "longest": 5,
-    "again": 5, "final": 5,
+    "again": 5, "final": 5, "further": 5, "furthest": 5,
     "half-extend": 4, "half-long": 5, "direct-long": 5, "last-extend": 4,
 }  # fmt: skip
 #: A folder of answers: a part, a tier, and another way of asking than the usual.
@@ -166,6 +166,8 @@ def collect(
     two_gpus: Path | None,
     about: dict[str, Any],
     run: str | None = None,
+    command: str = "",
+    gpus: int = 1,
     two_command: str = "",
 ) -> list[Path]:
     """Write the result files of a run.
@@ -176,6 +178,8 @@ def collect(
         two_gpus: Folder of the same stages on two GPUs.
         about: Date, commit, hardware and versions; what a needle result says takes their place.
         run: Name of another recipe's run.
+        command: What was run to train it.
+        gpus: GPUs that it was trained on.
         two_command: What was run on two GPUs.
 
     Returns:
@@ -194,7 +198,8 @@ def collect(
             "benchmark": "training",
             "question": "How does the loss fall in each stage?",
             **about,
-            "command": "python recipes/smol/run.py --prepared PREPARED --work WORK",
+            "hardware": {**about["hardware"], "count": gpus},
+            "command": command,
             "rows": rows,
         }
     if two_gpus is not None:
@@ -227,6 +232,11 @@ def main() -> None:
         default="python recipes/smol/run.py --prepared PREPARED --work WORK --gpus 2",
     )  # fmt: skip
     parser.add_argument("--run", help="name of another recipe's run")
+    parser.add_argument(
+        "--command", help="what was run to train it",
+        default="python recipes/smol/run.py --prepared PREPARED --work WORK",
+    )  # fmt: skip
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that it was trained on")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--date", required=True, help="of the run, where its results do not say")
     parser.add_argument("--commit", required=True, help="that the run was made with")
@@ -239,7 +249,7 @@ def main() -> None:
     }  # fmt: skip
     written = collect(
         args.work, args.out, two_gpus=args.two_gpus, about=about, run=args.run,
-        two_command=args.two_command,
+        command=args.command, gpus=args.gpus, two_command=args.two_command,
     )  # fmt: skip
     for path in written:
         print(f"{path} ({path.stat().st_size / 1e3:.0f} kB)")

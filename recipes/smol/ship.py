@@ -1,6 +1,6 @@
 """Put what the demo needs into the package: needle pictures, names, the trained delta.
 
-    python recipes/smol/ship.py --delta WORK/deltas/final.safetensors --num-frames 256
+    python recipes/smol/ship.py --delta WORK/deltas/furthest.safetensors --num-frames 256
     python recipes/smol/ship.py SOURCES
 
 The pictures are listed in ``splits/shipped.tsv``; all are openclipart's, released to the public

@@ -318,3 +318,32 @@ def test_other_lengths_of_a_question_join_its_grid() -> None:
     smol._join(grids, {**grid(256, 1, 0.3), "ask": "choice"})
     assert grids[0]["cells"] == [[32, 0.0, 2, 2], [256, 0.0, 1, 2]]
     assert grids[0]["chance"] == pytest.approx(0.2) and len(grids) == 2
+    # More questions in the same cell.
+    smol._join(grids, grid(256, 2, 0.2))
+    assert grids[0]["cells"] == [[32, 0.0, 2, 2], [256, 0.0, 3, 4]]
+
+
+def test_more_questions_of_a_kind_are_added_up(root: Path, collect: Callable[..., Any]) -> None:
+    work = root / "work"
+    keep(work, "longest", "a", lambda frames, ask: True)
+    train(work, "longest", [2.0])
+    found = [row for row in records("a", lambda frames, ask: False) if not row["shape"]["control"]]
+    folder = work / "needle" / "longest-a-wide"
+    folder.mkdir(parents=True)
+    result = {
+        "benchmark": "needle", "question": "?", "rows": result_rows("x", summarise(found)),
+        "command": "/p/__main__.py needle --model /tmp/w/models/longest",
+        "grids": grid_rows(found, summarise(found)),
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result))
+    collect(work, root / "out", two_gpus=None, about=ABOUT, command="train it", gpus=2)
+    text = run(root)
+    assert f"| {smol.WAYS['retrieval', 'free']} | 12 | 50 [25, 75] | 5 | 50 | 50 |" in text
+    drawn = (root / "docs" / "results" / "smol" / "heat-longest-free.svg").read_text()
+    assert "6 of 12 right" in drawn and ">1/2<" in drawn
+    # Trained on two GPUs, asked on one.
+    losses, tiers = (text.partition(f"bench:smol_{name} -->")[2] for name in ("losses", "tiers"))
+    assert (
+        "2 x H" in losses.partition("/bench")[0] and "`train it`" in losses.partition("/bench")[0]
+    )
+    assert "1 x H" in tiers.partition("/bench")[0]
