@@ -75,7 +75,7 @@ def load_tower(source: str | Path, image_size: int | None) -> PreTrainedModel:
             f"--image-size {image_size} is no multiple of the patch {patch}; try {near}"
         )
     vision_config.image_size = image_size
-    resized: PreTrainedModel = AutoModel.from_config(vision_config)
+    resized: PreTrainedModel = AutoModel.from_config(vision_config, dtype=torch.float32)
     state, target = tower.state_dict(), resized.state_dict()
     for name, value in target.items():
         if name not in state or state[name].shape == value.shape:
