@@ -100,6 +100,7 @@ class LongVILAVideoProcessor(PixelProcessor):
         num_frames: int | None = None,
         fps: float | None = None,
         indices: Sequence[int] | None = None,
+        timestamps_s: Sequence[float] | None = None,
         do_sample_frames: bool | None = None,
         **options: Any,
     ) -> SampledVideo:
@@ -110,6 +111,7 @@ class LongVILAVideoProcessor(PixelProcessor):
             num_frames: Frames to sample; with ``fps``, at most so many.
             fps: Frames per second to sample.
             indices: Frames to take instead.
+            timestamps_s: Frames on screen at these seconds instead.
             do_sample_frames: Whether to sample at all; None samples files, and decoded videos only
                 if a number or a rate is given.
             **options: Handed to `longvila.media.video.read_frames`.
@@ -127,8 +129,8 @@ class LongVILAVideoProcessor(PixelProcessor):
             do_sample_frames = asked or not _is_decoded(video)
         if self.image_aspect_ratio != "pad":
             options.setdefault("size", self.height_width)
-        if indices is not None:
-            return read_frames(video, indices=indices, **options)
+        if indices is not None or timestamps_s is not None:
+            return read_frames(video, indices=indices, timestamps_s=timestamps_s, **options)
         if not do_sample_frames:
             if not _is_decoded(video):
                 raise ValueError(
