@@ -287,6 +287,8 @@ def save_cache(
     """
     folder = Path(path)
     group = cache.group if cache.num_ranks > 1 else None
+    if cache.pager is not None:
+        cache.pager.settle()
     layers = [layer.everything() for layer in cache.shards]
     first = cache.rank == 0
 
