@@ -195,8 +195,8 @@ def media_of(conversations: Sequence[Any]) -> tuple[list[Any], list[Any]]:
                 sources = [part[k] for k in (kind, "url", "path", "base64") if k in part]
                 if len(sources) != 1:
                     raise ValueError(
-                        f"a content item of type {kind!r} needs one of {kind!r}, 'url' and 'path', "
-                        f"got {sorted(part)}"
+                        f"a content item of type {kind!r} needs one of {kind!r}, 'url', 'path' and "
+                        f"'base64', got {sorted(part)}"
                     )
                 (images if kind == "image" else videos).append(sources[0])
     return images, videos

@@ -436,7 +436,7 @@ def test_counts_of_placeholders_and_media() -> None:
     assert list(out["video_num_frames"]) == [2, 3]
     with pytest.raises(ValueError, match="give text, images or videos"):
         processor()
-    with pytest.raises(ValueError, match="needs one of 'video', 'url' and 'path'"):
+    with pytest.raises(ValueError, match="needs one of 'video', 'url', 'path' and 'base64'"):
         processor.apply_chat_template(
             [
                 {"role": "user", "content": [{"type": "video"}]},
