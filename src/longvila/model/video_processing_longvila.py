@@ -156,7 +156,10 @@ class LongVILAVideoProcessor(PixelProcessor):
 
     def frame_levels(self, video: SampledVideo) -> np.ndarray:
         """Return sampled frames at the tower's size, uint8, shape (F, height, width, 3)."""
-        frames = video.frames
+        return self.sized(video.frames)
+
+    def sized(self, frames: np.ndarray) -> np.ndarray:
+        """Return frames ``(F, H, W, 3)`` of any size at the tower's, uint8."""
         if tuple(frames.shape[1:3]) != self.height_width:
             frames = np.stack([np.asarray(self.square(Image.fromarray(f))) for f in frames])
         return frames
