@@ -48,14 +48,13 @@ class FamilyPrompts:
         **options: Any,
     ) -> Medium:
         """Sample and decode a video; see `longvila.inference.session.Session.load_video`."""
-        if num_frames is None and fps is None:
-            num_frames, fps = self.sampler.num_frames, self.sampler.fps
         video = self.sampler.sample(
             source, num_frames=num_frames, fps=fps,
             progress=None if self.progress is None else self._decoded, **options,
         )  # fmt: skip
         medium = decoded_medium(video)
-        medium.sampling = {"num_frames": num_frames, "fps": fps}
+        # By number, whatever they were chosen by: `recall` decodes the same ones.
+        medium.sampling = {"indices": video.indices.tolist()}
         self._count(medium)
         return medium
 

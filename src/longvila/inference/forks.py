@@ -19,12 +19,18 @@ def fork_first(cache: ShardedCache, tokens: int | None = None) -> ShardedCache:
         cache: Stays usable; what it holds is shared from now on.
         tokens: How many of its tokens; None for all.
 
+    Raises:
+        ValueError: If the cache does not hold so many.
+
     Comm: None.
 
     Memory: At most half of the buffer that the cut goes through.
     """
+    length = cache.get_seq_length()
+    if tokens is not None and not 0 <= tokens <= length:
+        raise ValueError(f"the cache holds {length} tokens, a fork cannot begin with {tokens}")
     other = cache.fork()
-    surplus = 0 if tokens is None else other.get_seq_length() - tokens
+    surplus = 0 if tokens is None else length - tokens
     if surplus:
         other.crop(-surplus)
         for layer in other.shards:

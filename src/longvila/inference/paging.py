@@ -95,7 +95,7 @@ class Pager:
             values: As ``keys``.
 
         Returns:
-            The blocks, first tokens first.
+            The blocks, first tokens first; on a GPU the copies are still under way (`settle`).
         """
         blocks = []
         for k, v in zip(
@@ -115,6 +115,11 @@ class Pager:
             host.copy_(x, non_blocking=True)
         x.record_stream(self.side)
         return host
+
+    def settle(self) -> None:
+        """Wait until all that was taken out has come; whoever reads it on the host calls this."""
+        if self.side is not None:
+            self.side.synchronize()
 
     def bring(self, block: HostBlock) -> int:
         """Start to copy a block into the next slot; return the slot."""

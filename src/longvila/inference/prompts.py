@@ -367,11 +367,7 @@ class LongVILAPrompts:
 
     def _pixels(self, frames: Any) -> Tensor:
         part = self.processor.video_processor
-        if tuple(frames.shape[1:3]) != part.height_width:
-            from PIL import Image
-
-            frames = np.stack([np.asarray(part.square(Image.fromarray(f))) for f in frames])
-        pixels: Tensor = part.pixels(frames)
+        pixels: Tensor = part.pixels(part.sized(frames))
         return pixels
 
     @property

@@ -159,7 +159,8 @@ class DealtRows:
         kind: The kind of medium.
         pixels: Of all items: a tensor, or a source; or this rank's own as a tensor.
         items: What describes each item.
-        own: This rank's units if ``pixels`` are its own: R + 1 cuts.
+        own: Where units are cut between ranks, R + 1 numbers, if ``pixels`` are this rank's own;
+            None to deal the units of each chunk.
         places: ``(N,)`` positions of the placeholders in the prompt, ascending.
         edges: Where chunks begin, and S.
         cache: Whose ranks.

@@ -230,8 +230,7 @@ class Session:
             first, second = (self._render(text, watched) for text in ("A", "b"))
             return first, common_prefix(first.ids, second.ids)
 
-        times, (rendered, stop), kept, prefill_s = self._read(shared, watched, new=0)
-        self._cached = rendered.ids[:stop]
+        times, (_, stop), kept, prefill_s = self._read(shared, watched, new=0)
         self.watched = watched
         return Timings(decode_s + times.decode_s, times.vision_s, prefill_s, 0.0, stop, kept, 0)
 

@@ -93,6 +93,7 @@ class FamilySampler:
         num_frames: int | None = None,
         fps: float | None = None,
         indices: Any = None,
+        timestamps_s: Any = None,
         **options: Any,
     ) -> SampledVideo:
         """Choose and decode frames.
@@ -103,6 +104,7 @@ class FamilySampler:
             num_frames: Frames; with ``fps``, at most so many; None as the processor says.
             fps: Frames a second.
             indices: Frames by number instead.
+            timestamps_s: Frames on screen at these seconds instead.
             **options: Of `longvila.media.video.read_frames`.
 
         Returns:
@@ -113,8 +115,8 @@ class FamilySampler:
         """
         if isinstance(video, SampledVideo):
             return video
-        if indices is not None:
-            return read_frames(video, indices=indices, **options)
+        if indices is not None or timestamps_s is not None:
+            return read_frames(video, indices=indices, timestamps_s=timestamps_s, **options)
         if num_frames is None and fps is None:
             num_frames, fps = self.num_frames, self.fps
         return read_frames(video, num_frames=num_frames, fps=fps, short=self.short, **options)

@@ -287,6 +287,8 @@ def save_cache(
     """
     folder = Path(path)
     group = cache.group if cache.num_ranks > 1 else None
+    if cache.pager is not None:
+        cache.pager.settle()
     layers = [layer.everything() for layer in cache.shards]
     first = cache.rank == 0
 
@@ -422,7 +424,7 @@ def load_cache(
 
     Args:
         path: Its folder.
-        key: What the caller has; entries that it lacks are not compared.
+        key: What the caller has, as for `save_cache`; entries that it lacks are not compared.
         mesh: The ranks that share it; any number.
         device: Where it goes.
         pager: Takes what exceeds its budget to the host.
@@ -442,7 +444,8 @@ def load_cache(
 
     def read() -> ShardedCache:
         index = read_index(folder)
-        if unlike := list(differences(index["key"], key)):
+        now = json.loads(json.dumps(key))  # tuples and names that are numbers, as they were stored
+        if unlike := list(differences(index["key"], now)):
             raise StoreError(f"{folder} was made of something else: " + "; ".join(unlike))
         try:
             return _read_cache(folder, index, mesh, device, pager)

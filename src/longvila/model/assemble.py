@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -33,6 +32,7 @@ from transformers.utils.hub import cached_file
 
 from longvila.errors import CheckpointError
 from longvila.model.configuration_longvila import LongVILAConfig, downsample_factor
+from longvila.model.dinov2 import resize_positions
 from longvila.model.modeling_longvila import LongVILAForConditionalGeneration
 from longvila.model.processing_longvila import LongVILAProcessor, add_media_tokens
 
@@ -75,7 +75,7 @@ def load_tower(source: str | Path, image_size: int | None) -> PreTrainedModel:
             f"--image-size {image_size} is no multiple of the patch {patch}; try {near}"
         )
     vision_config.image_size = image_size
-    resized: PreTrainedModel = AutoModel.from_config(vision_config)
+    resized: PreTrainedModel = AutoModel.from_config(vision_config, dtype=torch.float32)
     state, target = tower.state_dict(), resized.state_dict()
     for name, value in target.items():
         if name not in state or state[name].shape == value.shape:
@@ -119,10 +119,8 @@ def resize_table(table: Tensor, rows: int) -> Tensor:
         Shape (rows, C).
     """
     extra = 0 if math.isqrt(len(table)) ** 2 == len(table) else 1
-    side, new = math.isqrt(len(table) - extra), math.isqrt(rows - extra)
-    square = table[extra:].view(1, side, side, -1).permute(0, 3, 1, 2)
-    square = interpolate(square, size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([table[:extra], square.permute(0, 2, 3, 1).reshape(new * new, -1)])
+    new = math.isqrt(rows - extra)
+    return torch.cat([table[:extra], resize_positions(table[extra:][None], new)])
 
 
 def _move(part: nn.Module, target: nn.Module, name: str) -> None:

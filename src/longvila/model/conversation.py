@@ -133,7 +133,7 @@ def normalise_conversation(conversation: Any) -> Any:
 
     Raises:
         TypeError: If something in it is no list, message or part of one.
-        ValueError: If a message has no role, a part no type, or there is no message.
+        ValueError: If a message has no role, a part no type or address, or there is no message.
     """
     if isinstance(conversation, dict):
         message = dict(conversation)
@@ -165,8 +165,13 @@ def _normalise_part(part: Any) -> Any:
         )
     kind = part["type"]
     if kind in ("image_url", "video_url"):
-        value = part[kind]
-        url = value["url"] if isinstance(value, dict) else value
+        value = part.get(kind)
+        url = value.get("url") if isinstance(value, dict) else value
+        if url is None:
+            raise ValueError(
+                f"a content item of type {kind!r} needs {kind!r}, an address or "
+                f"{{'url': address}}; got {part!r:.80}"
+            )
         return {"type": kind.removesuffix("_url"), "url": url}
     return copy.copy(part)
 
@@ -195,8 +200,8 @@ def media_of(conversations: Sequence[Any]) -> tuple[list[Any], list[Any]]:
                 sources = [part[k] for k in (kind, "url", "path", "base64") if k in part]
                 if len(sources) != 1:
                     raise ValueError(
-                        f"a content item of type {kind!r} needs one of {kind!r}, 'url' and 'path', "
-                        f"got {sorted(part)}"
+                        f"a content item of type {kind!r} needs one of {kind!r}, 'url', 'path' and "
+                        f"'base64', got {sorted(part)}"
                     )
                 (images if kind == "image" else videos).append(sources[0])
     return images, videos

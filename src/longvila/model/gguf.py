@@ -7,8 +7,8 @@
    into Hugging Face's (halves).
 4. Llama is Qwen2 without biases on q, k and v, so zero biases make it one, exactly.
 
-Cost: seconds, and the float32 weights in memory once. Not done: other architectures, untied
-output tables with a separate quantisation, rope scaling.
+Cost: seconds, and the float32 weights in memory once. Other architectures, and rotary angles that
+are scaled, are refused.
 
 Dimensions: H heads, D head dim, M model dim.
 """
@@ -89,7 +89,8 @@ def read_gguf(path: Path) -> tuple[Qwen2Config, dict[str, Tensor]]:
 
     Raises:
         ImportError: If the ``gguf`` package is missing.
-        CheckpointError: If the architecture is another one, or tensors are missing.
+        CheckpointError: If the architecture is another one, rotary angles are scaled, or tensors
+            are missing.
     """
     try:
         from gguf import GGUFReader
@@ -107,6 +108,13 @@ def read_gguf(path: Path) -> tuple[Qwen2Config, dict[str, Tensor]]:
     architecture = field("general.architecture")
     if architecture != "llama":
         raise CheckpointError(f"{path.name} holds a {architecture!r} model, expected 'llama'")
+    for key in ("llama.rope.scaling.type", "llama.rope.scale_linear"):
+        entry = reader.get_field(key)
+        if entry is not None and entry.contents() not in ("none", 1.0):
+            raise CheckpointError(
+                f"{path.name} scales its rotary angles ({key} is {entry.contents()!r}), which is "
+                "not converted; take a file of the model without it"
+            )
     heads = int(field("llama.attention.head_count"))
     kv_heads = int(field("llama.attention.head_count_kv"))
     layers = int(field("llama.block_count"))

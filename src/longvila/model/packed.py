@@ -13,6 +13,7 @@ What transformers cannot be told is an error. `longvila.parallel` does it all.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ def keep_apart(
         Positions and mask for the language model.
 
     Raises:
-        ValueError: If lengths do not fit the row, or documents go with a cache, a mask or positions
-            that leave some out.
+        ValueError: If lengths do not fit the row or the positions, or documents go with a cache, a
+            mask or positions that leave some out.
     """
     lengths, shape = options.pop("document_lengths", None), tuple(embeds.shape[:2])
     several = False
@@ -64,6 +65,12 @@ def keep_apart(
         return position_ids, position_ids.new_ones(shape) if gaps else None
     if gaps:
         raise ValueError(f"positions of several documents leave some out{_OTHERWISE}")
+    if lengths is not None:
+        found = ((steps[0] != 1).nonzero().flatten() + 1).tolist()
+        if found != list(accumulate(counts))[:-1]:
+            raise ValueError(
+                f"documents of {counts} tokens, but position_ids restart at {found}{_OTHERWISE}"
+            )
     if options.get("use_cache"):
         raise ValueError("a row of several documents has no cache: leave use_cache out")
     options["use_cache"] = False

@@ -13,7 +13,12 @@ import re
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+)
 
 from longvila.errors import CheckpointError
 from longvila.model.vila.layout import is_vila
@@ -46,11 +51,14 @@ def check_source(source: str, *, label: str = "checkpoint") -> None:
         return
     if path.exists():
         raise CheckpointError(f"{label} {source}: is a file; expected the folder of a checkpoint")
-    if not _HUB_ID.fullmatch(source):
-        raise CheckpointError(f"{label} {source}: there is no such folder")
-    if isinstance(try_to_load_from_cache(source, "config.json"), str):
-        return
     unknown = f"{label} {source}: there is no such folder"
+    if not _HUB_ID.fullmatch(source):
+        raise CheckpointError(unknown)
+    try:
+        if isinstance(try_to_load_from_cache(source, "config.json"), str):
+            return
+    except HFValidationError as fault:  # "runs--1", "x.git": the Hub has further rules for names
+        raise CheckpointError(unknown) from fault
     try:
         get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=_ASK_S)
     except (RepositoryNotFoundError, EntryNotFoundError) as fault:

@@ -100,6 +100,7 @@ class LongVILAVideoProcessor(PixelProcessor):
         num_frames: int | None = None,
         fps: float | None = None,
         indices: Sequence[int] | None = None,
+        timestamps_s: Sequence[float] | None = None,
         do_sample_frames: bool | None = None,
         **options: Any,
     ) -> SampledVideo:
@@ -110,6 +111,7 @@ class LongVILAVideoProcessor(PixelProcessor):
             num_frames: Frames to sample; with ``fps``, at most so many.
             fps: Frames per second to sample.
             indices: Frames to take instead.
+            timestamps_s: Frames on screen at these seconds instead.
             do_sample_frames: Whether to sample at all; None samples files, and decoded videos only
                 if a number or a rate is given.
             **options: Handed to `longvila.media.video.read_frames`.
@@ -127,8 +129,8 @@ class LongVILAVideoProcessor(PixelProcessor):
             do_sample_frames = asked or not _is_decoded(video)
         if self.image_aspect_ratio != "pad":
             options.setdefault("size", self.height_width)
-        if indices is not None:
-            return read_frames(video, indices=indices, **options)
+        if indices is not None or timestamps_s is not None:
+            return read_frames(video, indices=indices, timestamps_s=timestamps_s, **options)
         if not do_sample_frames:
             if not _is_decoded(video):
                 raise ValueError(
@@ -154,7 +156,10 @@ class LongVILAVideoProcessor(PixelProcessor):
 
     def frame_levels(self, video: SampledVideo) -> np.ndarray:
         """Return sampled frames at the tower's size, uint8, shape (F, height, width, 3)."""
-        frames = video.frames
+        return self.sized(video.frames)
+
+    def sized(self, frames: np.ndarray) -> np.ndarray:
+        """Return frames ``(F, H, W, 3)`` of any size at the tower's, uint8."""
         if tuple(frames.shape[1:3]) != self.height_width:
             frames = np.stack([np.asarray(self.square(Image.fromarray(f))) for f in frames])
         return frames

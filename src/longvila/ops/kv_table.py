@@ -152,7 +152,7 @@ class KVTable:
         line = self.kv_heads * self.head_dim
         elements = (self.rows - 1) * apart + tokens * line
         shape = (self.rows, tokens, self.kv_heads, self.head_dim)
-        if not elements or not tokens:
+        if not tokens:
             return torch.empty(shape, dtype=self.dtype)
         memory = (ctypes.c_char * (elements * self.dtype.itemsize)).from_address(address)
         flat = torch.frombuffer(memory, dtype=self.dtype)

@@ -123,8 +123,8 @@ def global_mean(
         A scalar in ``local_sum``'s dtype.
 
     Raises:
-        ValueError: If ``gradient_reduction`` is neither "mean" nor "sum", or an argument is not
-            a scalar, or ``num_items`` is negative.
+        ValueError: If ``gradient_reduction`` is neither "mean" nor "sum", an argument holds more
+            than one number, or ``num_items`` is a negative number; a tensor is not read.
 
     Comm: One all-reduce of 2 float64.
     """
@@ -143,6 +143,8 @@ def global_mean(
             raise ValueError(f"num_items must not be negative, got {num_items}")
         num_items = torch.tensor(num_items, device=local_sum.device)
     elif num_items is not None:
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be one number, got shape {tuple(num_items.shape)}")
         num_items = num_items.to(local_sum.device).reshape(())
     world = 1 if group is None else dist.get_world_size(group)
     scale = float(world) if gradient_reduction == "mean" else 1.0

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from longvila.inference import cache as cache_module
 from longvila.inference.cache import ShardedCache, ShardLayer
+from longvila.inference.forks import fork_first
 from longvila.sp.layout import SequenceLayout
 from longvila.sp.mesh import MeshPlan, SPMesh
 
@@ -122,6 +123,15 @@ def test_crop_takes_the_last_tokens_wherever_they_are(remove: int) -> None:
         caches[0].crop(-18 + remove)
     with pytest.raises(ValueError, match="crop takes minus"):
         caches[0].crop(1)
+
+
+@pytest.mark.parametrize("tokens", [-1, 8])
+def test_a_fork_of_more_than_there_is_is_refused(tokens: int) -> None:
+    cache = ShardedCache(2)
+    append(cache, 0, 7)
+    with pytest.raises(ValueError, match=f"holds 7 tokens, a fork cannot begin with {tokens}"):
+        fork_first(cache, tokens)
+    assert fork_first(cache, 7).get_seq_length() == 7
 
 
 def test_forks_share_storage_and_differ_afterwards() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +17,10 @@ from transformers.utils import is_torchvision_available
 
 from longvila.inference.engine import Engine
 from longvila.inference.family_prompts import FamilyPrompts
-from longvila.inference.prompts import said
+from longvila.inference.prompts import describe, said
 from longvila.inference.session import Session
 from longvila.media.synthetic import clip, numbered_frame
+from longvila.parallel.families import CAUSAL_LM
 from longvila.testing.tiny import tiny_tokenizer
 
 
@@ -157,6 +160,19 @@ def test_conversations_with_other_families(name: str, film: Path, tmp_path: Path
             eos_token_id=processor.tokenizer.eos_token_id,
         )  # fmt: skip
         assert list(answer.token_ids) == out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("chosen", [{"indices": [3, 30]}, {"timestamps_s": [0.1, 1.0]}, {"fps": 4}])
+def test_a_video_is_recalled_with_the_frames_it_had(
+    chosen: dict[str, Any], film: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FamilyPrompts, "_count", lambda self, medium: None)  # needs a processor
+    part = SimpleNamespace(size=None, num_frames=6)
+    prompts = FamilyPrompts(None, SimpleNamespace(video_processor=part), CAUSAL_LM)
+    video = prompts.load_video(str(film), **chosen)
+    again = prompts.recall(json.loads(json.dumps(describe(video))))
+    assert again.frames == video.frames != 6
+    assert again.pixels.indices.tolist() == video.pixels.indices.tolist()
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])

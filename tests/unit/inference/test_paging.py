@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from longvila.inference.engine import Engine
-from longvila.inference.paging import Pager, Walk
+from longvila.inference.paging import HostBlock, Pager, Walk
 
 from .cases import greedy, language_model, prompt
 
@@ -98,6 +99,36 @@ def test_paged_prompts_are_stored_and_loaded_onto_the_host(tmp_path: Path) -> No
     with Engine(model) as engine:
         loaded = engine.load(tmp_path)
         assert loaded.host_bytes == 0 and greedy_from(engine, loaded) == expected
+
+
+class _Late(Pager):
+    """Copies to the host come late, as on a GPU: with the next block, or when somebody waits."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.under_way: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def _to_host(self, x: torch.Tensor) -> torch.Tensor:
+        self.under_way.append((torch.zeros_like(x), x.clone()))
+        return self.under_way[-1][0]
+
+    def settle(self) -> None:
+        while self.under_way:
+            host, x = self.under_way.pop()
+            host.copy_(x)
+
+    def bring(self, block: HostBlock) -> int:
+        self.settle()
+        return super().bring(block)
+
+
+def test_what_is_on_its_way_to_the_host_is_waited_for_before_it_is_stored(tmp_path: Path) -> None:
+    model, inputs = language_model(), prompt(40)
+    expected = greedy(model, inputs, 5)
+    with Engine(model, chunk_tokens=8, kv_offload=_Late(CPU, 0, block_tokens=8)) as engine:
+        engine.save(engine.prefill(inputs), tmp_path)
+    with Engine(model) as engine:
+        assert greedy_from(engine, engine.load(tmp_path)) == expected
 
 
 def test_numbers_out_of_range_are_refused() -> None:

@@ -45,6 +45,12 @@ def test_numbers_of_frames_are_the_users_then_the_processors_then_ours(tmp_path:
     sampled = own.sample(film, num_frames=3)
     assert len(sampled.frames) == 3 and own.sample(sampled) is sampled
     assert own.sample(film, indices=[4, 9]).indices.tolist() == [4, 9]
+    by_time = own.sample(film, timestamps_s=[0.0, 1.0]).indices.tolist()
+    assert (
+        by_time
+        == tiny_processor().video_processor.sample(film, timestamps_s=[0.0, 1.0]).indices.tolist()
+    )
+    assert len(by_time) == 2
 
 
 def test_a_processor_without_videos_is_refused() -> None:

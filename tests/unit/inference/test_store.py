@@ -87,6 +87,14 @@ def test_every_difference_is_named(tmp_path: Path) -> None:
         engine.load(tmp_path)
 
 
+def test_a_key_is_compared_as_json_gives_it_back(tmp_path: Path) -> None:
+    with Engine(language_model()) as engine:
+        engine.save(engine.prefill(prompt(5)), tmp_path, {"size": (1, 2), "frames": {7: "a"}})
+        engine.load(tmp_path, {"size": (1, 2), "frames": {7: "a"}})
+        with pytest.raises(StoreError, match=r'frames\.7: "a" there, "b" here'):
+            engine.load(tmp_path, {"frames": {7: "b"}})
+
+
 def test_what_is_not_whole_is_refused(tmp_path: Path) -> None:
     with Engine(language_model()) as engine:
         with pytest.raises(StoreError, match=r"has no index\.json"):

@@ -119,6 +119,14 @@ def test_picture_size_resizes_positions(vision: Path) -> None:
         assert torch.equal(value, original[name]) == ("position" not in name), name
 
 
+def test_a_resized_tower_of_half_precision_is_float32(vision: Path) -> None:
+    SiglipVisionModel.from_pretrained(vision, dtype=torch.bfloat16).save_pretrained(vision)
+    tower = load_tower(vision, 24)
+    assert {value.dtype for value in tower.state_dict().values()} == {torch.float32}
+    table = load_tower(vision, None).embeddings.position_embedding.weight
+    assert torch.equal(tower.embeddings.position_embedding.weight, resize_table(table, 36))
+
+
 def test_class_row_is_kept() -> None:
     table = torch.cat([torch.full((1, 3), 7.0), torch.ones(4, 3)])
     resized = resize_table(table, 10)

@@ -56,7 +56,15 @@ _NAMES = {
 }
 
 
-def _write(path: Path, model: LlamaForCausalLM, *, arch: str = "llama", leave: str = "") -> None:
+def _write(
+    path: Path,
+    model: LlamaForCausalLM,
+    *,
+    arch: str = "llama",
+    leave: str = "",
+    output: np.ndarray | None = None,
+    scaling: str | None = None,
+) -> None:
     """Write the model with 8-bit matrices, and put what they mean back into it."""
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize, quantize
@@ -70,6 +78,11 @@ def _write(path: Path, model: LlamaForCausalLM, *, arch: str = "llama", leave: s
     writer.add_head_count_kv(KV_HEADS)
     writer.add_rope_freq_base(1e5)
     writer.add_layer_norm_rms_eps(1e-5)
+    if scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
+    if output is not None:
+        four = GGMLQuantizationType.Q4_0
+        writer.add_tensor("output.weight", quantize(output, four), raw_dtype=four)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for name, parameter in model.state_dict().items():
@@ -123,6 +136,23 @@ def test_other_architecture_is_refused(tmp_path: Path) -> None:
     _write(tmp_path / "tiny.gguf", _llama(), arch="gemma")
     with pytest.raises(CheckpointError, match="'gemma' model, expected 'llama'"):
         read_gguf(tmp_path / "tiny.gguf")
+
+
+def test_scaled_angles_are_refused(tmp_path: Path) -> None:
+    _write(tmp_path / "none.gguf", _llama(), scaling="none")
+    read_gguf(tmp_path / "none.gguf")
+    _write(tmp_path / "tiny.gguf", _llama(), scaling="linear")
+    with pytest.raises(CheckpointError, match=r"scales its rotary angles \(.*type is 'linear'\)"):
+        read_gguf(tmp_path / "tiny.gguf")
+
+
+def test_an_output_table_of_its_own_is_the_head(tmp_path: Path) -> None:
+    table = np.random.default_rng(0).integers(-8, 8, (ROWS, 64)).astype(np.float32)
+    table[:, ::32] = -8  # so that four bits hold it
+    _write(tmp_path / "tiny.gguf", _llama(), output=table)
+    config, state = read_gguf(tmp_path / "tiny.gguf")
+    assert not config.tie_word_embeddings
+    assert np.array_equal(state["lm_head.weight"].numpy(), table)
 
 
 def test_missing_tensor_is_named(tmp_path: Path) -> None:

@@ -57,6 +57,12 @@ def test_positions_that_leave_some_out_cut_no_document() -> None:
         ({"document_lengths": LENGTHS, "use_cache": True}, "has no cache"),
         ({"position_ids": RESTARTING * 2}, "leave some out"),
         (
+            {"document_lengths": LENGTHS, "position_ids": torch.arange(12)[None]},
+            r"documents of \[5, 7\] tokens, but position_ids restart at \[\]",
+        ),
+        ({"document_lengths": [6, 6], "position_ids": RESTARTING}, r"restart at \[5\]"),
+        ({"document_lengths": [12], "position_ids": RESTARTING}, r"restart at \[5\]"),
+        (
             {"document_lengths": LENGTHS, "attention_mask": (IDS[0, 0] != IDS).long()},
             "do not go with an attention_mask",
         ),

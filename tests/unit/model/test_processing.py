@@ -436,7 +436,10 @@ def test_counts_of_placeholders_and_media() -> None:
     assert list(out["video_num_frames"]) == [2, 3]
     with pytest.raises(ValueError, match="give text, images or videos"):
         processor()
-    with pytest.raises(ValueError, match="needs one of 'video', 'url' and 'path'"):
+    for part in ({"type": "image_url"}, {"type": "video_url", "video_url": {"detail": "low"}}):
+        with pytest.raises(ValueError, match=f"needs '{part['type']}', an address or"):
+            processor.apply_chat_template([{"role": "user", "content": [part]}])
+    with pytest.raises(ValueError, match="needs one of 'video', 'url', 'path' and 'base64'"):
         processor.apply_chat_template(
             [
                 {"role": "user", "content": [{"type": "video"}]},

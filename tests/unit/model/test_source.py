@@ -32,6 +32,11 @@ def test_names_that_are_no_checkpoint(tmp_path: Path) -> None:
     assert "there is no such folder" in refused(tmp_path / "gone")
 
 
+@pytest.mark.parametrize("name", ["runs--1", "out..2", "somebody/x--y", "model.git", "run-"])
+def test_names_that_the_hub_does_not_take(name: str) -> None:
+    assert "there is no such folder" in refused(name)
+
+
 def test_folders_of_every_kind(tmp_path: Path) -> None:
     check_source(str(save_tiny(tmp_path / "model")))
     (tmp_path / "adapter").mkdir()

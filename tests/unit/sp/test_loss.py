@@ -131,6 +131,7 @@ def test_one_process_keeps_dtype_and_gradient() -> None:
     [
         ({"gradient_reduction": "avg"}, "how the parameter gradients will be combined"),
         ({"gradient_reduction": "sum", "num_items": -1}, "must not be negative, got -1"),
+        ({"gradient_reduction": "sum", "num_items": torch.tensor([1, 2])}, r"one number, got.*2"),
     ],
 )
 def test_wrong_options_are_refused(options: dict, message: str) -> None:

@@ -1,7 +1,8 @@
 """A request on its way: what it asks, what is known of it, and what it tells.
 
 Events go from the threads that do the work to whoever waits for the answer. They come in order: any
-number of `Stage` and `Piece`, then `Done` or `Failed`, and nothing at all once it is cancelled.
+number of `Stage` and `Piece`, then `Done` or `Failed`. One that its client cancelled may end with
+neither.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Stage:
-    """How far a request is: ``decode`` in frames, ``read`` in tokens."""
+    """How far a request is: ``fetch`` in media, ``decode`` in frames, ``read`` in tokens."""
 
     name: str
     done: int

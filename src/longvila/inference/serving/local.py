@@ -26,7 +26,7 @@ class LocalServer:
     """Serves a model on a port of this machine while a block runs.
 
     Args:
-        model: A LongVILA model in evaluation mode; nobody else may use it meanwhile.
+        model: A model of a known family in evaluation mode; nobody else may use it meanwhile.
         processor: Its processor.
         settings: Of the server.
         port: Port; 0 for any that is free.
