@@ -220,5 +220,6 @@ class _Told(StoppingCriteria):
 
     def _ask(self, running: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         for each in self.criteria:
-            running = running | torch.as_tensor(each(*args, **kwargs), device=running.device)
+            done = torch.as_tensor(each(*args, **kwargs), device=running.device)
+            running = running | done.expand_as(running)
         return running

@@ -123,6 +123,10 @@ def differ(rank: Rank) -> None:
             engine.generate(film, **GREEDY, **on_one)
         with pytest.raises(RankError, match=r"different tokens, from \[5\] to \[6\]"):
             engine.generate(film, **GREEDY, logits_processor=[Wants(5 + me)])
+        answers: Any = torch.zeros(7, dtype=torch.bool) if me == 0 else False
+        fault = pytest.raises(RankError if me else RuntimeError, match="expanded size")
+        with fault:
+            engine.generate(film, **GREEDY, stopping_criteria=[lambda *_, **__: answers])
         # What transformers refuses with a streamer is refused by ranks without one.
         with pytest.raises(ValueError, match="streamer"):
             given = {"streamer": Streamer(-1)} if me else {}
