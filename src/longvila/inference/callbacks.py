@@ -39,6 +39,7 @@ class Callbacks:
 
     Args:
         given: Options of ``generate``; the same on every rank, but for ``streamer``.
+        ids: ``(B, T)`` tokens to be read first, which must be the same as well.
         cache: Whose ranks.
         device: Of tensors that ranks exchange.
 
@@ -46,12 +47,19 @@ class Callbacks:
         options: What to give ``generate`` in their place.
 
     Raises:
-        ValueError: On all ranks, if some were given other numbers of criteria or processors.
+        ValueError: On all ranks, if some were given other ids, or other numbers of criteria or
+            processors.
 
-    Comm: One all-reduce of 8 integers; on one process none, and the options stay as they are.
+    Comm: One all-reduce of 14 integers; on one process none, and the options stay as they are.
     """
 
-    def __init__(self, given: Mapping[str, Any], cache: ShardedCache, device: torch.device) -> None:
+    def __init__(
+        self,
+        given: Mapping[str, Any],
+        ids: Tensor | None,
+        cache: ShardedCache,
+        device: torch.device,
+    ) -> None:
         self.cache, self.device = cache, device
         self.options = dict(given)
         self._fault: tuple[str, Exception] | None = None
@@ -59,13 +67,22 @@ class Callbacks:
         if cache.num_ranks == 1:
             return
         streamer, *common = (given.get(name) for name in ("streamer", *_COMMON))
-        own = torch.tensor([streamer is not None, *map(_count, common)], dtype=torch.int64)
+        counts = [int(streamer is not None), *map(_count, common)]
+        flat = torch.empty(0, dtype=torch.int64) if ids is None else ids.flatten().cpu().long()
+        places = torch.arange(1, flat.numel() + 1) % 1_000_003
+        sums = [0 if ids is None else len(ids), flat.numel(), int((flat * places).sum())]
+        own = torch.tensor([*counts, *sums])
         told = self._most(torch.cat([own, -own]))
-        for name, mine, most, least in zip(_COMMON, own[1:], told[1:4], told[5:], strict=True):
+        if any(most != -least for most, least in zip(told[4:7], told[11:], strict=True)):
+            raise ValueError(
+                f"the ranks were given different ids, of which rank {cache.rank} has {sums[1]} in "
+                f"{sums[0]} rows: give all of them the same, from the first rank if they are drawn"
+            )
+        for name, mine, most, least in zip(_COMMON, counts[1:], told[1:4], told[8:11], strict=True):
             if most != -least:
                 raise ValueError(
                     f"{name} must be given on every rank alike, since each chooses its tokens by "
-                    f"it: {int(mine)} on this rank, from {-least} to {most} on all"
+                    f"it: {mine} on this rank, from {-least} to {most} on all"
                 )
         self._active = any(told[:4])
         if not self._active:

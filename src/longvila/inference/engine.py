@@ -424,13 +424,13 @@ class Engine:
             whole = torch.cat([whole.expand(rows, -1), ids.to(whole.device)], dim=1)
         given = options.get("attention_mask")
         options["attention_mask"] = whole_mask(given, mask, whole, cache.get_seq_length())
+        if option("use_cache") is False:  # as many models say that were trained with checkpointing
+            options["use_cache"] = True
+        callbacks = Callbacks(options, ids, cache, self._device)
         restore = cache.remember()
         working = cache.fork() if many else cache
         if whole.shape[1] == cache.get_seq_length():
             working.crop(-1)  # generate needs a token to read
-        if option("use_cache") is False:  # as many models say that were trained with checkpointing
-            options["use_cache"] = True
-        callbacks = Callbacks(options, cache, self._device)
         try:
             with self._seeded(seed, bool(option("do_sample"))), self._no_rope_deltas():
                 options = callbacks.options

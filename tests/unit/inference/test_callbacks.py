@@ -115,12 +115,16 @@ def differ(rank: Rank) -> None:
     model = language_model()
     with Engine(model, mesh) as engine:
         film = engine.prefill(prompt(20))
+        for ids in ([[1, 2 + me]], [[1, 2]] * (1 + me), [[3] * (2 + me)]):
+            with pytest.raises(ValueError, match=f"different ids, of which rank {me} has"):
+                engine.generate(film, torch.tensor(ids), **GREEDY)
         on_one = {0: {}, 1: {"logits_processor": [Wants(5)]}}[me]
         with pytest.raises(ValueError, match=rf"given on every rank alike.*: {me} on this rank"):
             engine.generate(film, **GREEDY, **on_one)
         on_one = {0: {"stopping_criteria": [StopsLater()]}, 1: {}}[me]
         with pytest.raises(ValueError, match=r"stopping_criteria must .* from 0 to 1 on all"):
             engine.generate(film, **GREEDY, **on_one)
+        assert film.get_seq_length() == 20
         with pytest.raises(RankError, match=r"different tokens, from \[5\] to \[6\]"):
             engine.generate(film, **GREEDY, logits_processor=[Wants(5 + me)])
         answers: Any = torch.zeros(7, dtype=torch.bool) if me == 0 else False
