@@ -297,7 +297,32 @@ def fail_alone(rank: Rank, film: str) -> None:
             engine.prefill(broken)
 
 
-@pytest.mark.parametrize("check_film", [converse, fail_alone])
+def stop_alone(rank: Rank, film: str) -> None:
+    """A caller's progress that raises stops the reading on all ranks, and spoils nothing."""
+    model = tiny_model(3)
+    engine = Engine(model, build_mesh(2, 2, "zigzag_ring_varlen"), chunk_tokens=16)
+    session = Session(engine, tiny_processor(model.config))
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "read" and done >= min(total, 40):
+            raise InterruptedError(f"enough at {done}")
+
+    expected = session.ask("One?", [session.load_video(film, num_frames=7)]).token_ids
+    session.clear()
+    kind = InterruptedError if rank.rank == 1 else RankError
+    # A prompt that is dealt over the ranks, and one of few tokens behind it, which all read.
+    for media in ([session.load_video(film, num_frames=7)], []):
+        session.progress = stop if rank.rank == 1 else None
+        with pytest.raises(kind, match="enough at"):
+            session.ask("One?", media)
+        session.progress = None
+        if media:
+            assert session.ask("One?", media).token_ids == expected
+    assert len(session.messages) == 2
+    session.ask("Two?")
+
+
+@pytest.mark.parametrize("check_film", [converse, fail_alone, stop_alone])
 def test_sessions_over_ranks(check_film: Any, tmp_path: Path) -> None:
     film = clip(tmp_path / "film.mp4", 40)
     run_ranks(check_film, 2, str(film))

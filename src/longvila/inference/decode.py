@@ -37,7 +37,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longvila.inference.cache import ShardedCache
@@ -560,22 +560,3 @@ def set_attention(text: PreTrainedModel) -> str | None:
         return None
     text.set_attn_implementation(NAME)
     return before
-
-
-class FirstRankDecides(StoppingCriteria):
-    """A caller's criterion, decided on one rank for all.
-
-    Args:
-        criterion: The caller's.
-        cache: Whose ranks.
-    """
-
-    def __init__(self, criterion: Any, cache: ShardedCache) -> None:
-        self.criterion, self.cache = criterion, cache
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        done = self.criterion(input_ids, scores, **kwargs)
-        flags = torch.as_tensor(done, device=input_ids.device).expand(input_ids.shape[0])
-        flags = flags.to(torch.uint8).contiguous()
-        dist.broadcast(flags, group=self.cache.group, group_src=0)
-        return flags.bool()

@@ -14,7 +14,8 @@ back. A model that was parallelized keeps its training forward.
 **Equal tokens on all ranks.** Logits of every step are one rank's, broadcast. Sampling draws from
 a generator that all ranks seed alike: with the seed given, or with one that the first rank draws.
 A criterion given by the caller is decided by the first rank, since one rank that stops earlier
-leaves the others waiting.
+leaves the others waiting; what fails on one rank of what a caller gave ends all of them
+(`longvila.inference.callbacks`).
 
 Questions of different lengths about one prefix are decoded together: each row has filler in front
 of its own tokens, which no query of it sees and no position counts.
@@ -35,14 +36,15 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel
 
 from longvila.errors import ContextLengthError
 from longvila.inference.cache import ShardedCache
-from longvila.inference.decode import CacheForward, FirstRankDecides, set_attention
+from longvila.inference.callbacks import Callbacks
+from longvila.inference.decode import CacheForward, set_attention
 from longvila.inference.forks import fork_first
 from longvila.inference.frames import FrameSource
-from longvila.inference.inputs import append_ids, pad_rows, whole_mask, whole_row
+from longvila.inference.inputs import append_ids, cut_answers, pad_rows, whole_mask, whole_row
 from longvila.inference.paging import Pager
 from longvila.inference.positions import TextRuns
 from longvila.inference.prefill import ReadTimes, media_mask, prefill_chunks, prefill_ranks
@@ -401,9 +403,10 @@ class Engine:
         Raises:
             ValueError: If ``max_time`` is given on several ranks, the cache was filled without
                 ids, or an ``attention_mask`` hides tokens of the prefix.
+            RankError: If a streamer, criterion or processor raised on another rank.
 
         Comm: As a step of `longvila.inference.decode`, a token; one broadcast of a seed to sample,
-            and of a flag a token with criteria of the caller's.
+            and what `longvila.inference.callbacks.Callbacks` tells.
         """
         cache = prompt if isinstance(prompt, ShardedCache) else self.prefill(prompt)
         option = functools.partial(self._option, options)
@@ -421,20 +424,18 @@ class Engine:
             whole = torch.cat([whole.expand(rows, -1), ids.to(whole.device)], dim=1)
         given = options.get("attention_mask")
         options["attention_mask"] = whole_mask(given, mask, whole, cache.get_seq_length())
+        if option("use_cache") is False:  # as many models say that were trained with checkpointing
+            options["use_cache"] = True
+        callbacks = Callbacks(options, ids, cache, self._device)
         restore = cache.remember()
         working = cache.fork() if many else cache
         if whole.shape[1] == cache.get_seq_length():
             working.crop(-1)  # generate needs a token to read
-        if self.num_ranks > 1:
-            given = options.get("stopping_criteria") or []
-            options["stopping_criteria"] = StoppingCriteriaList(
-                [FirstRankDecides(each, cache) for each in given]
-            )
-        if option("use_cache") is False:  # as many models say that were trained with checkpointing
-            options["use_cache"] = True
         try:
             with self._seeded(seed, bool(option("do_sample"))), self._no_rope_deltas():
+                options = callbacks.options
                 out = self.model.generate(whole, past_key_values=working, **options)  # type: ignore[operator]
+            callbacks.end()
         except BaseException:
             restore()
             raise
@@ -446,16 +447,17 @@ class Engine:
 
     def generate_many(
         self, prompt: ShardedCache, questions: Sequence[Tensor], **options: Any
-    ) -> list[Tensor]:
+    ) -> list[Any]:
         """Answer questions of different lengths about one prefix, all at once.
 
         Args:
             prompt: A cache of one row; stays as it is.
             questions: Text tokens of each, ``(T_b,)`` or ``(1, T_b)``.
-            **options: As for `generate`, which returns one sequence a question.
+            **options: As for `generate`.
 
         Returns:
-            For each question its new tokens, up to and with the first that ends a text.
+            For each question its new tokens ``(T,)``, up to and with the first that ends a text;
+            with ``num_return_sequences=n`` above one, for each question a list of n of them.
 
         Comm: As `generate`.
         """
@@ -464,13 +466,11 @@ class Engine:
         out = self.generate(prompt if len(rows) > 1 else self.fork(prompt), rows, **options)
         sequences = out if isinstance(out, Tensor) else out.sequences
         start = prompt.get_seq_length() + max(row.numel() for row in rows)
-        ends = self._option(options, "eos_token_id")
-        ends = torch.tensor([] if ends is None else ends, device=sequences.device).flatten()
-        answers = []
-        for row in sequences[:, start:]:
-            found = torch.isin(row, ends).nonzero().flatten()
-            answers.append(row[: int(found[0]) + 1] if len(found) else row)
-        return answers
+        answers = cut_answers(sequences[:, start:], self._option(options, "eos_token_id"))
+        each = len(answers) // len(rows)
+        if each == 1:
+            return answers
+        return [answers[first : first + each] for first in range(0, len(answers), each)]
 
     def _option(self, options: Mapping[str, Any], name: str) -> Any:
         """Return an option of ``generate`` as it resolves it: what is not given is the model's."""

@@ -1,4 +1,4 @@
-"""Rows of token ids as an engine takes them, and what is new in what ``generate`` hands over."""
+"""Rows of token ids as an engine takes and gives them, and what is new in ``generate``'s."""
 
 from __future__ import annotations
 
@@ -62,6 +62,18 @@ def pad_rows(ids: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         padded[number, longest - row.numel() :] = row
         mask[number, longest - row.numel() :] = 1
     return padded, None if bool(mask.all()) else mask
+
+
+def cut_answers(rows: Tensor, ends: int | Sequence[int] | Tensor | None) -> list[Tensor]:
+    """Return each row up to and with the first token that ends a text.
+
+    Args:
+        rows: ``(B, T)`` new tokens.
+        ends: The tokens that do; None for none.
+    """
+    stops = torch.tensor([] if ends is None else ends, device=rows.device).flatten()
+    found = [torch.isin(row, stops).nonzero().flatten().tolist() for row in rows]
+    return [row[: at[0] + 1] if at else row for row, at in zip(rows, found, strict=True)]
 
 
 def append_ids(cache: ShardedCache, ids: Tensor) -> None:

@@ -32,12 +32,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from longvila.errors import RankError
 from longvila.inference.cache import ShardedCache
 from longvila.inference.decode import read_embeds, shared_logits
-from longvila.inference.frames import FrameSource
+from longvila.inference.frames import FrameSource, MissingFrames
 from longvila.parallel.families import Family, MediaKind
 from longvila.parallel.mmsp import TwoStageForward
 from longvila.parallel.plan import StepPlan
@@ -100,6 +102,68 @@ class ReadTimes:
     def vision_s(self) -> float:
         """Seconds in the encoder; on a GPU, of calls that have ended."""
         return self._vision_s + sum(a.elapsed_time(b) for a, b in self._events) / 1000
+
+
+def agree(error: Exception | None, cache: ShardedCache, device: torch.device) -> None:
+    """Raise on every rank if one failed.
+
+    Args:
+        error: What failed on this rank.
+        cache: Whose ranks.
+        device: Of tensors that ranks exchange.
+
+    Raises:
+        MissingFrames: On every rank, if that is what failed.
+        RankError: If another rank failed in another way.
+        Exception: What failed on this rank.
+
+    Comm: On one process none, else one all-reduce of a flag; if it is set, one all-gather of the
+        errors.
+    """
+    if cache.num_ranks == 1:
+        if error is not None:
+            raise error
+        return
+    flag = torch.tensor(float(error is not None), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=cache.group)
+    if not flag.item():
+        return
+    mine: Any = None
+    if isinstance(error, MissingFrames):
+        mine = (error.name, error.indices)
+    elif error is not None:
+        mine = f"{type(error).__name__}: {error}"
+    found: list[Any] = [None] * cache.num_ranks
+    dist.all_gather_object(found, mine, group=cache.group)
+    if error is not None and not isinstance(error, MissingFrames):
+        raise error
+    for rank, each in enumerate(found):
+        if isinstance(each, str):
+            raise RankError(f"rank {rank} failed while it read the prompt: {each}")
+    name, indices = next(each for each in found if each is not None)
+    raise MissingFrames(name, indices)
+
+
+def report_read(times: ReadTimes, tokens: int, cache: ShardedCache) -> None:
+    """Report tokens that were read; a caller's progress may raise, on one rank alone.
+
+    Args:
+        times: Whose progress is told.
+        tokens: How many.
+        cache: Whose ranks.
+
+    Raises:
+        RankError: If that of another rank failed.
+        Exception: What the caller's raised on this rank.
+
+    Comm: As `agree`.
+    """
+    error: Exception | None = None
+    try:
+        times.advance("read", tokens)
+    except Exception as fault:  # raised on every rank by agree
+        error = fault
+    agree(error, cache, times.device)
 
 
 class RowStream:
@@ -308,7 +372,7 @@ def prefill_chunks(
     Raises:
         ValueError: If media and placeholders do not match.
 
-    Comm: On one rank none, else as a step of `longvila.inference.decode` a chunk.
+    Comm: On one rank none, else as a step of `longvila.inference.decode` a chunk, and a flag.
 
     Memory: The cache, one chunk's activations and one micro-batch's.
     """
@@ -340,7 +404,7 @@ def prefill_chunks(
         )  # fmt: skip
         if cache.text_runs is not None and own is not None:
             cache.text_runs = cache.text_runs.read(own, is_media[part])
-        times.advance("read", embeds.shape[0])
+        report_read(times, embeds.shape[0], cache)
     assert hidden is not None
     return shared_logits(head(hidden[:, -1]), cache)
 

@@ -35,7 +35,6 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from longvila.errors import RankError
 from longvila.inference.cache import ShardedCache
 from longvila.inference.decode import (
     attend_paged,
@@ -44,8 +43,15 @@ from longvila.inference.decode import (
     merge_stacked,
     shared_logits,
 )
-from longvila.inference.frames import FrameSource, MissingFrames, TensorFrames
-from longvila.inference.prefill import ReadTimes, describe_items, media_mask, place_media
+from longvila.inference.frames import FrameSource, TensorFrames
+from longvila.inference.prefill import (
+    ReadTimes,
+    agree,
+    describe_items,
+    media_mask,
+    place_media,
+    report_read,
+)
 from longvila.ops.attention import attention_forward
 from longvila.ops.lse import merge_many
 from longvila.parallel.families import Family, MediaKind
@@ -301,31 +307,6 @@ class DealtRows:
         return received, local[got].to(received.device)
 
 
-def _agree(error: Exception | None, cache: ShardedCache, device: torch.device) -> None:
-    """Raise on every rank if one failed.
-
-    Comm: One all-reduce of a flag; if it is set, one all-gather of the errors.
-    """
-    flag = torch.tensor(float(error is not None), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=cache.group)
-    if not flag.item():
-        return
-    mine: Any = None
-    if isinstance(error, MissingFrames):
-        mine = (error.name, error.indices)
-    elif error is not None:
-        mine = f"{type(error).__name__}: {error}"
-    found: list[Any] = [None] * cache.num_ranks
-    dist.all_gather_object(found, mine, group=cache.group)
-    if error is not None and not isinstance(error, MissingFrames):
-        raise error
-    for rank, each in enumerate(found):
-        if isinstance(each, str):
-            raise RankError(f"rank {rank} failed while it read media: {each}")
-    name, indices = next(each for each in found if each is not None)
-    raise MissingFrames(name, indices)
-
-
 # ---- the prompt ------------------------------------------------------------------------------
 
 
@@ -359,10 +340,10 @@ def prefill_rank_chunks(
     Raises:
         ValueError: If media and placeholders do not match, pixels come in pieces, or ranks have
             different prompts.
-        RankError: If another rank failed to decode or encode its frames.
+        RankError: If another rank failed to decode or encode its frames, or to report progress.
 
-    Comm: As `ChunkStep.attend` a layer and chunk, `DealtRows.take` a chunk and kind; a broadcast of
-        V logits.
+    Comm: As `ChunkStep.attend` a layer and chunk, `DealtRows.take` a chunk and kind; two
+        all-reduces of a flag a chunk; a broadcast of V logits.
 
     Memory: This rank's shard, the activations of ``chunk_tokens`` tokens, and those of one
         micro-batch of frames.
@@ -393,9 +374,9 @@ def prefill_rank_chunks(
             try:
                 for stream in streams:
                     stream.encode(chunk)
-            except Exception as fault:  # raised on every rank by _agree
+            except Exception as fault:  # raised on every rank by agree
                 error = fault
-            _agree(error, cache, device)
+            agree(error, cache, device)
         width = embeds.shape[1] * family.row_multiple(model.config)
         taken = [stream.take(start, stop, layout, width, embeds.dtype) for stream in streams]
         embeds, further = place_media(family, embeds, [each for each in taken if each is not None])
@@ -419,7 +400,7 @@ def prefill_rank_chunks(
         if cache.text_runs is not None and positions is not None:
             own = slice(start, stop)
             cache.text_runs = cache.text_runs.read(positions[:, own], is_media[own])
-        times.advance("read", stop - start)
+        report_read(times, stop - start, cache)
     assert hidden is not None and layout is not None
     owners, rows = layout.locate([total - 1 - edges[-2]])
     owner, row = int(owners[0]), int(rows[0])

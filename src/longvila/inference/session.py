@@ -30,6 +30,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from longvila.errors import ContextLengthError
 from longvila.inference.cache import ShardedCache
+from longvila.inference.decode import gather_equal
 from longvila.inference.engine import Engine
 from longvila.inference.family_prompts import FamilyPrompts
 from longvila.inference.frames import MissingFrames, VideoFrames
@@ -54,6 +55,9 @@ __all__ = ["Answer", "Medium", "Progress", "Session", "Timings"]
 @dataclass(frozen=True)
 class Timings:
     """Where the time of an answer went, in seconds.
+
+    Over ranks reading is timed on the one that took longest over its frames, which the others
+    waited for; generation on the slowest.
 
     Attributes:
         decode_s: Opening the media that are new in this turn, and waiting for their frames.
@@ -232,7 +236,7 @@ class Session:
 
         times, (_, stop), kept, prefill_s = self._read(shared, watched, new=0)
         self.watched = watched
-        return Timings(decode_s + times.decode_s, times.vision_s, prefill_s, 0.0, stop, kept, 0)
+        return Timings(*self._slowest(decode_s, times, prefill_s, 0.0), stop, kept, 0)
 
     def save(self, path: str | Path, *, note: Any = None, overwrite: bool = False) -> Path:
         """Keep what was watched on disk, for sessions of the same model; see `load`.
@@ -326,10 +330,8 @@ class Session:
         self.media, self.watched = [*self.media, *media], []
         # The last token was never fed back.
         self._cached = [*ids, *new[:-1]]
-        timings = Timings(
-            decode_s + times.decode_s, times.vision_s, prefill_s, generate[0], len(ids), kept,
-            len(new),
-        )  # fmt: skip
+        seconds = self._slowest(decode_s, times, prefill_s, generate[0])
+        timings = Timings(*seconds, len(ids), kept, len(new))
         return Answer(text, tuple(new), bool(new) and new[-1] in self._stops(), timings)
 
     def ask_each(
@@ -378,14 +380,12 @@ class Session:
                 rest,
                 generation_config=self._config(max_new_tokens, temperature, top_p),
             )
+        seconds = self._slowest(0.0, times, prefill_s, generate[0])
         answers = []
         for each, new in zip(prompts, found, strict=True):
             ids = new.tolist()
             text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            timings = Timings(
-                times.decode_s, times.vision_s, prefill_s, generate[0], len(each.ids), kept,
-                len(ids),
-            )  # fmt: skip
+            timings = Timings(*seconds, len(each.ids), kept, len(ids))
             answers.append(
                 Answer(text, tuple(ids), bool(ids) and ids[-1] in self._stops(), timings)
             )
@@ -510,6 +510,23 @@ class Session:
         yield spent
         self._drain()
         spent.append(time.perf_counter() - start)
+
+    def _slowest(
+        self, opened_s: float, times: ReadTimes, prefill_s: float, generate_s: float
+    ) -> tuple[float, float, float, float]:
+        """Return the first four of `Timings` from what this rank measured.
+
+        Comm: One all-gather of five numbers a rank.
+        """
+        if self.engine.num_ranks == 1:
+            return opened_s + times.decode_s, times.vision_s, prefill_s, generate_s
+        assert self._cache is not None
+        own = [opened_s, times.decode_s, times.vision_s, prefill_s, generate_s]
+        ranks = gather_equal(torch.tensor(own, device=self.model.device), self._cache)
+        opened_s, *_, generate_s = ranks.amax(0).tolist()
+        # All three of one rank: they add up to what reading took.
+        _, decode_s, vision_s, prefill_s, _ = ranks[ranks[:, 1:3].sum(1).argmax()].tolist()
+        return opened_s + decode_s, vision_s, prefill_s, generate_s
 
     def _drain(self) -> None:
         if self.model.device.type == "cuda":

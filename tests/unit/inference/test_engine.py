@@ -430,6 +430,27 @@ def test_questions_of_different_lengths_are_answered_together(lengths: tuple[int
         assert beams[row].tolist() == alone[0, whole.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("lengths", [(3, 5), (4,)])
+def test_several_answers_a_question_come_question_by_question(lengths: tuple[int, ...]) -> None:
+    model, inputs = language_model(), prompt(20)
+    questions = [prompt(n, seed=n)["input_ids"] for n in lengths]
+    options: dict[str, Any] = {"num_beams": 3, "do_sample": False, "num_return_sequences": 2}
+    with Engine(model) as engine:
+        cache = engine.prefill(inputs)
+        found = engine.generate_many(cache, questions, max_new_tokens=4, **options)
+        # As the model's own configuration says.
+        model.generation_config.update(**options)
+        again = engine.generate_many(cache, questions, max_new_tokens=4)
+        assert cache.get_seq_length() == 20
+    assert [[a.tolist() for a in each] for each in found] == [
+        model.generate(
+            torch.cat([inputs["input_ids"], q], 1), max_new_tokens=4, pad_token_id=0, **options
+        )[:, 20 + q.shape[1] :].tolist()
+        for q in questions
+    ]  # fmt: skip
+    assert str(again) == str(found)
+
+
 def test_filler_is_nothing_that_was_said() -> None:
     model, inputs = language_model(), prompt(20)
     with torch.no_grad():

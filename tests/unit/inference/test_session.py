@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from PIL import Image
 from longvila.errors import ContextLengthError, ModelError
 from longvila.inference.engine import Engine
 from longvila.inference.session import Session
+from longvila.inference.workers import Ranks
 from longvila.media.synthetic import clip, damage, numbered_frame
 from longvila.model.processing_longvila import LongVILAProcessor
+from longvila.testing.ranks import Rank, run_ranks
 from longvila.testing.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 from .cases import language_model
@@ -370,3 +373,37 @@ def test_timings_add_up(film: Path) -> None:
     assert timings.tokens_per_s == pytest.approx(timings.new_tokens / timings.generate_s)
     again = session.ask("And?").timings
     assert again.decode_s == 0.0
+
+
+def time_over_ranks(rank: Rank, film: str) -> list[Any]:
+    model, processor = build()
+    tower, forward = model.model.vision_tower, model.model.vision_tower.forward
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(1.0 * rank.rank)
+        return forward(*args, **kwargs)
+
+    tower.forward = slow
+    mesh = Ranks(rank.rank, 2, model.device).mesh(model.config.get_text_config())
+    session = Session(Engine(model, mesh), processor)
+
+    def media() -> list[Any]:
+        return [session.load_video(film, num_frames=8)]
+
+    found = [session.ask("What?", media(), max_new_tokens=4).timings]
+    session.clear()
+    found.append(session.watch(media()))
+    found += [each.timings for each in session.ask_each(["What?", "Who?"], max_new_tokens=4)]
+    session.engine.close()
+    return found
+
+
+def test_timings_over_ranks_are_those_of_the_slowest(film: Path) -> None:
+    first, second = run_ranks(time_over_ranks, 2, str(film), timeout_s=60)
+    assert first == second
+    for timings in first[:2]:
+        assert timings.vision_s >= 1.0 and timings.decode_s > 0
+        # The wait of the other rank for those frames is not counted as reading.
+        assert 0 < timings.prefill_s < 1.0
+    for timings in (first[0], *first[2:]):
+        assert timings.generate_s > 0
