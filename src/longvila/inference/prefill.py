@@ -144,26 +144,24 @@ def agree(error: Exception | None, cache: ShardedCache, device: torch.device) ->
     raise MissingFrames(name, indices)
 
 
-def report_read(times: ReadTimes, tokens: int, cache: ShardedCache) -> None:
-    """Report tokens that were read; a caller's progress may raise, on one rank alone.
+def report_read(times: ReadTimes, tokens: int) -> Exception | None:
+    """Report tokens that were read.
+
+    A caller's progress may raise, on one rank alone. The others learn of it where ranks meet next
+    (`agree`): a meeting after every chunk would keep the host from preparing the next one.
 
     Args:
         times: Whose progress is told.
         tokens: How many.
-        cache: Whose ranks.
 
-    Raises:
-        RankError: If that of another rank failed.
-        Exception: What the caller's raised on this rank.
-
-    Comm: As `agree`.
+    Returns:
+        What it raised.
     """
-    error: Exception | None = None
     try:
         times.advance("read", tokens)
     except Exception as fault:  # raised on every rank by agree
-        error = fault
-    agree(error, cache, times.device)
+        return fault
+    return None
 
 
 class RowStream:
@@ -372,7 +370,7 @@ def prefill_chunks(
     Raises:
         ValueError: If media and placeholders do not match.
 
-    Comm: On one rank none, else as a step of `longvila.inference.decode` a chunk, and a flag.
+    Comm: On one rank none, else as a step of `longvila.inference.decode` a chunk, and `agree`.
 
     Memory: The cache, one chunk's activations and one micro-batch's.
     """
@@ -382,7 +380,7 @@ def prefill_chunks(
     head = model.get_output_embeddings()
     is_media = media_mask(model, family, on_host)
     taken = [0] * len(streams)
-    hidden = None
+    hidden = error = None
     times.expect("read", on_host.numel())
     cache.reserve(-(-on_host.numel() // cache.num_ranks))
     for start in range(0, on_host.numel(), chunk_tokens):
@@ -404,7 +402,10 @@ def prefill_chunks(
         )  # fmt: skip
         if cache.text_runs is not None and own is not None:
             cache.text_runs = cache.text_runs.read(own, is_media[part])
-        report_read(times, embeds.shape[0], cache)
+        error = error or report_read(times, embeds.shape[0])
+        if cache.num_ranks == 1:
+            agree(error, cache, times.device)
+    agree(error, cache, times.device)
     assert hidden is not None
     return shared_logits(head(hidden[:, -1]), cache)
 

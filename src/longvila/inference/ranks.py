@@ -342,8 +342,8 @@ def prefill_rank_chunks(
             different prompts.
         RankError: If another rank failed to decode or encode its frames, or to report progress.
 
-    Comm: As `ChunkStep.attend` a layer and chunk, `DealtRows.take` a chunk and kind; two
-        all-reduces of a flag a chunk; a broadcast of V logits.
+    Comm: As `ChunkStep.attend` a layer and chunk, `DealtRows.take` a chunk and kind; an
+        all-reduce of a flag a chunk of media, and one more; a broadcast of V logits.
 
     Memory: This rank's shard, the activations of ``chunk_tokens`` tokens, and those of one
         micro-batch of frames.
@@ -363,6 +363,7 @@ def prefill_rank_chunks(
     is_media = media_mask(model, family, on_host)
     cache.reserve(-(-total // ranks) + 2 * len(edges))
     hidden = layout = None
+    error: Exception | None = None
     for chunk, (start, stop) in enumerate(pairwise(edges)):
         filled = -(-(stop - start) // (2 * ranks)) * 2 * ranks
         layout = SequenceLayout((filled,), ranks, 1, "zigzag")
@@ -370,12 +371,11 @@ def prefill_rank_chunks(
         inside = mine.clamp(max=stop - start - 1) + start
         embeds = family.embed(model, on_host[inside].to(device))
         if any(stream.chunks[chunk][0] for stream in streams):
-            error: Exception | None = None
             try:
                 for stream in streams:
                     stream.encode(chunk)
             except Exception as fault:  # raised on every rank by agree
-                error = fault
+                error = error or fault
             agree(error, cache, device)
         width = embeds.shape[1] * family.row_multiple(model.config)
         taken = [stream.take(start, stop, layout, width, embeds.dtype) for stream in streams]
@@ -400,7 +400,8 @@ def prefill_rank_chunks(
         if cache.text_runs is not None and positions is not None:
             own = slice(start, stop)
             cache.text_runs = cache.text_runs.read(positions[:, own], is_media[own])
-        report_read(times, stop - start, cache)
+        error = error or report_read(times, stop - start)
+    agree(error, cache, device)
     assert hidden is not None and layout is not None
     owners, rows = layout.locate([total - 1 - edges[-2]])
     owner, row = int(owners[0]), int(rows[0])
