@@ -112,6 +112,11 @@ def check_files(model: str, data: Path, stage: Stage) -> None:
 
 def main(argv: list[str]) -> int:
     """Run ``longvila train``."""
+    from longvila.train.launch import TERMINATED, end_with_parent, launch
+
+    if "RANK" in os.environ:
+        # Before all that takes long to import: a launcher that is gone by then cannot be missed.
+        end_with_parent()
     options = parse(Options, argv, "train", __doc__)
     stage = settings_of(options)
     if options.show:
@@ -134,10 +139,7 @@ def main(argv: list[str]) -> int:
         check_files(options.model, options.data, stage)
         number = processes(options)
         if number > 1:
-            from longvila.train.launch import launch
-
             return launch(number, "longvila.cli.train", argv)
-    from longvila.train.launch import TERMINATED, end_with_parent
     from longvila.train.run import Job, train
 
     job = Job(
@@ -147,8 +149,6 @@ def main(argv: list[str]) -> int:
         output=options.output,
         stop_after=options.stop_after,
     )
-    if "RANK" in os.environ:
-        end_with_parent()
     if not sys.stderr.isatty():
         from transformers.utils import logging as transformers_logging
 

@@ -179,6 +179,7 @@ class PackedLoader:
         return {
             "version": _VERSION,
             "mixture": self.mixture.fingerprint,
+            "order": self.mixture.order,
             "max_tokens": self.row_tokens,
             "window": self.window,
             **{name: getattr(self.encoder, key) for name, key in _OF_SAMPLES.items()},
@@ -194,14 +195,24 @@ class PackedLoader:
                 were encoded in another way.
         """
         mine = self.state_dict()
+        # States of older releases have the mixture's fingerprint alone.
+        if state.get("mixture") != mine["mixture"] and "order" in state:
+            raise ValueError(
+                "the data are not those of the save, so the order of samples would not be the one "
+                f"that was interrupted: {self.mixture.changes(state['order'])}. Restore them, or "
+                "begin a new run"
+            )
         # States of older releases do not say how samples were encoded.
         encoded = [name for name in _OF_SAMPLES if name in state]
         for key in ("version", "mixture", "max_tokens", "window", *encoded):
             if state.get(key) != mine[key]:
+                what = key
+                if key == "mixture":
+                    what = "the mixture (seed, datasets, their rows and weights)"
                 raise ValueError(
-                    f"the saved data state has {key} {state.get(key)!r}, this run {mine[key]!r}; "
+                    f"the saved data state has {what} {state.get(key)!r}, this run {mine[key]!r}; "
                     "the order of samples would not be the one that was interrupted. Use the same "
-                    "data settings, or begin a new run"
+                    "data and settings, or begin a new run"
                 )
         self._resume = {key: state[key] for key in ("next_position", "rows", "waiting")}
         self.report.load_state_dict(state["report"])
@@ -477,7 +488,10 @@ class _Walk:
         assert built.batch is not None
         report = self.loader.report
         for event in ready.events:
-            _LOG.warning("left out %s (%s): %s", event.id, event.cause, event.reason)
+            # All ranks know of what was looked at, those of a group of what they decode.
+            ours = self.agreement
+            if (ours.sp_rank if event.found == "decoding" else ours.world_rank) == 0:
+                _LOG.warning("left out %s (%s): %s", event.id, event.cause, event.reason)
             report.add(event)
         if ready.events:
             self.loader._write_report()

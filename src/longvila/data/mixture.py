@@ -228,11 +228,37 @@ class Mixture:
         return Place(broken.dataset, (row + 1) % rows if row == broken.row else row)
 
     @property
+    def order(self) -> dict[str, Any]:
+        """What two runs must share for a position to mean the same sample, as plain values."""
+        datasets = {share.name: [share.rows, share.per_epoch] for share in self._shares}
+        return {"seed": self.seed, "shuffle": self.shuffle, "datasets": datasets}
+
+    @property
     def fingerprint(self) -> str:
-        """What two runs must share for a position to mean the same sample."""
+        """`order` in 16 digits."""
         facts: list[Any] = [self.seed, self.shuffle]
         facts += [(s.name, s.rows, s.per_epoch) for s in self._shares]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+    def changes(self, saved: Mapping[str, Any]) -> str:
+        """Say how this order differs from a saved one.
+
+        Args:
+            saved: What `order` was.
+        """
+        mine, said = self.order, []
+        was, now = saved["datasets"], mine["datasets"]
+        for name in {**was, **now}:
+            if was.get(name) != now.get(name):
+                before, after = (
+                    "{:,} rows ({:,} an epoch)".format(*each[name]) if name in each else "not there"
+                    for each in (was, now)
+                )
+                said.append(f"{name}: {before} when saved, {after} now")
+        for name in ("seed", "shuffle"):
+            if saved[name] != mine[name]:
+                said.append(f"{name} of the order: {saved[name]} when saved, {mine[name]} now")
+        return "; ".join(said)
 
     def describe(self) -> str:
         """One line for each dataset: rows, samples an epoch, share."""

@@ -300,13 +300,18 @@ def _read(state: dict[str, Any], path: Path) -> None:
             "with other tuned parts or another adapter? Then begin a new output folder"
         ) from fault
     # After reading, so that whatever shows in another way is said in that way.
-    found = [find_damage(path, rank=_rank(), ranks=_world())]
+    _agree(path, find_damage(path, rank=_rank(), ranks=_world()))
+
+
+def _agree(path: Path, damage: str | None) -> None:
+    """Raise on all ranks what one of them found damaged, so that none goes on without it."""
+    found = [damage]
     if dist.is_initialized():
         mine, found = found[0], [None] * _world()
         dist.all_gather_object(found, mine)
-    damage = next((each for each in found if each is not None), None)
-    if damage is not None:
-        raise _damaged(path, damage)
+    for each in found:
+        if each is not None:
+            raise _damaged(path, each)
 
 
 def _save_frozen(folder: Path, frozen: dict[str, Any]) -> str | None:
@@ -447,13 +452,12 @@ def load(
         group.update(settings)
     same = chosen.run["world_size"] == _world()
     beside = chosen.path / f"rank-{_rank() if same else 0}.pt"
+    of_rank, damage = {}, None
     try:
         of_rank = torch.load(beside, weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as fault:
-        raise _damaged(
-            chosen.path,
-            f"{beside.name}: {str(fault).partition(chr(10))[0] or type(fault).__name__}",
-        ) from fault
+        damage = f"{beside.name}: {str(fault).partition(chr(10))[0] or type(fault).__name__}"
+    _agree(chosen.path, damage)
     if same:
         _set_random_state(of_rank["random"])
     else:

@@ -131,7 +131,8 @@ def end_with_parent() -> None:
     """End this process, at once and whatever it does, when the one that started it is gone.
 
     That is the process that `launch` ran in, also where it was gone before this was called; under
-    another launcher, the parent that this process has now.
+    another launcher, the parent that this process has now, so it is called first of all: who was
+    gone before it is not missed.
     """
     parent = int(os.environ.get(_STARTED_BY, os.getppid()))
 

@@ -299,7 +299,18 @@ def _resume(
                 "%s was saved with %s %s, this run has %s",
                 newest.path, name, before.get(name), now.get(name),
             )  # fmt: skip
-    loader.load_state_dict(checkpoint.load(newest, model, optimizer, seed=stage.seed))
+    data = checkpoint.load(newest, model, optimizer, seed=stage.seed)
+    # A stage whose steps are all done draws nothing more: it ends on whatever data there are.
+    if stage.optimizer.max_steps is None or newest.step < stage.optimizer.max_steps:
+        try:
+            loader.load_state_dict(data)
+        except ValueError as fault:
+            output = folder.parent
+            raise CheckpointError(
+                f"{newest.path}: {fault}. A new run may begin from what this one learnt: the same "
+                f"command with --set optimizer.max_steps={newest.step} ends it here and writes its "
+                f"model to {output}; then give --model {output} and another --output"
+            ) from fault
     if rank == 0:
         _LOG.info("resumed from %s", newest.path)
     return Progress(newest.step, Counts(*newest.run["seen"]))

@@ -35,6 +35,7 @@ import torch
 from torch import nn
 
 from longvila.parallel.families import find_family
+from longvila.train.checkpoint import writing
 from longvila.train.parts import base_model, named_parts
 from longvila.train.step import StepResult
 from longvila.train.trackers import Tracker, open_trackers
@@ -148,6 +149,13 @@ class Clock:
         return time.perf_counter() - self.began
 
 
+def _drop_cut_line(path: Path) -> None:
+    """Cut a file behind its last whole line: what comes next must not be glued to half a one."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+
+
 class Metrics:
     """Measures steps and writes lines.
 
@@ -175,12 +183,14 @@ class Metrics:
     ) -> None:
         self.operations, self.world_size, self.device = operations, world_size, device
         self.ceiling = peak_flops(device)
-        self.file: Any = None
+        self.path: Path | None = None
         self.trackers: list[Tracker] = []
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.path = folder / "metrics.jsonl"
+        with writing(self.path):
+            _drop_cut_line(self.path)
         self.trackers = open_trackers(trackers, folder, settings or {})
 
     def measure(self, step: int, result: StepResult, clock: Clock, **more: float) -> dict[str, Any]:
@@ -219,10 +229,15 @@ class Metrics:
         return line
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write a line; on other ranks than the first, nothing."""
-        if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+        """Write a line; on other ranks than the first, nothing.
+
+        Raises:
+            CheckpointError: If the disk is full.
+        """
+        if self.path is not None:
+            # Opened for each line: after a failed write nothing is left to fail again at the end.
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         numbers = {
             f"train/{name}": value
             for name, value in line.items()
@@ -232,8 +247,6 @@ class Metrics:
             tracker.write(line["step"], numbers)
 
     def close(self) -> None:
-        """Close the files."""
-        if self.file is not None:
-            self.file.close()
+        """Close the trackers."""
         for tracker in self.trackers:
             tracker.close()

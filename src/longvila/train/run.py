@@ -227,7 +227,9 @@ def _train(job: Job, device: torch.device) -> Progress:
     )
     if mesh.rank == 0:
         job.output.mkdir(parents=True, exist_ok=True)
-        (job.output / "stage.yaml").write_text(to_yaml(stage), encoding="utf-8")
+        settings = job.output / "stage.yaml"
+        with writing(settings):
+            settings.write_text(to_yaml(stage), encoding="utf-8")
         _LOG.info("%s on %s", stage.name, mesh.explain())
         _LOG.info("data:\n%s", loader.mixture.describe())
         for part, named in named_parts(model).items():

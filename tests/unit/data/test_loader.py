@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import logging
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -120,6 +121,19 @@ def test_states_of_other_runs_are_refused(processor: Any, media_dir: Path) -> No
     ):
         with pytest.raises(ValueError, match="the order of samples would not be"):
             other.load_state_dict(state)
+
+
+def test_a_dataset_that_grew_is_named(processor: Any, media_dir: Path) -> None:
+    state = loader(processor, mixture(media_dir)).state_dict()
+    other = loader(processor, mixture(media_dir, texts=16))
+    said = r"texts: 15 rows \(15 an epoch\) when saved, 16 rows \(16 an epoch\) now\. Restore"
+    with pytest.raises(ValueError, match=said):
+        other.load_state_dict(state)
+    # States of older releases have the fingerprint alone: they are read, and refused without names.
+    del state["order"]
+    loader(processor, mixture(media_dir)).load_state_dict(state)
+    with pytest.raises(ValueError, match="the mixture \\(seed, datasets, their rows and weights"):
+        other.load_state_dict(state)
 
 
 def test_rows_are_the_same_for_any_number_of_groups(processor: Any, media_dir: Path) -> None:
@@ -299,6 +313,27 @@ def test_samples_that_are_too_long_are_counted(processor: Any, media_dir: Path) 
     counts = source.report.counts
     assert counts["too_long"] == 1 and counts["shortened"] == 2 and counts["frames_cut"] > 0
     assert counts["documents"] == 3
+
+
+def said_of_long_samples(rank: Rank, folder: str) -> list[str]:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("longvila.data.loader").addHandler(handler)
+    order = mixture(Path(folder), videos=2, texts=40)
+    mesh = build_mesh(1, num_heads=4, num_kv_heads=2)
+    source = PackedLoader(
+        order, Encoder(tiny_processor(num_frames=2), 120), Collator(tiny_processor(num_frames=2)),
+        agreement=Agreement.from_mesh(mesh), window=50,
+    )  # fmt: skip
+    take(source, 2)
+    return [line for line in said if line.startswith("left out ")]
+
+
+def test_what_all_ranks_leave_out_is_said_by_one(media_dir: Path) -> None:
+    first, second = run_ranks(said_of_long_samples, 2, str(media_dir))
+    assert len(first) > 3 and all("too_long" in line for line in first)
+    assert second == []
 
 
 def test_faults_of_the_data_are_not_taken_for_broken_files(processor: Any) -> None:

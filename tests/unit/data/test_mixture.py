@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from fractions import Fraction
 
@@ -115,3 +116,15 @@ def test_fingerprint_tells_orders_apart() -> None:
     others.append(Mixture([listed("a", 5)], "a*2", seed=1))
     assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 4
     assert "a: 5 rows, 5 an epoch (100.0%)" in base.describe()
+
+
+def test_what_changed_since_an_order_was_saved_is_said() -> None:
+    saved = Mixture([listed("a", 6000), listed("b", 5), listed("c", 2)], seed=1).order
+    sets = [listed("a", 6100), listed("b", 5), listed("d", 3)]
+    assert Mixture(sets, "a+b*2+d", seed=2).changes(json.loads(json.dumps(saved))) == (
+        "a: 6,000 rows (6,000 an epoch) when saved, 6,100 rows (6,100 an epoch) now; "
+        "b: 5 rows (5 an epoch) when saved, 5 rows (10 an epoch) now; "
+        "c: 2 rows (2 an epoch) when saved, not there now; "
+        "d: not there when saved, 3 rows (3 an epoch) now; "
+        "seed of the order: 1 when saved, 2 now"
+    )

@@ -102,6 +102,14 @@ def test_a_bit_that_flips_is_found_on_all_ranks(tmp_path: Path, ranks: int) -> N
     )
 
 
+def test_a_state_that_one_rank_lacks_ends_all(tmp_path: Path) -> None:
+    assert run_ranks(saved_and_read, 2, str(tmp_path), False) == ["whole"] * 2
+    (tmp_path / "step-1" / "rank-1.pt").unlink()
+    said = run_ranks(saved_and_read, 2, str(tmp_path), False)
+    assert len(set(said)) == 1
+    assert re.search(r"step-1 is damaged \(rank-1.pt: .*No such file", said[0])
+
+
 def saved_and_read(rank: Rank, output: str, flip: bool) -> str:
     torch.manual_seed(0)
     model, folder = nn.Linear(8, 8), Path(output)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
+import pytest
 
 from longvila.train.launch import _describe
 
@@ -28,9 +29,23 @@ child.wait()
 """
 
 
-def test_a_rank_ends_with_who_started_it() -> None:
+#: A rank of another launcher, in the imports that its settings need.
+IMPORTING = """
+import os, time
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
+from longvila.cli import train
+def settings_of(options):
+    print("ready", flush=True)
+    time.sleep(280)
+train.settings_of = settings_of
+train.main(["sft"])
+"""
+
+
+@pytest.mark.parametrize("code", [CHILD, IMPORTING])
+def test_a_rank_ends_with_who_started_it(code: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", PARENT, CHILD], stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", PARENT, code], stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert process.stdout is not None
@@ -43,7 +58,9 @@ def test_a_rank_ends_with_who_started_it() -> None:
     process.kill()
     process.wait()
     process.stdout.close()
-    gone, _ = psutil.wait_procs([child], timeout=120)
+    gone, alive = psutil.wait_procs([child], timeout=30)
+    for left in alive:
+        left.kill()
     assert gone == [child]
 
 

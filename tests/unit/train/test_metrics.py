@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from train_cases import fresh_model
 
+from longvila.errors import CheckpointError
 from longvila.train import metrics as metrics_module
 from longvila.train.metrics import Clock, Metrics, Operations, peak_flops
 from longvila.train.parts import tune
@@ -109,3 +110,27 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     metrics.close()
     events = list((tmp_path / "tensorboard").iterdir())
     assert len(events) == 1 and b"train/loss" in events[0].read_bytes()
+
+
+def test_a_line_that_a_kill_cut_is_not_glued_to_the_next(tmp_path: Path) -> None:
+    needed = Operations(per_token=0.0, per_target=0.0, per_pair=0.0, per_frame=0.0)
+    path = tmp_path / "metrics.jsonl"
+    for before in ("", '{"step": 1}\n', '{"step": 1}\n{"step": 2, "lo'):
+        path.write_text(before)
+        metrics = Metrics(tmp_path, needed, world_size=1, device=torch.device("cpu"), trackers=())
+        metrics.write({"step": 2})
+        metrics.write({"step": 3})
+        metrics.close()
+        steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        assert steps == [1, 2, 3][not before :]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+def test_a_disk_that_is_full_is_named(tmp_path: Path) -> None:
+    needed = Operations(per_token=0.0, per_target=0.0, per_pair=0.0, per_frame=0.0)
+    metrics = Metrics(tmp_path, needed, world_size=1, device=torch.device("cpu"), trackers=())
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be written \(.*No space"):
+        metrics.write({"step": 1})
+    metrics.close()
