@@ -111,8 +111,8 @@ class Engine:
 
     Raises:
         TypeError: If the model is of no known family.
-        ValueError: If ``chunk_tokens`` is not positive, ``decode_graphs`` is none of the three, an
-            engine holds the model already, or FSDP shards it.
+        ValueError: If ``chunk_tokens`` or ``split_tokens`` is not positive, ``decode_graphs`` is
+            none of the three, an engine holds the model already, or FSDP shards it.
     """
 
     def __init__(
@@ -126,8 +126,9 @@ class Engine:
         kv_offload: int | Pager | None = None,
         decode_graphs: Mode = "auto",
     ) -> None:
-        if chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+        for name, tokens in (("chunk_tokens", chunk_tokens), ("split_tokens", split_tokens)):
+            if tokens is not None and tokens < 1:
+                raise ValueError(f"{name} must be at least 1, got {tokens}")
         if hasattr(vars(model).get("forward"), "cache_forward"):
             raise ValueError(f"an engine holds this {type(model).__name__} already; close it first")
         if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):

@@ -247,6 +247,12 @@ def test_streamers_and_criteria_work() -> None:
     assert heard.tokens == [*said(out), -1]
 
 
+@pytest.mark.parametrize("name", ["chunk_tokens", "split_tokens"])
+def test_pieces_without_tokens_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        Engine(language_model(), **{name: 0})
+
+
 def test_close_gives_everything_back() -> None:
     model, inputs = language_model(), prompt(9)
     attention = model.config._attn_implementation
