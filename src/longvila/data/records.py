@@ -153,7 +153,7 @@ def _open_path(path: Path, under: str | None) -> Records:
         raise ValueError(f"{path}: not a regular file")
     if path.is_dir():
         if (path / "dataset_dict.json").exists():
-            splits = sorted(json.loads((path / "dataset_dict.json").read_text())["splits"])
+            splits = sorted(json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"])
             raise ValueError(f"{path} holds the splits {splits}; name one of these folders")
         if (path / "dataset_info.json").exists() and (path / "state.json").exists():
             return _encoded(_datasets(str(path)).load_from_disk(str(path)))
@@ -226,6 +226,7 @@ class _Offsets:
 
     def __init__(self, path: Path, starts: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]):
         self.path, self._starts, self._ends = path, starts, ends
+        self._lock = threading.Lock()
         self._file: int | None = None
 
     def __len__(self) -> int:
@@ -240,8 +241,9 @@ class _Offsets:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path} has {len(self)} records, there is no number {index}")
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY)
+        with self._lock:
+            if self._file is None:
+                self._file = os.open(self.path, os.O_RDONLY)
         start, end = int(self._starts[index]), int(self._ends[index])
         # pread has no position of its own, so threads share the descriptor.
         text = os.pread(self._file, end - start, start)
@@ -264,8 +266,13 @@ class _Offsets:
         return record
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the descriptor out; another process opens its own."""
-        return {**self.__dict__, "_file": None}
+        """Leave the descriptor and the lock out; another process has its own."""
+        return {**self.__dict__, "_file": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Start without a descriptor."""
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     def __del__(self) -> None:
         """Close the file."""
@@ -405,8 +412,8 @@ class TarRecords:
     """WebDataset shards: files of a tar that share a stem are one record.
 
     A record has ``__key__``, ``__shard__``, and the bytes of each file under its suffix with the
-    dot (``.jpg``); ``.json`` is parsed and ``.txt`` decoded; files without a suffix are left out.
-    With a wids index beside the shards (``wids-meta.json``), its list of shards is taken and its
+    dot (``.jpg``); ``.json`` is parsed and ``.txt`` decoded. Hidden files, and those without a
+    suffix, are left out. With a wids index beside the shards (``wids-meta.json``), its list of shards is taken and its
     counts are checked: they are of records or, as the original counts, of names without their last
     suffix, folders included.
 
@@ -423,7 +430,7 @@ class TarRecords:
         if path.is_dir():
             index = path / "wids-meta.json"
             if index.exists():
-                for shard in json.loads(index.read_text())["shardlist"]:
+                for shard in json.loads(index.read_text("utf-8"))["shardlist"]:
                     promised[path / shard["url"]] = int(shard["nsamples"])
                 shards = list(promised)
             else:
@@ -459,7 +466,7 @@ class TarRecords:
                 continue
             folder, _, name = member.name.rpartition("/")
             stem, dot, suffix = name.partition(".")
-            if not dot:
+            if not dot or not stem:  # "._a.jpg" is what macOS leaves beside a.jpg
                 continue
             key = f"{folder}/{stem}" if folder else stem
             files = found.setdefault(key, {})
