@@ -96,7 +96,7 @@ def _blank(cls: type, values: Mapping[str, Any], where: str, path: str) -> Any:
     fields = _fields(cls)
     unknown = [key for key in values if key not in fields]
     if unknown:
-        nearest = _nearest(unknown[0], fields)
+        nearest = _nearest(str(unknown[0]), fields)
         raise _error(where, f"there is no setting {path}.{unknown[0]}{nearest}")
     given = {k: _convert(v, fields[k], where, f"{path}.{k}") for k, v in values.items()}
     try:

@@ -87,6 +87,7 @@ def test_overrides_can_make_and_unmake_a_part() -> None:
         ("samples_per_step=null", r"either samples_per_step or rows_per_step"),
         ("adapter.rnk=3", r"no setting adapter.rnk; did you mean adapter.rank"),
         ("clip_norm=-1", r"clip_norm must be above zero"),
+        ("adapter={yes: 3}", r"there is no setting adapter.True"),
     ],
 )
 def test_messages(assignment: str, message: str) -> None:
