@@ -514,6 +514,7 @@ def _pack(options: PackOptions, report: Callable[[Progress], None] | None) -> Pr
     progress = _resume(options)
     if progress.done:
         return progress
+    open_text.cache_clear()  # files may have changed since an earlier run of this process
     pieces = _pieces(options)
     rows: list[tuple[Ids, list[int]]] = []
     parts: list[Ids] = []
