@@ -413,9 +413,9 @@ class TarRecords:
 
     A record has ``__key__``, ``__shard__``, and the bytes of each file under its suffix with the
     dot (``.jpg``); ``.json`` is parsed and ``.txt`` decoded. Hidden files, and those without a
-    suffix, are left out. With a wids index beside the shards (``wids-meta.json``), its list of shards is taken and its
-    counts are checked: they are of records or, as the original counts, of names without their last
-    suffix, folders included.
+    suffix, are left out. With a wids index beside the shards (``wids-meta.json``), its list of
+    shards is taken and its counts are checked: they are of records or, as the original counts, of
+    names without their last suffix, folders included.
 
     Args:
         path: A tar, or a folder of tars.
