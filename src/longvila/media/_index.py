@@ -14,8 +14,8 @@ Everything goes by timestamps, so variable rates, B-frames, open groups of pictu
 need no care of their own. Files whose packets carry no or repeated timestamps are marked not
 ``seekable`` and are read from their beginning.
 
-Cost of a plan: O(n log P). Memory of an index: 17 bytes a packet. Indices are cached for the
-process, keyed by path, size and modification time.
+Cost of a plan: O(n log P). Memory of an index: 25 bytes a packet, 41 once frames were looked for
+by their times. Indices are cached for the process, keyed by path, size and modification time.
 
 Dimension legend: P packets in the order stored, F frames in the order shown.
 """

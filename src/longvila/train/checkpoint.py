@@ -19,7 +19,7 @@
 
 Adapters, frozen parts and buffers are all in the folder, so it does not depend on the model that
 the stage began from; what is frozen is there once, however many saves there are. Saves name the
-frozen weights that they belong to. Nothing is kept of older layouts.
+frozen weights that they belong to. Saves of older versions are refused.
 """
 
 from __future__ import annotations
