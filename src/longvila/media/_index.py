@@ -279,18 +279,22 @@ class IndexCache:
         facts = path.stat()
         return str(path.resolve()), facts.st_size, facts.st_mtime_ns
 
-    def get(self, path: Path) -> VideoIndex | None:
-        """Return the index of a file, or None if it is not known or the file has changed."""
+    def get(self, key: tuple[str, int, int]) -> VideoIndex | None:
+        """Return the index of a file's content, or None if it is not known."""
         with self._lock:
-            key = self.key(path)
             if key in self._entries:
                 self._entries.move_to_end(key)
             return self._entries.get(key)
 
-    def put(self, path: Path, index: VideoIndex) -> None:
-        """Keep an index; the one not used for longest makes room."""
+    def put(self, key: tuple[str, int, int], index: VideoIndex) -> None:
+        """Keep an index; the one not used for longest makes room.
+
+        Args:
+            key: From before the file was read: it may have grown since.
+            index: Its index.
+        """
         with self._lock:
-            self._entries[self.key(path)] = index
+            self._entries[key] = index
             while len(self._entries) > self._size:
                 self._entries.popitem(last=False)
 
