@@ -9,8 +9,9 @@
     a folder that ``save_to_disk`` wrote                    the same
     anything indexed  a ``datasets.Dataset``, lists         as they are
 
-A ``.json`` file of one object a line is read as lines, as ``load_dataset("json")`` does. Offsets
-cost 8 bytes a record. Pictures and videos in columns of ``datasets`` stay encoded: bytes and path.
+Hidden files and folders of a folder are passed over. A ``.json`` file of one object a line is read
+as lines, as ``load_dataset("json")`` does. Offsets cost 16 bytes a record. Pictures and videos in
+columns of ``datasets`` stay encoded: bytes and path.
 Readers may be shared between threads and sent to other processes, which open the files again.
 
 Tars are read with the standard library. Upstream's pickles (``.pkl``) are refused: reading one runs
@@ -132,13 +133,23 @@ def _by_number(name: str) -> tuple[Any, ...]:
     return tuple(natural_key(name))
 
 
+def files_in(folder: Path) -> list[Path]:
+    """Return the files of a folder and the folders in it, without hidden files and folders."""
+    return [
+        path
+        for path in folder.rglob("*")
+        if not path.is_dir()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
 def check_unpacked(folder: Path) -> None:
     """Refuse a folder in which compressed records would be passed over.
 
     Raises:
         ValueError: If it has some.
     """
-    packed = sorted(str(f) for f in folder.rglob("*") if _COMPRESSED.search(f.name))
+    packed = sorted(str(f) for f in files_in(folder) if _COMPRESSED.search(f.name))
     if packed:
         raise ValueError(
             f"{folder} holds compressed files, which have no offsets ({packed[0]}, {len(packed)} "
@@ -157,10 +168,10 @@ def _open_path(path: Path, under: str | None) -> Records:
             raise ValueError(f"{path} holds the splits {splits}; name one of these folders")
         if (path / "dataset_info.json").exists() and (path / "state.json").exists():
             return _encoded(_datasets(str(path)).load_from_disk(str(path)))
-        if any(path.glob("*.tar")):
+        if any(path.glob("[!.]*.tar")):
             return TarRecords(path)
         check_unpacked(path)
-        found = list(path.rglob("*"))
+        found = files_in(path)
         files = [f for f in found if f.suffix in (".parquet", ".jsonl", ".ndjson")]
         # Beside those, .json is what somebody notes about them, as pack_text does beside its own.
         files = files or [f for f in found if f.suffix == ".json" and f.name != "manifest.json"]
@@ -434,7 +445,7 @@ class TarRecords:
                     promised[path / shard["url"]] = int(shard["nsamples"])
                 shards = list(promised)
             else:
-                shards = sorted(path.glob("*.tar"), key=lambda f: _by_number(f.name))
+                shards = sorted(path.glob("[!.]*.tar"), key=lambda f: _by_number(f.name))
         else:
             shards = [path]
         self.shards = shards

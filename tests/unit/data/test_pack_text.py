@@ -262,6 +262,15 @@ def test_a_folder_is_read_whole_or_refused(tmp_path: Path, tokenizer: str) -> No
         pack_text(PackOptions((str(books),), books / "rows", tokenizer, 5))
 
 
+def test_hidden_files_are_no_texts(tmp_path: Path, tokenizer: str) -> None:
+    folder = tmp_path / "texts"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in ("a.txt", "._a.txt", ".ipynb_checkpoints/a-checkpoint.txt", "._b.jsonl"):
+        (folder / name).write_text("words " * 50)
+    packed = pack_text(PackOptions((str(folder),), tmp_path / "out", tokenizer, 10))
+    assert packed.counts["documents"] == 1
+
+
 def test_a_source_that_grew_is_read_anew_in_the_same_process(
     tmp_path: Path, tokenizer: str
 ) -> None:

@@ -198,6 +198,26 @@ def test_a_folder_of_json_is_read_where_there_is_nothing_else(tmp_path: Path) ->
     assert len(open_records(tmp_path)) == len(ROWS)
 
 
+def test_hidden_files_of_a_folder_are_no_records(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "._a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / name, [{"n": 1}])
+    assert len(open_records(tmp_path)) == 1
+    (tmp_path / "._b.jsonl.gz").write_bytes(b"?")
+    assert len(open_records(tmp_path)) == 1
+    (tmp_path / "tars").mkdir()
+    tar(tmp_path / "tars" / "s.tar", {"a.txt": b"1"})
+    (tmp_path / "tars" / "._s.tar").write_bytes(b"?")
+    assert len(open_records(tmp_path / "tars")) == 1
+
+
+def test_a_folder_that_is_called_as_a_file_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").mkdir()
+    table = pa.Table.from_pylist([{"n": 1}])
+    parquet.write_table(table, tmp_path / "train.parquet" / "part-0.parquet")
+    assert list(open_records(tmp_path)) == [{"n": 1}]
+
+
 def test_readers_go_to_other_processes_and_threads(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ROWS)
     tar(tmp_path / "t.tar", {f"{i}.txt": str(i).encode() for i in range(9)})
