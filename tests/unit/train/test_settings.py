@@ -156,6 +156,8 @@ def test_unknown_keys_of_a_file_are_refused(tmp_path: Path) -> None:
         override(get_stage("sft"), ["adapter={rank: x}"])
     with pytest.raises(SettingsError, match="missing"):
         from_plain(Stage, {"name": "x"})
+    with pytest.raises(SettingsError, match="there is no setting nam; did you mean name"):
+        from_plain(Stage, {"nam": "x"})
 
 
 def test_plain_values_are_what_yaml_can_hold() -> None:
