@@ -227,7 +227,8 @@ class Encoder:
             indices = choose_indices(metadata, num_frames=num_frames, fps=fps, short=short)
         elif fps is not None:
             times = metadata.timestamps_s[stretch]
-            length_s = (media.end_s or metadata.duration_s) - (media.start_s or 0.0)
+            end_s = min(media.end_s or metadata.duration_s, metadata.duration_s)
+            length_s = end_s - (media.start_s or 0.0)
             number = max(math.ceil((length_s - 1e-6) * fps), 1)
             instants = times[0] + np.arange(number) / fps
             if num_frames is not None and number > num_frames:

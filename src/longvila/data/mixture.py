@@ -151,7 +151,8 @@ class Mixture:
         shuffle: Whether to shuffle; without, datasets follow each other in their own order.
 
     Raises:
-        ValueError: If a name is unknown, a dataset is empty, or a share rounds to nothing.
+        ValueError: If a name is unknown or there twice, a dataset is empty, or a share rounds to
+            nothing.
     """
 
     def __init__(
@@ -164,7 +165,13 @@ class Mixture:
         shuffle: bool = True,
     ) -> None:
         if not isinstance(datasets, Mapping):
-            datasets = {dataset.name: dataset for dataset in datasets}
+            names = [dataset.name for dataset in datasets]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(
+                        f"two datasets are called {name!r}; give each a name of its own"
+                    )
+            datasets = dict(zip(names, datasets, strict=True))
         self.spec = "+".join(sorted(datasets)) if spec is None else spec
         self.seed, self.shuffle = seed, shuffle
         self.datasets: dict[str, Samples] = {}

@@ -40,7 +40,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from longvila.data.records import Record, Records, check_unpacked, open_records
+from longvila.data.records import Record, Records, check_unpacked, files_in, open_records
 from longvila.data.stretches import AT_ONCE, encode
 from longvila.errors import LongVILAError
 from longvila.log import get_logger
@@ -187,8 +187,9 @@ def open_text(source: str, documents: Documents) -> Records:
     path = Path(os.path.expanduser(source))
     if path.is_dir():
         check_unpacked(path)
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() == ".txt")
-        others = {f.suffix for f in path.rglob("*") if f.suffix in _OTHER_KINDS}
+        found = files_in(path)
+        files = sorted(f for f in found if f.suffix.lower() == ".txt")
+        others = {f.suffix for f in found if f.suffix in _OTHER_KINDS}
         if files and others:
             raise ValueError(
                 f"{path}: a folder of .txt and {', '.join(sorted(others))}, of which only one kind "
@@ -514,6 +515,7 @@ def _pack(options: PackOptions, report: Callable[[Progress], None] | None) -> Pr
     progress = _resume(options)
     if progress.done:
         return progress
+    open_text.cache_clear()  # files may have changed since an earlier run of this process
     pieces = _pieces(options)
     rows: list[tuple[Ids, list[int]]] = []
     parts: list[Ids] = []

@@ -9,8 +9,9 @@
     a folder that ``save_to_disk`` wrote                    the same
     anything indexed  a ``datasets.Dataset``, lists         as they are
 
-A ``.json`` file of one object a line is read as lines, as ``load_dataset("json")`` does. Offsets
-cost 8 bytes a record. Pictures and videos in columns of ``datasets`` stay encoded: bytes and path.
+Hidden files and folders of a folder are passed over. A ``.json`` file of one object a line is read
+as lines, as ``load_dataset("json")`` does. Offsets cost 16 bytes a record. Pictures and videos in
+columns of ``datasets`` stay encoded: bytes and path.
 Readers may be shared between threads and sent to other processes, which open the files again.
 
 Tars are read with the standard library. Upstream's pickles (``.pkl``) are refused: reading one runs
@@ -132,13 +133,23 @@ def _by_number(name: str) -> tuple[Any, ...]:
     return tuple(natural_key(name))
 
 
+def files_in(folder: Path) -> list[Path]:
+    """Return the files of a folder and the folders in it, without hidden files and folders."""
+    return [
+        path
+        for path in folder.rglob("*")
+        if not path.is_dir()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
 def check_unpacked(folder: Path) -> None:
     """Refuse a folder in which compressed records would be passed over.
 
     Raises:
         ValueError: If it has some.
     """
-    packed = sorted(str(f) for f in folder.rglob("*") if _COMPRESSED.search(f.name))
+    packed = sorted(str(f) for f in files_in(folder) if _COMPRESSED.search(f.name))
     if packed:
         raise ValueError(
             f"{folder} holds compressed files, which have no offsets ({packed[0]}, {len(packed)} "
@@ -153,14 +164,14 @@ def _open_path(path: Path, under: str | None) -> Records:
         raise ValueError(f"{path}: not a regular file")
     if path.is_dir():
         if (path / "dataset_dict.json").exists():
-            splits = sorted(json.loads((path / "dataset_dict.json").read_text())["splits"])
+            splits = sorted(json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"])
             raise ValueError(f"{path} holds the splits {splits}; name one of these folders")
         if (path / "dataset_info.json").exists() and (path / "state.json").exists():
             return _encoded(_datasets(str(path)).load_from_disk(str(path)))
-        if any(path.glob("*.tar")):
+        if any(path.glob("[!.]*.tar")):
             return TarRecords(path)
         check_unpacked(path)
-        found = list(path.rglob("*"))
+        found = files_in(path)
         files = [f for f in found if f.suffix in (".parquet", ".jsonl", ".ndjson")]
         # Beside those, .json is what somebody notes about them, as pack_text does beside its own.
         files = files or [f for f in found if f.suffix == ".json" and f.name != "manifest.json"]
@@ -226,6 +237,7 @@ class _Offsets:
 
     def __init__(self, path: Path, starts: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]):
         self.path, self._starts, self._ends = path, starts, ends
+        self._lock = threading.Lock()
         self._file: int | None = None
 
     def __len__(self) -> int:
@@ -240,8 +252,9 @@ class _Offsets:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path} has {len(self)} records, there is no number {index}")
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY)
+        with self._lock:
+            if self._file is None:
+                self._file = os.open(self.path, os.O_RDONLY)
         start, end = int(self._starts[index]), int(self._ends[index])
         # pread has no position of its own, so threads share the descriptor.
         text = os.pread(self._file, end - start, start)
@@ -264,8 +277,13 @@ class _Offsets:
         return record
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the descriptor out; another process opens its own."""
-        return {**self.__dict__, "_file": None}
+        """Leave the descriptor and the lock out; another process has its own."""
+        return {**self.__dict__, "_file": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Start without a descriptor."""
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     def __del__(self) -> None:
         """Close the file."""
@@ -405,10 +423,10 @@ class TarRecords:
     """WebDataset shards: files of a tar that share a stem are one record.
 
     A record has ``__key__``, ``__shard__``, and the bytes of each file under its suffix with the
-    dot (``.jpg``); ``.json`` is parsed and ``.txt`` decoded; files without a suffix are left out.
-    With a wids index beside the shards (``wids-meta.json``), its list of shards is taken and its
-    counts are checked: they are of records or, as the original counts, of names without their last
-    suffix, folders included.
+    dot (``.jpg``); ``.json`` is parsed and ``.txt`` decoded. Hidden files, and those without a
+    suffix, are left out. With a wids index beside the shards (``wids-meta.json``), its list of
+    shards is taken and its counts are checked: they are of records or, as the original counts, of
+    names without their last suffix, folders included.
 
     Args:
         path: A tar, or a folder of tars.
@@ -423,11 +441,11 @@ class TarRecords:
         if path.is_dir():
             index = path / "wids-meta.json"
             if index.exists():
-                for shard in json.loads(index.read_text())["shardlist"]:
+                for shard in json.loads(index.read_text("utf-8"))["shardlist"]:
                     promised[path / shard["url"]] = int(shard["nsamples"])
                 shards = list(promised)
             else:
-                shards = sorted(path.glob("*.tar"), key=lambda f: _by_number(f.name))
+                shards = sorted(path.glob("[!.]*.tar"), key=lambda f: _by_number(f.name))
         else:
             shards = [path]
         self.shards = shards
@@ -459,7 +477,7 @@ class TarRecords:
                 continue
             folder, _, name = member.name.rpartition("/")
             stem, dot, suffix = name.partition(".")
-            if not dot:
+            if not dot or not stem:  # "._a.jpg" is what macOS leaves beside a.jpg
                 continue
             key = f"{folder}/{stem}" if folder else stem
             files = found.setdefault(key, {})

@@ -24,7 +24,7 @@ import mmap
 import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,16 +161,22 @@ class Workers:
         shape = (sum(job.stop - job.start for job in jobs), *height_width, 3)
         size = int(np.prod(shape))
         descriptor = os.memfd_create("longvila-pixels")
+        futures: list[Future[list[tuple[int, str]]]] = []
         try:
             os.ftruncate(descriptor, size)
             block = mmap.mmap(descriptor, size)
             path = f"/proc/{os.getpid()}/fd/{descriptor}"
-            futures = [self._pool.submit(_fill, path, shape, part) for part in _parts(jobs)]
+            for part in _parts(jobs):
+                futures.append(self._pool.submit(_fill, path, shape, part))
             failures: dict[int, str] = {}
             for future in futures:
                 for number, reason in future.result():
                     failures.setdefault(number, reason)
         finally:
+            # Once closed, the number may be another file's: no worker must open it after that.
+            for future in futures:
+                future.cancel()
+            wait(futures)
             os.close(descriptor)
         return np.frombuffer(block, np.uint8).reshape(shape), failures
 

@@ -57,7 +57,8 @@ def read_lines(file: Path) -> list[Record]:
     """
     if not file.exists():
         return []
-    *lines, rest = file.read_bytes().split(b"\n")
+    # Behind the last newline there is nothing, or a line that was cut short.
+    *lines, _ = file.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -67,7 +68,6 @@ def read_lines(file: Path) -> list[Record]:
         if not isinstance(record, dict):
             raise AnswersError(f"{file}, line {number} is no JSON object")
         records.append(record)
-    del rest  # Behind the last newline there is nothing, or a line that was cut short.
     return records
 
 

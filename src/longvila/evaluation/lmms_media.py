@@ -172,7 +172,7 @@ def read_video(sampler: Any, source: Any, frames: int, *, fps: float | None = No
         sampler: A processor's part for videos.
         source: The video.
         frames: Frames to sample; with ``fps``, at most so many.
-        fps: Frames a second to sample.
+        fps: Frames a second to sample of a whole video; of other sources ``frames`` are taken.
 
     Returns:
         The frames.

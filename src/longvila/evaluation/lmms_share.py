@@ -83,7 +83,7 @@ def own_part(
         source: The video, one that `can_be_shared`.
         frames: Frames to sample of the whole; with ``fps``, at most so many.
         ranks: Who shares it.
-        fps: Frames a second to sample.
+        fps: Frames a second to sample of a whole video; of a part ``frames`` are taken.
     """
     path = source if isinstance(source, str) else source["path"]
     try:

@@ -33,7 +33,6 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,6 @@ from longvila.media.sampling import timestamp_indices
 from longvila.media.sources import IMAGE_SUFFIXES, natural_key
 from longvila.media.video import open_video
 
-#: The original's needles on the Hugging Face Hub.
-LONGVA_NEEDLES = "lmms-lab/v_niah_needles"
 SYNTHETIC = "synthetic"
 #: What a folder of needles may hold, and what looks like it but has to be converted first.
 _PICTURES = IMAGE_SUFFIXES | {".gif", ".avif"}
@@ -470,14 +467,11 @@ class _Reel:
         self.indices = timestamp_indices(metadata.timestamps_s, times)
         self.num_frames = len(self.indices)
         self.bad: set[int] = set()
-        self._stack = ExitStack()
         self._reader: Any = None
 
     def frames(self, start: int, stop: int) -> Picture:
         if self._reader is None:
-            self._reader = self._stack.enter_context(
-                open_video(str(self.path), frame_rate=self.fps)
-            )
+            self._reader = open_video(str(self.path), frame_rate=self.fps)
         wanted = self.indices[start:stop].tolist()
         # Padding needs a frame's own shape.
         pad = self.processor.image_aspect_ratio == "pad"

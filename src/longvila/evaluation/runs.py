@@ -51,7 +51,7 @@ def check_settings(out: Path, settings: Mapping[str, Any]) -> None:
     # A run that ended before its first answer leaves nothing to mix with.
     if not file.exists() or not any(f.stat().st_size for f in (out / "answers").glob("*.jsonl")):
         return
-    before, now = json.loads(file.read_text()), dict(settings)
+    before, now = json.loads(file.read_text(encoding="utf-8")), dict(settings)
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         told = "; ".join(f"{n} was {before.get(n)!r}, is {now[n]!r}" for n in changed)
@@ -97,9 +97,9 @@ def read_run(folder: Path) -> Run:
     if not file.exists():
         raise LongVILAError(f"{folder} holds no finished run: there is no samples.jsonl")
     records = read_lines(file)
-    settings = json.loads((folder / "run.json").read_text())
+    settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     settings.update(settings.pop("versions", {}))
-    results = json.loads((folder / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     official = {name: one["official"] for name, one in results.items()}
     summaries = summarise(records, official, judged_scores(folder))
     return Run(folder.name, summaries, records, settings)

@@ -52,7 +52,9 @@ def read_srt(file: Path) -> list[Line]:
         if found is None:
             continue
         start, end = (_seconds(found.groups()[i : i + 4]) for i in (0, 4))
-        words = " ".join(_MARKUP.sub("", block[found.end() :]).split())
+        # Behind the times there may be a place on the screen, which nobody reads.
+        _, _, said = block[found.end() :].partition("\n")
+        words = " ".join(_MARKUP.sub("", said).split())
         if words:
             lines.append(Line(start, end, words))
     return sorted(lines, key=lambda line: (line.start_s, line.end_s))

@@ -185,7 +185,8 @@ class PyAVReader(VideoReader):
 
     def _find_index(self) -> VideoIndex:
         path = None if self._source.temporary else self._source.path
-        index = INDEX_CACHE.get(path) if path is not None else None
+        key = None if path is None else INDEX_CACHE.key(path)
+        index = None if key is None else INDEX_CACHE.get(key)
         if index is None:
             index = build_index(self._container, self._stream, self._source.name)
             if not index.seekable or self._misleads(index):
@@ -193,8 +194,8 @@ class PyAVReader(VideoReader):
             self._open()
             index = dataclasses.replace(index, orientation=self._probe(index))
             self._open()
-            if path is not None:
-                INDEX_CACHE.put(path, index)
+            if key is not None:
+                INDEX_CACHE.put(key, index)
         elif not index.seekable:
             self._threads = 1
             self._open()

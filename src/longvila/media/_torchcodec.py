@@ -69,6 +69,7 @@ class TorchCodecReader(VideoReader):
                 seek_mode="exact",
             )
             count = len(self._decoder)
+            self._start_s = float(self._decoder.get_frame_at(0).pts_seconds)
         except _FAULTS as fault:
             raise VideoError(f"{source.name}: torchcodec cannot open it ({fault})") from fault
         if count != self.metadata.num_frames:
@@ -76,7 +77,6 @@ class TorchCodecReader(VideoReader):
                 f"{source.name}: torchcodec counts {count} frames, its packets hold "
                 f"{self.metadata.num_frames}; use backend='pyav'"
             )
-        self._start_s = float(self._decoder.get_frame_at(0).pts_seconds)
 
     def frames(self, indices: Iterable[int], *, size: Size | None = None) -> Iterator[DecodedFrame]:
         """Decode frames; see ``VideoReader.frames``."""

@@ -69,7 +69,7 @@ class ReadStats:
         decoded_frames: Frames the decoder gave out, wanted or not.
         packets: Packets given to the decoder.
         seeks: Jumps inside the file.
-        errors: Packets the decoder rejected.
+        errors: Packets (of pictures: files) that could not be decoded.
         retries: Stretches decoded a second time because a wanted frame had not come.
     """
 

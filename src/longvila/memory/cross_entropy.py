@@ -45,7 +45,7 @@ def tiled_cross_entropy(
     Args:
         hidden: ``(T, M)`` final hidden states; their dtype is that of the products.
         weight: ``(V, M)`` of the head; cast to hidden's dtype where it differs.
-        targets: ``(T,)`` integers below V, already shifted, ``ignore_index`` where there is none.
+        targets: ``(T,)`` int64 below V, already shifted, ``ignore_index`` where there is none.
         tile_rows: Rows whose logits exist at a time.
         ignore_index: Marks rows without a target.
         bias: ``(V,)`` of the head, or None.
@@ -57,7 +57,7 @@ def tiled_cross_entropy(
 
     Raises:
         ValueError: If shapes do not belong together or ``tile_rows`` is not positive.
-        TypeError: If targets are not integers or hidden does not float.
+        TypeError: If targets are not int64, or hidden is not floating-point.
 
     Memory:
         ``tile_rows * V * (8 + itemsize)`` for a tile; ``N * M * itemsize`` for the gradient of

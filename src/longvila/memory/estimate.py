@@ -29,7 +29,7 @@ vocabulary, R ranks that share parameters, U Ulysses ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from longvila.memory.activations import (
     MLP_SAVED,
@@ -72,7 +72,6 @@ class Peak:
 
     moments: Mapping[str, Mapping[str, float]]
     host_bytes: float = 0.0
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def moment(self) -> str:

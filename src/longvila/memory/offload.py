@@ -147,11 +147,11 @@ class Offload:
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         if self._free[size]:
             return self._free[size].pop()
-        self._trim(size)
+        self._trim()
         return _Buffer(host_memory(size, pinned=tensor.is_cuda))
 
-    def _trim(self, size: int) -> None:
-        """Drop idle buffers of other sizes, so that idle and used ones keep to the budget.
+    def _trim(self) -> None:
+        """Drop idle buffers until idle and used ones together keep to the budget.
 
         The smallest first, which are the quickest to lock again.
         """

@@ -297,7 +297,7 @@ class _Clock:
             per = self.local * layer_activation_bytes(
                 text, compute_bytes=self.c, ulysses=self.ranks.ulysses
             )
-        layers = min(settings.offload_bytes / per, text.layers - settings.keep_last)
+        layers = min(settings.offload_bytes / per, max(text.layers - settings.keep_last, 0))
         copy = per / self.gpu.host_rate
         late = max(0.0, copy - forward_layer) + max(0.0, copy - backward_layer)
         return layers * late

@@ -19,7 +19,7 @@
 
 Adapters, frozen parts and buffers are all in the folder, so it does not depend on the model that
 the stage began from; what is frozen is there once, however many saves there are. Saves name the
-frozen weights that they belong to. Nothing is kept of older layouts.
+frozen weights that they belong to. Saves of older versions are refused.
 """
 
 from __future__ import annotations
@@ -328,11 +328,12 @@ def _save_frozen(folder: Path, frozen: dict[str, Any]) -> str | None:
         _together()
         _write({"model": frozen}, partial)
         if _rank() == 0:
-            (partial / "name").write_text(secrets.token_hex(8))
-            _flush(partial / "name")
-            _flush(partial)
-            partial.rename(final)
-            _flush(folder)
+            with writing(partial):
+                (partial / "name").write_text(secrets.token_hex(8))
+                _flush(partial / "name")
+                _flush(partial)
+                partial.rename(final)
+                _flush(folder)
         _together()
     return (final / "name").read_text() if _rank() == 0 else None
 
@@ -384,9 +385,10 @@ def save(
         written = {
             "version": _VERSION, "step": step, "world_size": _world(), "frozen": name, **run
         }  # fmt: skip
-        (partial / "run.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
-        _flush(partial / "run.json")
-        _flush(partial)
+        with writing(partial):
+            (partial / "run.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
+            _flush(partial / "run.json")
+            _flush(partial)
         if final.exists():
             _drop(final)
         partial.rename(final)

@@ -8,11 +8,9 @@
    left, as long as another part is tuned. With an adapter, only the adapter and the groups that
    it names (embeddings, norms, head) are tuned in the language model, and in the tower too if it
    has targets there; they are looked up in the model, and a name that finds nothing is an error.
-2. `merge_adapter` folds adapters into the weights they stand beside, on plain tensors, so that
-   sharded training ends with an ordinary state dict: ``W + alpha / rank * B A``, in float32.
-3. `set_context` gives a language model its new rotary base and context.
-
-4. `export_state` and `save_plain` write what was trained as an ordinary model.
+2. `set_context` gives a language model its new rotary base and context.
+3. `export_state` and `save_plain` write what was trained as an ordinary model, adapters folded into
+   the weights beside them (`longvila.train.lora`).
 
 It does not shard anything.
 """

@@ -76,7 +76,7 @@ class MeshChoice:
     Attributes:
         ranks: Its sizes.
         seconds: Predicted seconds of a step.
-        reasons: What `plan_mesh` says about it; empty for other meshes.
+        reasons: What `plan_mesh` says about it.
     """
 
     ranks: Ranks

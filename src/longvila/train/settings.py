@@ -94,15 +94,16 @@ def _overlay(settings: Any, values: Any, where: str, path: str) -> Any:
 def _blank(cls: type, values: Mapping[str, Any], where: str, path: str) -> Any:
     """A dataclass that stands where None stood; fields without a default must be given."""
     fields = _fields(cls)
+    inside = f"{path}." if path else ""
     unknown = [key for key in values if key not in fields]
     if unknown:
-        nearest = _nearest(unknown[0], fields)
-        raise _error(where, f"there is no setting {path}.{unknown[0]}{nearest}")
-    given = {k: _convert(v, fields[k], where, f"{path}.{k}") for k, v in values.items()}
+        nearest = _nearest(str(unknown[0]), fields)
+        raise _error(where, f"there is no setting {inside}{unknown[0]}{nearest}")
+    given = {k: _convert(v, fields[k], where, f"{inside}{k}") for k, v in values.items()}
     try:
         return cls(**given)
     except TypeError as fault:  # fields without a default that are not given
-        raise _error(where, f"{path}: {fault}") from fault
+        raise _error(where, f"{path or cls.__name__}: {fault}") from fault
     except ValueError as fault:
         raise _error(where, str(fault)) from fault
 

@@ -209,7 +209,6 @@ class Data:
                 f"data: a sample of max_sample_tokens {self.max_sample_tokens} does not fit a row "
                 f"of max_tokens {self.max_tokens}"
             )
-
         if self.spread_positions is not None and self.spread_positions < self.sample_tokens:
             raise ValueError(
                 f"data: samples of {self.sample_tokens} tokens do not fit spread_positions "

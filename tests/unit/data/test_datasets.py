@@ -207,6 +207,9 @@ def test_llava_in_place() -> None:
     odd = [{"conversations": [{"from": "robot", "value": "?"}]}]
     with pytest.raises(SchemaError, match="a message from 'robot'"):
         open_dataset("llava", odd)[0]
+    odd = [{"conversations": [{"role": "tool", "content": "?"}]}]
+    with pytest.raises(SchemaError, match="a message from 'tool'"):
+        open_dataset("llava", odd)[0]
 
 
 def test_options_of_adapters() -> None:

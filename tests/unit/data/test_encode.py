@@ -138,6 +138,8 @@ def test_clips_take_their_own_stretch(processor: Any, media_dir: Path) -> None:
         ({"start_s": 0.5, "fps": 8.0}, [12, 15, 18, 21]),
         ({"start_s": 0.98, "num_frames": 1}, [23]),
         ({"fps": 4.0}, [0, 6, 12, 18]),
+        # What is beyond the video's end is not its last frame again and again.
+        ({"start_s": 0.5, "end_s": 9.0, "fps": 8.0}, [12, 15, 18, 21]),
     ):
         planned = encoded(encoder, video_sample(path, **times)).media[0]
         assert planned.indices is not None

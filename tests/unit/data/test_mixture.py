@@ -101,6 +101,9 @@ def test_substitutes_are_of_the_same_dataset_and_never_the_broken_row() -> None:
 
 
 def test_unknown_and_empty_datasets_are_refused() -> None:
+    # Of two of one name, one would be lost.
+    with pytest.raises(ValueError, match="two datasets are called 'a'"):
+        Mixture([listed("a", 3), listed("b", 3), listed("a", 2)])
     with pytest.raises(ValueError, match="names 'c'"):
         Mixture([listed("a", 1)], "c")
     with pytest.raises(ValueError, match="a has no samples"):

@@ -262,6 +262,26 @@ def test_a_folder_is_read_whole_or_refused(tmp_path: Path, tokenizer: str) -> No
         pack_text(PackOptions((str(books),), books / "rows", tokenizer, 5))
 
 
+def test_hidden_files_are_no_texts(tmp_path: Path, tokenizer: str) -> None:
+    folder = tmp_path / "texts"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in ("a.txt", "._a.txt", ".ipynb_checkpoints/a-checkpoint.txt", "._b.jsonl"):
+        (folder / name).write_text("words " * 50)
+    packed = pack_text(PackOptions((str(folder),), tmp_path / "out", tokenizer, 10))
+    assert packed.counts["documents"] == 1
+
+
+def test_a_source_that_grew_is_read_anew_in_the_same_process(
+    tmp_path: Path, tokenizer: str
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS[:20]])
+    for number, texts in enumerate((TEXTS[:20], TEXTS)):
+        write_jsonl(source, [{"text": text} for text in texts])
+        pack = PackOptions((str(source),), tmp_path / f"out{number}", tokenizer, 100)
+        assert pack_text(pack).counts["documents"] == len(texts)
+        assert read(pack.output) == expected(texts, 100)
+
+
 def test_rows_that_do_not_add_up_are_refused(tmp_path: Path, tokenizer: str) -> None:
     for number, (row, message) in enumerate(
         (

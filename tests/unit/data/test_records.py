@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import tarfile
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -119,6 +120,11 @@ def test_tars_group_files_by_stem(tmp_path: Path) -> None:
         TarRecords(tmp_path)
 
 
+def test_what_macos_leaves_beside_files_is_no_record(tmp_path: Path) -> None:
+    tar(tmp_path / "t.tar", {"a.jpg": b"1", "._a.jpg": b"?", "x/._b.txt": b"\xff", "x/b.txt": b"2"})
+    assert [record["__key__"] for record in TarRecords(tmp_path / "t.tar")] == ["a", "x/b"]
+
+
 def test_an_index_may_count_names_as_the_original_does(tmp_path: Path) -> None:
     """Its count takes folders and files without a suffix for samples; reading leaves them out."""
     with tarfile.open(tmp_path / "s.tar", "w") as out:
@@ -192,6 +198,26 @@ def test_a_folder_of_json_is_read_where_there_is_nothing_else(tmp_path: Path) ->
     assert len(open_records(tmp_path)) == len(ROWS)
 
 
+def test_hidden_files_of_a_folder_are_no_records(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "._a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / name, [{"n": 1}])
+    assert len(open_records(tmp_path)) == 1
+    (tmp_path / "._b.jsonl.gz").write_bytes(b"?")
+    assert len(open_records(tmp_path)) == 1
+    (tmp_path / "tars").mkdir()
+    tar(tmp_path / "tars" / "s.tar", {"a.txt": b"1"})
+    (tmp_path / "tars" / "._s.tar").write_bytes(b"?")
+    assert len(open_records(tmp_path / "tars")) == 1
+
+
+def test_a_folder_that_is_called_as_a_file_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").mkdir()
+    table = pa.Table.from_pylist([{"n": 1}])
+    parquet.write_table(table, tmp_path / "train.parquet" / "part-0.parquet")
+    assert list(open_records(tmp_path)) == [{"n": 1}]
+
+
 def test_readers_go_to_other_processes_and_threads(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ROWS)
     tar(tmp_path / "t.tar", {f"{i}.txt": str(i).encode() for i in range(9)})
@@ -204,6 +230,24 @@ def test_readers_go_to_other_processes_and_threads(tmp_path: Path) -> None:
         with ThreadPoolExecutor(4) as pool:
             threaded = list(pool.map(copy.__getitem__, [i % 9 for i in range(90)]))
         assert threaded == [records[i % 9] for i in range(90)]
+
+
+def test_threads_that_begin_together_open_a_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = open_records(write_jsonl(tmp_path / "a.jsonl", ROWS))
+    opened, plain = [], os.open
+
+    def slow(path: Any, *given: Any, **named: Any) -> int:
+        if str(path).endswith("a.jsonl"):
+            time.sleep(0.05)
+            opened.append(path)
+        return plain(path, *given, **named)
+
+    monkeypatch.setattr(os, "open", slow)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(records.__getitem__, range(4))) == ROWS[:4]
+    assert len(opened) == 1, "a descriptor that nobody closes"
 
 
 def test_lists_and_dataset_objects_are_taken_as_they_are() -> None:

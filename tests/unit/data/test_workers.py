@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,28 @@ def test_what_cannot_be_decoded_is_named_and_leaves_no_descriptor(
         assert len(os.listdir("/proc/self/fd")) <= before
     finally:
         workers.close()
+
+
+def test_no_job_outlives_the_descriptor_that_it_writes_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    video = PlannedMedia(Media("video", "v"), 1000, np.arange(1000))
+    found = []
+
+    def fill(path: str, shape: tuple[int, ...], jobs: list[Job]) -> list[tuple[int, str]]:
+        if jobs[0].start == 0:
+            raise ValueError("a fault of its own")
+        time.sleep(0.3)  # by now the number may be another file's
+        found.append(os.path.realpath(path))
+        return []
+
+    monkeypatch.setattr("longvila.data.workers._fill", fill)
+    workers = object.__new__(Workers)
+    with ThreadPoolExecutor(2) as pool:
+        workers._pool = pool  # type: ignore[assignment]
+        with pytest.raises(ValueError, match="a fault of its own"):
+            workers.decode([Job(0, video, 0, 1000, 0)], (2, 2))
+    assert found and all("longvila-pixels" in each for each in found), found
 
 
 def test_long_videos_are_cut_and_pictures_joined_without_gaps() -> None:

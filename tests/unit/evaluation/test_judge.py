@@ -169,6 +169,9 @@ def test_an_answer_that_cannot_be_graded_stops_nobody_and_is_tried_again(tmp_pat
     assert [record["grade"] is None for record in records] == [False] * 2 + [True] + [False] * 3
     assert records[2]["error"] == "status 400: too long"
     assert axis_scores(records)["detail"].ungraded == 1
+    # Alone among what is open it is no sign of a judge that is down.
+    once_more = grade_all(items(6), axes, Picky(), Answers(tmp_path, "grades"))
+    assert [record["grade"] for record in once_more] == [record["grade"] for record in records]
     again = Fair()
     assert grade_all(items(6), axes, again, Answers(tmp_path, "grades"))[2]["grade"] == {"score": 2}
     assert again.count == 1

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,21 @@ def test_a_folder_keeps_its_settings(tmp_path: Path) -> None:
     check_settings(tmp_path, SETTINGS)
     with pytest.raises(LongVILAError, match=r"\(frames was 'paper', is 8; seed was 0, is 2\)"):
         check_settings(tmp_path, {**SETTINGS, "frames": 8, "seed": 2})
+
+
+def test_a_folder_is_read_in_any_locale(tmp_path: Path) -> None:
+    write(tmp_path / "mine")
+    begin(tmp_path / "mine", {**SETTINGS, "model": "Modèle"}, {})
+    code = (
+        "import sys; from pathlib import Path; from longvila.evaluation.runs import read_run\n"
+        "print(ascii(read_run(Path(sys.argv[1])).settings['model']))"
+    )
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "mine")],
+        env={**os.environ, **plain}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == ascii("Modèle"), done.stderr
 
 
 def test_answers_without_truth_become_a_file_to_hand_in(tmp_path: Path) -> None:

@@ -163,10 +163,10 @@ def test_cache_forgets_the_oldest_and_notices_changes(tmp_path: Path) -> None:
     files = [tmp_path / name for name in "abc"]
     for file in files:
         file.write_bytes(b"x")
-        cache.put(file, index)
-    assert cache.get(files[0]) is None
-    assert cache.get(files[2]) is index
+        cache.put(cache.key(file), index)
+    assert cache.get(cache.key(files[0])) is None
+    assert cache.get(cache.key(files[2])) is index
     os.utime(files[2], ns=(1, 1))
-    assert cache.get(files[2]) is None
+    assert cache.get(cache.key(files[2])) is None
     cache.clear()
-    assert cache.get(files[1]) is None
+    assert cache.get(cache.key(files[1])) is None

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 
-from longvila.media._index import INDEX_CACHE
+from longvila.media._index import INDEX_CACHE, build_index
 from longvila.media._pyav import PyAVReader
 from longvila.media.sources import resolve
 from longvila.media.synthetic import clip, damage, read_number, truncate
@@ -179,7 +179,7 @@ def test_index_is_cached_until_the_file_changes(tmp_path: Path) -> None:
     clip(path, 30)
     with open_video(path) as third:
         assert third.metadata.num_frames == 30
-    assert INDEX_CACHE.get(path) is not None
+    assert INDEX_CACHE.get(INDEX_CACHE.key(path)) is not None
 
 
 # Broken files
@@ -264,3 +264,22 @@ def test_frames_stamped_alike_follow_the_rate(tmp_path: Path) -> None:
     with open_video(stamped(path, tmp_path / "a.mkv", [0] * 12)) as reader:
         times = reader.metadata.timestamps_s
         assert len(times) == 12 and (np.diff(times) > 0).all()
+
+
+def test_an_index_of_a_file_that_grew_meanwhile_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = clip(tmp_path / "a.mkv", 48)
+    whole = path.read_bytes()
+    truncate(path, 0.5)
+
+    def read_and_finish(*given: object) -> object:
+        index = build_index(*given)  # type: ignore[arg-type]
+        path.write_bytes(whole)
+        return index
+
+    monkeypatch.setattr("longvila.media._pyav.build_index", read_and_finish)
+    with open_video(path) as reader:
+        assert reader.metadata.num_frames < 48
+    with open_video(path) as reader:
+        assert reader.metadata.num_frames == 48

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,3 +64,27 @@ def test_message_without_torchcodec(
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
     with pytest.raises(ImportError, match="use backend='pyav'"):
         open_video(draw("h264_gop60"), backend="torchcodec")
+
+
+def test_a_first_frame_that_is_damaged_is_a_video_error(
+    draw: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Decoder:
+        def __init__(self, *given: object, **named: object) -> None:
+            """Open anything."""
+
+        def __len__(self) -> int:
+            return count
+
+        def get_frame_at(self, index: int) -> object:
+            raise RuntimeError(f"frame {index} cannot be decoded")
+
+    path = draw("h264_gop60")
+    with open_video(path) as reader:
+        count = reader.metadata.num_frames
+    module = types.ModuleType("torchcodec.decoders")
+    module.VideoDecoder = Decoder  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", module)
+    with pytest.raises(VideoError, match="frame 0 cannot be decoded"):
+        open_video(path, backend="torchcodec")

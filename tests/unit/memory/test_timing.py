@@ -131,6 +131,13 @@ def test_an_offload_hides_behind_layers_unless_the_host_is_slow() -> None:
     assert late(1e9) == pytest.approx(copies - 27 * layer_seconds(load), rel=1e-3)
 
 
+def test_an_offload_of_no_layer_takes_no_time_off_a_step() -> None:
+    gpu = replace(GPUS["h200"], host_rate=1e9)
+    settings = Settings(offload_bytes=64 * GIB, keep_last=40)
+    parts = training_time(SEVEN, Load(tokens=2**13), gpu=gpu, settings=settings).parts
+    assert parts["offload, not hidden"] == 0
+
+
 def layer_seconds(load: Load) -> float:
     """Forward and backward of a layer."""
     parts = training_time(SEVEN, load, gpu=GPUS["h200"]).parts

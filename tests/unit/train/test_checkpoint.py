@@ -56,6 +56,27 @@ def test_a_disk_that_is_full_is_a_sentence_and_earlier_saves_stay(
     assert [each.path.name for each in find_saves(tmp_path)] == ["step-1"]
 
 
+@pytest.mark.parametrize("name", ["run.json", "name"])
+def test_a_disk_that_is_full_at_the_last_small_file_is_the_same_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    optimizer = torch.optim.AdamW([model.weight])
+    plain = Path.write_text
+
+    def full(path: Path, *given: Any, **named: Any) -> int:
+        if path.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(path, *given, **named)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(
+        CheckpointError, match=r"No space left on device.* MiB left\. Earlier saves"
+    ):
+        save(tmp_path, 1, model, optimizer, run={}, data={}, keep=1)
+
+
 def test_a_part_that_is_frozen_after_a_save_is_refused_with_the_reason(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     save(tmp_path, 1, model, torch.optim.AdamW(model.parameters()), run={}, data={}, keep=1)

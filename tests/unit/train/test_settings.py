@@ -87,6 +87,7 @@ def test_overrides_can_make_and_unmake_a_part() -> None:
         ("samples_per_step=null", r"either samples_per_step or rows_per_step"),
         ("adapter.rnk=3", r"no setting adapter.rnk; did you mean adapter.rank"),
         ("clip_norm=-1", r"clip_norm must be above zero"),
+        ("adapter={yes: 3}", r"there is no setting adapter.True"),
     ],
 )
 def test_messages(assignment: str, message: str) -> None:
@@ -155,6 +156,8 @@ def test_unknown_keys_of_a_file_are_refused(tmp_path: Path) -> None:
         override(get_stage("sft"), ["adapter={rank: x}"])
     with pytest.raises(SettingsError, match="missing"):
         from_plain(Stage, {"name": "x"})
+    with pytest.raises(SettingsError, match="there is no setting nam; did you mean name"):
+        from_plain(Stage, {"nam": "x"})
 
 
 def test_plain_values_are_what_yaml_can_hold() -> None:

@@ -194,8 +194,7 @@ def conversation(
 def caption(record_id: Any, context: Context, media: Media, text: Any) -> Sample:
     """Make a sample of one medium and its caption.
 
-    The question is the first of the option ``question`` (a text), or a plain request; the ``plain``
-    style of encoding leaves it out.
+    The question is the option ``question``, or a plain request; the ``plain`` style leaves it out.
     """
     if not isinstance(text, str) or not text.strip():
         raise context.error(f"has no caption, got {text!r}")

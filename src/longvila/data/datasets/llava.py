@@ -77,11 +77,10 @@ def llava_sample(record: Record, context: Context) -> Sample:
     turns: list[tuple[str, Any]] = []
     waiting = list(media)
     for message in messages:
-        role = _ROLES.get(message.get("from") or message.get("role"))
+        speaker = message.get("from") or message.get("role")
+        role = _ROLES.get(speaker)
         if role is None:
-            raise context.error(
-                f"has a message from {message.get('from')!r}, not of {list(_ROLES)}"
-            )
+            raise context.error(f"has a message from {speaker!r}, not of {list(_ROLES)}")
         text = message["value"] if "value" in message else message.get("content")
         if not isinstance(text, str):
             raise context.error(f"has a message whose text is {text!r}")
