@@ -117,3 +117,20 @@ def test_sft_over_two_ranks_equals_one(kind: str, tmp_path: Path) -> None:
 def test_steps_are_those_of_trl(tmp_path: Path) -> None:
     stock = train(None, str(tmp_path), "stock", [])
     assert train(None, str(tmp_path), "unpacked", []) == pytest.approx(stock, rel=1e-5)
+
+
+def test_a_loss_that_would_be_passed_over_is_refused(tmp_path: Path) -> None:
+    """TRL's other losses, and trainers with a loss of their own: none may train on another."""
+    from trl import DPOTrainer
+    from trl_recipe import Arguments
+
+    from longvila.train.trainer import MeshTrainer
+
+    with pytest.raises(ValueError, match="loss_type 'dft'"):
+        Arguments(str(tmp_path), use_cpu=True, bf16=False, loss_type="dft")
+
+    class Preferences(MeshTrainer, DPOTrainer):
+        pass
+
+    with pytest.raises(ValueError, match=r"DPOTrainer.compute_loss would be passed over"):
+        Preferences(tiny_model(), Arguments(str(tmp_path), use_cpu=True, bf16=False))

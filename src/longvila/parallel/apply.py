@@ -39,8 +39,8 @@ It does not move the model to a device, build an optimiser or clip gradients.
 
 from __future__ import annotations
 
+import copy
 import functools
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,13 +48,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -66,11 +59,16 @@ from longvila.parallel.hf_attention import NAME, cut_compiled_layers_here
 from longvila.parallel.mmsp import TwoStageForward, TwoStageOptions
 from longvila.parallel.plan import StepPlan
 from longvila.parallel.products import align_mlps
+from longvila.parallel.sharding import shard, sharded_modules
 from longvila.parallel.tower_attention import UNIT_TOWER, compile_around_units
 from longvila.sp.loss import GradientReduction
 from longvila.sp.mesh import SPMesh
 
 _STATE = "_longvila_parallel"
+_NO_COPY = (
+    "a copy of a parallelized model would run the original's forward: copy the model before, or "
+    "unparallelize it, and parallelize both"
+)
 #: Gradients that are combined in one all-reduce; a model has hundreds, most of them small.
 _BUCKET_BYTES = 32 << 20
 
@@ -143,12 +141,10 @@ class _State:
     two_stage: TwoStageForward | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _State:
-        if self.two_stage is not None:
-            raise TypeError(
-                "a copy of a parallelized model would run the original's forward: copy the model "
-                "before, or unparallelize it, and parallelize both"
-            )
-        return self
+        if self.two_stage is not None or self.plan.pad_mlps:
+            raise TypeError(_NO_COPY)
+        # Undoing the copy is about the copy's modules, which the memo has.
+        return _State(self.family, self.mesh, self.plan, copy.deepcopy(self.undo, memo))
 
 
 def is_parallelized(model: nn.Module) -> bool:
@@ -200,7 +196,7 @@ def parallelize(model: nn.Module, mesh: SPMesh, plan: ParallelPlan | None = None
         )
     if is_parallelized(model):
         raise ValueError(f"{type(base).__name__} was parallelized before; undo with unparallelize")
-    if plan.fsdp and (wrapped := _wrapped(model)):
+    if plan.fsdp and (wrapped := sharded_modules(model)):
         raise ValueError(
             f"{len(wrapped)} modules are sharded by FSDP already ({wrapped[0] or 'the model'}, ...)"
             "; pass fsdp=False and leave wrapping to whoever did it"
@@ -224,9 +220,9 @@ def parallelize(model: nn.Module, mesh: SPMesh, plan: ParallelPlan | None = None
         _set_modules(base, state)
         _set_checkpointing(base, state)
         if plan.fsdp and mesh.dp_sp_mesh is not None:
-            _shard(model, base, state)
+            shard(model, list(family.layers(base)), mesh, plan)
     except BaseException:
-        if not _wrapped(model):  # else its own refusal would hide the error
+        if not sharded_modules(model):  # else its own refusal would hide the error
             unparallelize(model)
         raise
     return model
@@ -239,7 +235,7 @@ def unparallelize(model: nn.Module) -> nn.Module:
         ValueError: If it was not parallelized, or FSDP shards it (that cannot be taken back).
     """
     state = _state_of(model)
-    if _wrapped(model):
+    if sharded_modules(model):
         raise ValueError(
             "FSDP cannot be taken back; gather the state dict and load it into a fresh model"
         )
@@ -247,10 +243,6 @@ def unparallelize(model: nn.Module) -> nn.Module:
     while state.undo:
         state.undo.pop()()
     return model
-
-
-def _wrapped(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
 
 
 # ---- 1. attention, 2. forward ----------------------------------------------------------------
@@ -415,6 +407,9 @@ class _Compiled:
         with self.config.patch(aggressive_recomputation=True):
             return self.forward(*args, **kwargs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Compiled:
+        raise TypeError(_NO_COPY)
+
 
 class _Tiled:
     """An MLP's forward, a few rows at a time; with one tile it is the forward itself."""
@@ -469,54 +464,6 @@ def _restore(module: nn.Module, name: str, before: Any) -> None:
         setattr(module, name, before)
 
 
-# ---- 4. FSDP ---------------------------------------------------------------------------------
-
-
-def _shard(model: nn.Module, base: PreTrainedModel, state: _State) -> None:
-    plan, mesh = state.plan, state.mesh
-    assert mesh.dp_sp_mesh is not None
-    over = mesh.dp_sp_mesh
-    if plan.fsdp_replicate:
-        # Its own mesh: torch deprecates slicing flattened axes out of a larger one.
-        sizes = (mesh.dp_size, mesh.sp_size)
-        over = init_device_mesh(over.device_type, sizes, mesh_dim_names=("dp", "sp"))
-    policy = MixedPrecisionPolicy(param_dtype=plan.compute_dtype, reduce_dtype=plan.reduce_dtype)
-    for module in (*state.family.layers(base), model):
-        if plan.parameter_dtype is not None:
-            for parameter in module.parameters():
-                if parameter.is_floating_point() and not _is_sharded(parameter):
-                    parameter.data = parameter.data.to(plan.parameter_dtype)
-        reshard = module is not model and not plan.keep_gathered
-        fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=reshard)
-    if hasattr(model, "generate"):
-        vars(model)["generate"] = _generate_gathered(model)
-
-
-def _generate_gathered(model: nn.Module) -> Callable[..., Any]:
-    """Return a sharded model's ``generate`` with its root group gathered around it.
-
-    Media are encoded before the first forward pass, and adapters go past that of the root.
-    """
-    original: Any = model.generate
-    vars(model)["_gather"] = types.MethodType(lambda _: None, model)
-    register_fsdp_forward_method(model, "_gather")
-
-    @functools.wraps(original)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        model._gather()  # type: ignore[operator]
-        try:
-            # A rank that is done goes on until all are: layers are gathered by all together.
-            return original(*args, **{"synced_gpus": True, **kwargs})
-        finally:
-            model.reshard()  # type: ignore[operator]
-
-    return generate
-
-
-def _is_sharded(parameter: Tensor) -> bool:
-    return isinstance(parameter, torch.distributed.tensor.DTensor)
-
-
 # ---- gradients without a wrapper -------------------------------------------------------------
 
 
@@ -537,7 +484,7 @@ def reduce_gradients(model: nn.Module) -> None:
     Memory: One bucket beside the gradients; a gradient that fills one alone is reduced in place.
     """
     state = _state_of(model)
-    if _wrapped(model):
+    if sharded_modules(model):
         raise ValueError(
             "FSDP combines gradients during backward; reduce_gradients would repeat it"
         )

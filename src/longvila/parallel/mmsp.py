@@ -53,6 +53,7 @@ from longvila.parallel.families import Family, MediaKind
 from longvila.parallel.hf_attention import NAME, SPStep, check_calls, lowered, sentinel_mask
 from longvila.parallel.plan import StepPlan, plan_step
 from longvila.parallel.plan import plan_media as plan_media
+from longvila.parallel.sharding import refuse_late_parameters
 from longvila.sp.loss import (
     IGNORE_INDEX,
     GradientReduction,
@@ -252,6 +253,7 @@ class TwoStageForward:
 
     def _run(self, given: dict[str, Any], own: dict[str, Any]) -> SPCausalLMOutput:
         self._check_backward_ended()
+        refuse_late_parameters(self.family.layers(self.model))
         batch = self._read(given, own)
         plan, hidden = self.hidden_states(batch)
         output = self._finish(plan, batch, hidden)
@@ -514,7 +516,7 @@ class TwoStageForward:
             # Where transformers keeps what a caller set.
             raise ValueError(
                 "the model was given a loss_function, but a sequence-parallel step has the tiled "
-                "cross-entropy alone: ask for output_logits=True without labels, and apply it"
+                "cross-entropy alone: ask for output_logits=True, and apply it as the guide says"
             )
         if targets is not None:
             check_targets(targets, head.weight.shape[0])

@@ -161,6 +161,11 @@ class MeshArguments:
                 f"label_smoothing_factor {own.label_smoothing_factor} needs whole logits, which no "
                 "rank has"
             )
+        if getattr(own, "loss_type", "nll") not in ("nll", "chunked_nll"):
+            raise ValueError(
+                f"loss_type {own.loss_type!r} weighs targets by the model's own logits, which no "
+                "rank has whole; use 'nll'"
+            )
         if own.neftune_noise_alpha is not None:
             raise ValueError(
                 "neftune_noise_alpha adds noise to embeddings of padded batches; here they are "

@@ -64,16 +64,11 @@ from longvila.train import lora
 from longvila.train.arguments import MeshArguments
 from longvila.train.budget import check, load_of_batch
 from longvila.train.parts import base_model, export_state, named_parts, save_plain
+from longvila.train.refused import check_arguments, check_loss
 from longvila.train.stages import StageError
 from longvila.train.step import Counts, count_batch, over_data_parallel
 
 _LOG = get_logger(__name__)
-_REFUSED = {
-    "model_init": "the model is put on the mesh once; build it before",
-    "compute_metrics": "no rank has whole logits; evaluate answers with longvila.evaluation",
-    "preprocess_logits_for_metrics": "no rank has whole logits",
-    "compute_loss_func": "the loss is computed in tiles where the tokens are",
-}
 #: What padding-free collators say to varlen kernels, beside ``position_ids``.
 _VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -118,9 +113,8 @@ class MeshTrainer(_Base):
                 f"args must be LongVILATrainingArguments (or put MeshArguments before the class "
                 f"you use), got {type(args).__name__}"
             )
-        for name, why in _REFUSED.items():
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name} is not supported: {why}")
+        check_arguments(kwargs)
+        check_loss(type(self), MeshTrainer)
         arguments: Any = args
         super().__init__(model=model, args=arguments, data_collator=data_collator, **kwargs)
         theirs = self.accelerator.parallelism_config
