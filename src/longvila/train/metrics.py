@@ -41,7 +41,11 @@ from longvila.train.step import StepResult
 from longvila.train.trackers import Tracker, open_trackers
 
 #: Dense bfloat16 operations a second, in the makers' data sheets.
-PEAK_FLOPS = {"H200": 989.4e12, "H100": 989.4e12, "H800": 989.4e12, "A100": 312e12, "L40S": 362e12}
+PEAK_FLOPS = {
+    # By name, the longer ones first: cards for PCIe are slower.
+    "H200 NVL": 835.5e12, "H100 NVL": 835.5e12, "H100 PCIe": 756.5e12, "H800 PCIe": 756.5e12,
+    "H200": 989.4e12, "H100": 989.4e12, "H800": 989.4e12, "A100": 312e12, "L40S": 362e12,
+}  # fmt: skip
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -134,3 +134,15 @@ def test_a_disk_that_is_full_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be written \(.*No space"):
         metrics.write({"step": 1})
     metrics.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H100 PCIe", 756.5e12),
+     ("NVIDIA H100 NVL", 835.5e12), ("NVIDIA GeForce RTX 4090", None)],
+)  # fmt: skip
+def test_a_slower_card_of_a_name_has_its_own_ceiling(
+    monkeypatch: pytest.MonkeyPatch, name: str, expected: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == expected
