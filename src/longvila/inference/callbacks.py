@@ -29,6 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from longvila.errors import RankError
 from longvila.inference.cache import ShardedCache
+from longvila.inference.together import raise_first
 
 #: What ranks choose tokens by, so that all of them must be given it.
 _COMMON = ("stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn")
@@ -170,16 +171,9 @@ class Callbacks:
         return found
 
     def _raise(self) -> None:
-        mine = None
-        if self._fault is not None:
-            name, error = self._fault
-            mine = f"in its {name}: {type(error).__name__}: {error}"
-        found: list[str | None] = [None] * self.cache.num_ranks
-        dist.all_gather_object(found, mine, group=self.cache.group)
-        if self._fault is not None:
-            raise self._fault[1]
-        rank, said = next((rank, said) for rank, said in enumerate(found) if said is not None)
-        raise RankError(f"rank {rank} failed {said}")
+        name, error = self._fault or ("", None)
+        said = None if error is None else f" failed in its {name}: {type(error).__name__}: {error}"
+        raise_first(error, said, self.cache.group)
 
 
 def _count(given: Any) -> int:

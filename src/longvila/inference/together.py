@@ -45,11 +45,31 @@ def together(
         result.append(work())
     except Exception as fault:
         error = fault
+    raise_first(error, None if error is None else f": {error}", group, raises=raises)
+    return result[0]
+
+
+def raise_first(
+    error: Exception | None,
+    said: str | None,
+    group: dist.ProcessGroup | None = None,
+    *,
+    raises: type[LongVILAError] = RankError,
+) -> None:
+    """Raise on every rank of a group if one failed.
+
+    Args:
+        error: What failed here, raised as it is.
+        said: What the others say of it, behind "rank N"; None where nothing failed.
+        group: The ranks; None for all there are.
+        raises: What is raised where nothing failed, for the first rank that did.
+
+    Comm: One all-gather of messages.
+    """
     found: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, None if error is None else str(error), group=group)
+    dist.all_gather_object(found, said, group=group)
     if error is not None:
         raise error
     for rank, message in enumerate(found):
         if message is not None:
-            raise raises(f"rank {rank}: {message}")
-    return result[0]
+            raise raises(f"rank {rank}{message}")
