@@ -73,6 +73,20 @@ def keep(work: Path, part: str, tier: str, right: Callable[[int, str], bool]) ->
     (folder / f"2026-01-02_needle_smol_{part}_{tier}.json").write_text(json.dumps(result))
 
 
+def leave(work: Path, name: str, found: list[dict[str, Any]]) -> Path:
+    """Leave a folder of answers as ``longvila needle`` does; return it."""
+    folder = work / "needle" / name
+    folder.mkdir(parents=True)
+    groups = summarise(found)
+    result = {
+        "benchmark": "needle", "question": "?", "rows": result_rows("x", groups),
+        "command": "/p/__main__.py needle --model /tmp/w/models/longest",
+        "grids": grid_rows(found, groups),
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
 def train(work: Path, part: str, losses: list[float], first: int = 1) -> None:
     folder = work / "results"
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,19 +210,7 @@ def test_another_protocol_joins_its_tier(root: Path, collect: Callable[..., Any]
     keep(work, "longest", "a", lambda frames, ask: False)
     found = [row for row in records("a", lambda frames, ask: True) if not row["shape"]["control"]]
     found = [{**row, "task": "paper", "ask": "forced"} for row in found if row["ask"] == "free"]
-    folder = work / "needle" / "longest-a-paper"
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(
-        json.dumps(
-            {
-                "benchmark": "needle",
-                "question": "?",
-                "rows": result_rows("x", summarise(found)),
-                "command": "/p/__main__.py needle --model /tmp/w/models/longest",
-                "grids": grid_rows(found, summarise(found)),
-            }
-        )
-    )
+    folder = leave(work, "longest-a-paper", found)
     names = [path.name for path in collect(work, root / "out", two_gpus=None, about=ABOUT)]
     assert names == [f"2026-01-02_needle_smol_longest_a{end}.json" for end in ("", "_paper")]
     assert json.loads((root / "out" / names[1]).read_text())["commit"] == "abc"
@@ -275,14 +277,7 @@ def test_a_recipe_that_went_on_has_what_it_shares_and_takes_the_drawings(
     kept.write_text(json.dumps(plain))
     found = records("a", lambda frames, ask: False)
     found = [row for row in found if row["shape"]["frames"] == 32]
-    folder = third / "needle" / "longest-a-controls"
-    folder.mkdir(parents=True)
-    result = {
-        "benchmark": "needle", "question": "?", "rows": result_rows("x", summarise(found)),
-        "command": "/p/__main__.py needle --model /tmp/w/models/longest",
-        "grids": grid_rows(found, summarise(found)),
-    }  # fmt: skip
-    (folder / "result.json").write_text(json.dumps(result))
+    leave(third, "longest-a-controls", found)
     collect(third, root / "out", two_gpus=None, about=ABOUT, run="third")
 
     page = "".join(
@@ -328,14 +323,7 @@ def test_more_questions_of_a_kind_are_added_up(root: Path, collect: Callable[...
     keep(work, "longest", "a", lambda frames, ask: True)
     train(work, "longest", [2.0])
     found = [row for row in records("a", lambda frames, ask: False) if not row["shape"]["control"]]
-    folder = work / "needle" / "longest-a-wide"
-    folder.mkdir(parents=True)
-    result = {
-        "benchmark": "needle", "question": "?", "rows": result_rows("x", summarise(found)),
-        "command": "/p/__main__.py needle --model /tmp/w/models/longest",
-        "grids": grid_rows(found, summarise(found)),
-    }  # fmt: skip
-    (folder / "result.json").write_text(json.dumps(result))
+    leave(work, "longest-a-wide", found)
     collect(work, root / "out", two_gpus=None, about=ABOUT, command="train it", gpus=2)
     text = run(root)
     assert f"| {smol.WAYS['retrieval', 'free']} | 12 | 50 [25, 75] | 5 | 50 | 50 |" in text
